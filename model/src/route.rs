@@ -1,0 +1,106 @@
+//! How traffic to a service is divided: matches and weighted backends (Gateway API, a Service as parent: GEP-1426).
+
+use crate::Name;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum RouteKind {
+    Http,
+    Tcp,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    pub name: Name,
+    pub kind: RouteKind,
+    /// The service whose traffic this route takes.
+    pub parent: Name,
+    /// Only this port of the parent; all ports when absent.
+    #[serde(default)]
+    pub parent_port: Option<u16>,
+    /// Creation time in seconds since 1970: of two equal matches the older route wins (Gateway API precedence).
+    pub created_s: i64,
+    /// `metadata.generation` of the object this was compiled from.
+    pub generation: i64,
+    pub rules: Vec<Rule>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    /// Any of these; empty means every request.
+    #[serde(default)]
+    pub matches: Vec<Match>,
+    /// Empty: requests that match are answered 500 (HTTP) or refused (TCP), as the Gateway API asks.
+    pub backends: Vec<Backend>,
+}
+
+impl Rule {
+    /// Takes every request: path prefix `/` and nothing else asked.
+    pub fn catch_all(&self) -> bool {
+        self.matches.is_empty() || self.matches.iter().any(Match::catch_all)
+    }
+}
+
+/// All parts must hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Match {
+    /// `Host` names without port; empty means any. A leading `*.` matches one or more labels.
+    #[serde(default)]
+    pub hosts: Vec<String>,
+    #[serde(default)]
+    pub path: PathMatch,
+    /// Upper case, exact.
+    #[serde(default)]
+    pub method: Option<String>,
+    #[serde(default)]
+    pub headers: Vec<HeaderMatch>,
+}
+
+impl Match {
+    pub fn catch_all(&self) -> bool {
+        self.hosts.is_empty() && self.path.is_any() && self.method.is_none() && self.headers.is_empty()
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum PathMatch {
+    Exact(String),
+    /// Whole path elements: `/foo` takes `/foo` and `/foo/bar`, not `/foobar`.
+    Prefix(String),
+}
+
+impl PathMatch {
+    pub fn is_any(&self) -> bool {
+        matches!(self, Self::Prefix(p) if p == "/")
+    }
+}
+
+impl Default for PathMatch {
+    fn default() -> Self {
+        Self::Prefix("/".to_owned())
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeaderMatch {
+    /// Lower case.
+    pub name: String,
+    pub value: StringMatch,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StringMatch {
+    Exact(String),
+}
+
+/// A service port and its share of the traffic: `weight` over the sum of the rule's weights.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Backend {
+    pub service: Name,
+    pub port: u16,
+    /// 0 stops new requests, streams and connections at once.
+    pub weight: u32,
+}

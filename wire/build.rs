@@ -1,0 +1,8 @@
+//! Generates the discovery protocol's types. Needs `protoc` (`make` installs protobuf-compiler).
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let proto = "proto/sluice/discovery/v1/discovery.proto";
+    println!("cargo::rerun-if-changed={proto}");
+    tonic_prost_build::configure().compile_protos(&[proto], &["proto"])?;
+    Ok(())
+}

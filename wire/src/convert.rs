@@ -1,0 +1,562 @@
+//! Between `model` and the wire. From the wire everything is checked: a message that breaks a rule is [`Malformed`] and
+//! changes nothing.
+
+use crate::v1;
+use sluice_model as m;
+use std::net::IpAddr;
+
+/// What a peer sent makes no sense; the subscriber nacks with this text.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    #[error("{0} is missing")]
+    Missing(&'static str),
+    #[error("{field}: {value} is not valid")]
+    Invalid { field: &'static str, value: String },
+}
+
+fn invalid(field: &'static str, value: impl std::fmt::Debug) -> Malformed {
+    Malformed::Invalid { field, value: format!("{value:?}") }
+}
+
+pub fn address_to_wire(a: IpAddr) -> Vec<u8> {
+    match a {
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
+    }
+}
+
+pub fn address_from_wire(b: &[u8]) -> Result<IpAddr, Malformed> {
+    if let Ok(o) = <[u8; 4]>::try_from(b) {
+        return Ok(IpAddr::from(o));
+    }
+    <[u8; 16]>::try_from(b).map(IpAddr::from).map_err(|_| invalid("address", b))
+}
+
+fn addresses_from_wire(v: &[Vec<u8>]) -> Result<Vec<IpAddr>, Malformed> {
+    v.iter().map(|b| address_from_wire(b)).collect()
+}
+
+fn port(field: &'static str, p: u32) -> Result<u16, Malformed> {
+    u16::try_from(p).ok().filter(|p| *p != 0).ok_or_else(|| invalid(field, p))
+}
+
+fn ports(field: &'static str, v: &[u32]) -> Result<Vec<u16>, Malformed> {
+    v.iter().map(|p| port(field, *p)).collect()
+}
+
+fn required<T>(v: Option<T>, field: &'static str) -> Result<T, Malformed> {
+    v.ok_or(Malformed::Missing(field))
+}
+
+impl From<&m::Name> for v1::Name {
+    fn from(n: &m::Name) -> Self {
+        Self { namespace: n.namespace.clone(), name: n.name.clone() }
+    }
+}
+
+impl From<v1::Name> for m::Name {
+    fn from(n: v1::Name) -> Self {
+        m::Name::new(n.namespace, n.name)
+    }
+}
+
+fn name(n: Option<v1::Name>) -> Result<m::Name, Malformed> {
+    let n = required(n, "name")?;
+    if n.name.is_empty() {
+        return Err(Malformed::Missing("name"));
+    }
+    Ok(n.into())
+}
+
+impl From<m::Kind> for v1::Kind {
+    fn from(k: m::Kind) -> Self {
+        match k {
+            m::Kind::Service => Self::Service,
+            m::Kind::EndpointSet => Self::EndpointSet,
+            m::Kind::Route => Self::Route,
+            m::Kind::Policy => Self::Policy,
+            m::Kind::Workload => Self::Workload,
+            m::Kind::Node => Self::Node,
+        }
+    }
+}
+
+impl From<v1::Kind> for m::Kind {
+    fn from(k: v1::Kind) -> Self {
+        match k {
+            v1::Kind::Service => Self::Service,
+            v1::Kind::EndpointSet => Self::EndpointSet,
+            v1::Kind::Route => Self::Route,
+            v1::Kind::Policy => Self::Policy,
+            v1::Kind::Workload => Self::Workload,
+            v1::Kind::Node => Self::Node,
+        }
+    }
+}
+
+pub fn key_to_wire(k: &m::ResourceKey) -> v1::Key {
+    v1::Key { kind: v1::Kind::from(k.kind).into(), name: Some((&k.name).into()) }
+}
+
+pub fn key_from_wire(k: v1::Key) -> Result<m::ResourceKey, Malformed> {
+    let kind = v1::Kind::try_from(k.kind).map_err(|_| invalid("kind", k.kind))?;
+    Ok(m::ResourceKey { kind: kind.into(), name: name(k.name)? })
+}
+
+pub fn resource_to_wire(r: &m::Resource, version: m::Revision) -> v1::Resource {
+    use v1::resource::Kind as K;
+    let kind = match r {
+        m::Resource::Service(r) => K::Service(r.into()),
+        m::Resource::EndpointSet(r) => K::EndpointSet(r.into()),
+        m::Resource::Route(r) => K::Route(r.into()),
+        m::Resource::Policy(r) => K::Policy(r.into()),
+        m::Resource::Workload(r) => K::Workload(r.into()),
+        m::Resource::Node(r) => K::Node(r.into()),
+    };
+    v1::Resource { version: version.0, kind: Some(kind) }
+}
+
+pub fn resource_from_wire(r: v1::Resource) -> Result<m::Resource, Malformed> {
+    use v1::resource::Kind as K;
+    Ok(match required(r.kind, "resource kind")? {
+        K::Service(r) => m::Resource::Service(r.try_into()?),
+        K::EndpointSet(r) => m::Resource::EndpointSet(r.try_into()?),
+        K::Route(r) => m::Resource::Route(r.try_into()?),
+        K::Policy(r) => m::Resource::Policy(r.try_into()?),
+        K::Workload(r) => m::Resource::Workload(r.try_into()?),
+        K::Node(r) => m::Resource::Node(r.try_into()?),
+    })
+}
+
+fn protocol_to_wire(p: m::Protocol) -> i32 {
+    match p {
+        m::Protocol::Tcp => v1::Protocol::Tcp,
+        m::Protocol::Udp => v1::Protocol::Udp,
+    }
+    .into()
+}
+
+fn protocol(p: i32) -> Result<m::Protocol, Malformed> {
+    match v1::Protocol::try_from(p) {
+        Ok(v1::Protocol::Tcp) => Ok(m::Protocol::Tcp),
+        Ok(v1::Protocol::Udp) => Ok(m::Protocol::Udp),
+        Err(_) => Err(invalid("protocol", p)),
+    }
+}
+
+impl From<&m::Service> for v1::Service {
+    fn from(s: &m::Service) -> Self {
+        Self {
+            name: Some((&s.name).into()),
+            virtual_ips: s.virtual_ips.iter().map(|a| address_to_wire(*a)).collect(),
+            ports: s
+                .ports
+                .iter()
+                .map(|p| v1::ServicePort {
+                    name: p.name.clone(),
+                    protocol: protocol_to_wire(p.protocol),
+                    port: p.port.into(),
+                    app_protocol: match p.app_protocol {
+                        m::AppProtocol::Detect => v1::AppProtocol::Detect,
+                        m::AppProtocol::Http => v1::AppProtocol::Http,
+                        m::AppProtocol::Http2 => v1::AppProtocol::Http2,
+                        m::AppProtocol::Tcp => v1::AppProtocol::Opaque,
+                    }
+                    .into(),
+                })
+                .collect(),
+        }
+    }
+}
+
+impl TryFrom<v1::Service> for m::Service {
+    type Error = Malformed;
+
+    fn try_from(s: v1::Service) -> Result<Self, Malformed> {
+        let service_port = |p: v1::ServicePort| {
+            Ok(m::ServicePort {
+                name: p.name,
+                protocol: protocol(p.protocol)?,
+                port: port("service port", p.port)?,
+                // A protocol from a newer control is detected from the bytes.
+                app_protocol: match v1::AppProtocol::try_from(p.app_protocol).unwrap_or(v1::AppProtocol::Detect) {
+                    v1::AppProtocol::Detect => m::AppProtocol::Detect,
+                    v1::AppProtocol::Http => m::AppProtocol::Http,
+                    v1::AppProtocol::Http2 => m::AppProtocol::Http2,
+                    v1::AppProtocol::Opaque => m::AppProtocol::Tcp,
+                },
+            })
+        };
+        Ok(Self {
+            name: name(s.name)?,
+            virtual_ips: addresses_from_wire(&s.virtual_ips)?,
+            ports: s.ports.into_iter().map(service_port).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl From<&m::EndpointSet> for v1::EndpointSet {
+    fn from(s: &m::EndpointSet) -> Self {
+        Self { name: Some((&s.name).into()), endpoints: s.endpoints.iter().map(Into::into).collect() }
+    }
+}
+
+impl TryFrom<v1::EndpointSet> for m::EndpointSet {
+    type Error = Malformed;
+
+    fn try_from(s: v1::EndpointSet) -> Result<Self, Malformed> {
+        let endpoints = s.endpoints.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?;
+        Ok(Self { name: name(s.name)?, endpoints })
+    }
+}
+
+impl From<&m::Endpoint> for v1::Endpoint {
+    fn from(e: &m::Endpoint) -> Self {
+        Self {
+            address: address_to_wire(e.address),
+            ready: e.ready,
+            node: e.node.clone(),
+            workload: e.workload.as_ref().map(Into::into),
+            hostname: e.hostname.clone().unwrap_or_default(),
+            identity: match &e.mesh {
+                m::Mesh::Plain => String::new(),
+                m::Mesh::Mtls(i) => i.to_string(),
+            },
+            ports: e
+                .ports
+                .iter()
+                .map(|p| v1::EndpointPort {
+                    name: p.name.clone(),
+                    protocol: protocol_to_wire(p.protocol),
+                    port: p.port.into(),
+                })
+                .collect(),
+        }
+    }
+}
+
+impl TryFrom<v1::Endpoint> for m::Endpoint {
+    type Error = Malformed;
+
+    fn try_from(e: v1::Endpoint) -> Result<Self, Malformed> {
+        let endpoint_port = |p: v1::EndpointPort| {
+            Ok(m::EndpointPort { name: p.name, protocol: protocol(p.protocol)?, port: port("endpoint port", p.port)? })
+        };
+        Ok(Self {
+            address: address_from_wire(&e.address)?,
+            ready: e.ready,
+            node: e.node,
+            workload: e.workload.map(Into::into),
+            hostname: Some(e.hostname).filter(|h| !h.is_empty()),
+            mesh: match e.identity.as_str() {
+                "" => m::Mesh::Plain,
+                i => m::Mesh::Mtls(identity(i)?),
+            },
+            ports: e.ports.into_iter().map(endpoint_port).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+fn identity(s: &str) -> Result<m::Identity, Malformed> {
+    s.parse().map_err(|_| invalid("identity", s))
+}
+
+impl From<&m::Route> for v1::Route {
+    fn from(r: &m::Route) -> Self {
+        Self {
+            name: Some((&r.name).into()),
+            kind: match r.kind {
+                m::RouteKind::Http => v1::RouteKind::HttpRoute,
+                m::RouteKind::Tcp => v1::RouteKind::TcpRoute,
+            }
+            .into(),
+            parent: Some((&r.parent).into()),
+            parent_port: r.parent_port.unwrap_or(0).into(),
+            created_s: r.created_s,
+            generation: r.generation,
+            rules: r
+                .rules
+                .iter()
+                .map(|rule| v1::Rule {
+                    matches: rule.matches.iter().map(Into::into).collect(),
+                    backends: rule.backends.iter().map(Into::into).collect(),
+                })
+                .collect(),
+        }
+    }
+}
+
+impl TryFrom<v1::Route> for m::Route {
+    type Error = Malformed;
+
+    fn try_from(r: v1::Route) -> Result<Self, Malformed> {
+        let rule = |rule: v1::Rule| {
+            Ok(m::Rule {
+                matches: rule.matches.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+                backends: rule.backends.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            })
+        };
+        Ok(Self {
+            name: name(r.name)?,
+            kind: match v1::RouteKind::try_from(r.kind) {
+                Ok(v1::RouteKind::HttpRoute) => m::RouteKind::Http,
+                Ok(v1::RouteKind::TcpRoute) => m::RouteKind::Tcp,
+                Err(_) => return Err(invalid("route kind", r.kind)),
+            },
+            parent: name(r.parent)?,
+            parent_port: match r.parent_port {
+                0 => None,
+                p => Some(port("parent port", p)?),
+            },
+            created_s: r.created_s,
+            generation: r.generation,
+            rules: r.rules.into_iter().map(rule).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl From<&m::Match> for v1::Match {
+    fn from(x: &m::Match) -> Self {
+        Self {
+            hosts: x.hosts.clone(),
+            path: Some(match &x.path {
+                m::PathMatch::Exact(p) => v1::r#match::Path::Exact(p.clone()),
+                m::PathMatch::Prefix(p) => v1::r#match::Path::Prefix(p.clone()),
+            }),
+            method: x.method.clone().unwrap_or_default(),
+            headers: x
+                .headers
+                .iter()
+                .map(|h| v1::HeaderMatch {
+                    name: h.name.clone(),
+                    value: Some(match &h.value {
+                        m::StringMatch::Exact(v) => v1::header_match::Value::Exact(v.clone()),
+                    }),
+                })
+                .collect(),
+        }
+    }
+}
+
+impl TryFrom<v1::Match> for m::Match {
+    type Error = Malformed;
+
+    fn try_from(x: v1::Match) -> Result<Self, Malformed> {
+        let header = |h: v1::HeaderMatch| {
+            Ok(m::HeaderMatch {
+                name: h.name,
+                value: match required(h.value, "header match value")? {
+                    v1::header_match::Value::Exact(v) => m::StringMatch::Exact(v),
+                },
+            })
+        };
+        Ok(Self {
+            hosts: x.hosts,
+            path: match required(x.path, "path match")? {
+                v1::r#match::Path::Exact(p) => m::PathMatch::Exact(p),
+                v1::r#match::Path::Prefix(p) => m::PathMatch::Prefix(p),
+            },
+            method: Some(x.method).filter(|s| !s.is_empty()),
+            headers: x.headers.into_iter().map(header).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl From<&m::Backend> for v1::Backend {
+    fn from(b: &m::Backend) -> Self {
+        Self { service: Some((&b.service).into()), port: b.port.into(), weight: b.weight }
+    }
+}
+
+impl TryFrom<v1::Backend> for m::Backend {
+    type Error = Malformed;
+
+    fn try_from(b: v1::Backend) -> Result<Self, Malformed> {
+        Ok(Self { service: name(b.service)?, port: port("backend port", b.port)?, weight: b.weight })
+    }
+}
+
+impl From<&m::Policy> for v1::Policy {
+    fn from(p: &m::Policy) -> Self {
+        Self {
+            name: Some((&p.name).into()),
+            mode: match p.mode {
+                m::InboundMode::Permissive => v1::InboundMode::Permissive,
+                m::InboundMode::Strict => v1::InboundMode::Strict,
+            }
+            .into(),
+            excluded_ports: p.excluded_ports.iter().map(|p| (*p).into()).collect(),
+            opaque_ports: p.opaque_ports.iter().map(|p| (*p).into()).collect(),
+        }
+    }
+}
+
+impl TryFrom<v1::Policy> for m::Policy {
+    type Error = Malformed;
+
+    fn try_from(p: v1::Policy) -> Result<Self, Malformed> {
+        Ok(Self {
+            name: name(p.name)?,
+            // A mode from a newer control must not open anything: refuse it.
+            mode: match v1::InboundMode::try_from(p.mode) {
+                Ok(v1::InboundMode::Permissive) => m::InboundMode::Permissive,
+                Ok(v1::InboundMode::Strict) => m::InboundMode::Strict,
+                Err(_) => return Err(invalid("inbound mode", p.mode)),
+            },
+            excluded_ports: ports("excluded port", &p.excluded_ports)?,
+            opaque_ports: ports("opaque port", &p.opaque_ports)?,
+        })
+    }
+}
+
+impl From<&m::Workload> for v1::Workload {
+    fn from(w: &m::Workload) -> Self {
+        Self {
+            name: Some((&w.name).into()),
+            uid: w.uid.clone(),
+            node: w.node.clone(),
+            addresses: w.addresses.iter().map(|a| address_to_wire(*a)).collect(),
+            identity: w.identity.to_string(),
+            meshed: w.meshed,
+        }
+    }
+}
+
+impl TryFrom<v1::Workload> for m::Workload {
+    type Error = Malformed;
+
+    fn try_from(w: v1::Workload) -> Result<Self, Malformed> {
+        Ok(Self {
+            name: name(w.name)?,
+            uid: w.uid,
+            node: w.node,
+            addresses: addresses_from_wire(&w.addresses)?,
+            identity: identity(&w.identity)?,
+            meshed: w.meshed,
+        })
+    }
+}
+
+impl From<&m::Node> for v1::Node {
+    fn from(n: &m::Node) -> Self {
+        Self {
+            name: Some((&n.name).into()),
+            addresses: n.addresses.iter().map(|a| address_to_wire(*a)).collect(),
+            pod_cidrs: n.pod_cidrs.clone(),
+            ready: n.ready,
+        }
+    }
+}
+
+impl TryFrom<v1::Node> for m::Node {
+    type Error = Malformed;
+
+    fn try_from(n: v1::Node) -> Result<Self, Malformed> {
+        Ok(Self {
+            name: name(n.name)?,
+            addresses: addresses_from_wire(&n.addresses)?,
+            pod_cidrs: n.pod_cidrs,
+            ready: n.ready,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message;
+
+    fn everything() -> Vec<m::Resource> {
+        let name = m::Name::new("shop", "web");
+        let id: m::Identity = "spiffe://cluster.local/ns/shop/sa/web".parse().expect("an identity");
+        let address: IpAddr = "10.244.0.9".parse().expect("an address");
+        vec![
+            m::Resource::Service(m::Service {
+                name: name.clone(),
+                virtual_ips: vec![address, "fd00::1".parse().expect("an address")],
+                ports: vec![m::ServicePort {
+                    name: "http".into(),
+                    protocol: m::Protocol::Tcp,
+                    port: 80,
+                    app_protocol: m::AppProtocol::Http,
+                }],
+            }),
+            m::Resource::EndpointSet(m::EndpointSet {
+                name: name.clone(),
+                endpoints: vec![m::Endpoint {
+                    address,
+                    ready: true,
+                    node: "n1".into(),
+                    workload: Some(name.clone()),
+                    hostname: None,
+                    mesh: m::Mesh::Mtls(id.clone()),
+                    ports: vec![m::EndpointPort { name: "http".into(), protocol: m::Protocol::Tcp, port: 8080 }],
+                }],
+            }),
+            m::Resource::Route(m::Route {
+                name: name.clone(),
+                kind: m::RouteKind::Http,
+                parent: name.clone(),
+                parent_port: Some(80),
+                created_s: 5,
+                generation: 2,
+                rules: vec![m::Rule {
+                    matches: vec![m::Match {
+                        hosts: vec!["*.example.org".into()],
+                        path: m::PathMatch::Exact("/x".into()),
+                        method: Some("GET".into()),
+                        headers: vec![m::HeaderMatch {
+                            name: "x-tester".into(),
+                            value: m::StringMatch::Exact("1".into()),
+                        }],
+                    }],
+                    backends: vec![m::Backend { service: name.clone(), port: 80, weight: 90 }],
+                }],
+            }),
+            m::Resource::Policy(m::Policy {
+                name: name.clone(),
+                mode: m::InboundMode::Strict,
+                excluded_ports: vec![9000],
+                opaque_ports: vec![3306],
+            }),
+            m::Resource::Workload(m::Workload {
+                name,
+                uid: "u".into(),
+                node: "n1".into(),
+                addresses: vec![address],
+                identity: id,
+                meshed: true,
+            }),
+            m::Resource::Node(m::Node {
+                name: m::Name::cluster("n1"),
+                addresses: vec![address],
+                pod_cidrs: vec!["10.244.0.0/24".into()],
+                ready: true,
+            }),
+        ]
+    }
+
+    #[test]
+    fn every_kind_survives_the_wire() {
+        for r in everything() {
+            let bytes = resource_to_wire(&r, m::Revision(3)).encode_to_vec();
+            let back = v1::Resource::decode(&bytes[..]).expect("decodes");
+            assert_eq!(back.version, 3);
+            assert_eq!(resource_from_wire(back).expect("is well formed"), r);
+            assert_eq!(key_from_wire(key_to_wire(&r.key())).expect("is well formed"), r.key());
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused_with_the_field() {
+        let no_name = v1::Service::default();
+        assert_eq!(m::Service::try_from(no_name), Err(Malformed::Missing("name")));
+        let bad_port = v1::Backend {
+            service: Some(v1::Name { namespace: "a".into(), name: "b".into() }),
+            port: 70_000,
+            weight: 1,
+        };
+        assert!(matches!(m::Backend::try_from(bad_port), Err(Malformed::Invalid { field: "backend port", .. })));
+        assert!(address_from_wire(&[1, 2, 3]).is_err());
+    }
+}

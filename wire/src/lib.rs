@@ -1,0 +1,38 @@
+//! The discovery protocol `sluice.discovery.v1`: generated messages, their conversions to and from `model`, and the
+//! names and numbers that two programs must agree on.
+//!
+//! It opens no socket; see `proto/` for what each message means and `handover` for the one exchange that is not gRPC.
+
+pub mod convert;
+pub mod handover;
+
+/// Generated from `proto/sluice/discovery/v1/discovery.proto`.
+#[allow(clippy::all, clippy::unwrap_used, unreachable_pub, missing_docs)]
+pub mod v1 {
+    tonic::include_proto!("sluice.discovery.v1");
+}
+
+pub use convert::Malformed;
+
+/// Upper bounds of the latency histogram in microseconds; a last bucket takes the rest.
+pub const LATENCY_BUCKETS_US: [u64; 14] = [
+    250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 10_000_000,
+];
+
+/// Abstract unix socket (without the leading NUL) on which the agent serves discovery and certificates inside each
+/// meshed pod's network namespace.
+pub const DISCOVERY_SOCKET: &str = "sluice";
+
+/// TCP port of the sidecar's own HTTP server: `/ready`, `/metrics`. Never captured.
+pub const SIDECAR_ADMIN_PORT: u16 = 15020;
+/// Where the sidecar's listeners are bound, on loopback; connections reach them by sk_lookup, not by this port.
+pub const SIDECAR_OUTBOUND_PORT: u16 = 15001;
+pub const SIDECAR_INBOUND_PORT: u16 = 15006;
+
+/// ALPN between sidecars: multiplexed requests, HTTP/1.1 restored at the other side.
+pub const ALPN_H2: &[u8] = b"sluice-h2";
+/// ALPN between sidecars: opaque bytes.
+pub const ALPN_TCP: &[u8] = b"sluice-tcp";
+
+/// Most resources in one chunk of an [`v1::Update`].
+pub const CHUNK_RESOURCES: usize = 512;
