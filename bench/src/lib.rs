@@ -1,1 +1,7 @@
-//! placeholder
+//! Programs to test and measure with: an echo server that proves what it has seen, an open-loop load generator that
+//! counts honestly, and side-by-side runs against peers (in `src/bin`).
+
+pub mod echo;
+pub mod echo_state;
+pub mod load;
+pub mod load_report;
