@@ -1,0 +1,157 @@
+//! PURE: a snapshot and the name of this node become the wanted map entries.
+//!
+//! Callers that are not captured follow, per connection, the catch-all rule of the oldest route attached to the
+//! service port; without one, the service's own ready endpoints. Matches on requests are the sidecars' business and
+//! do not exist here.
+
+use crate::{
+    addr,
+    layout::{Target, Wanted, WantedGroup},
+};
+use sluice_ebpf_common::{MAX_GROUPS, ServiceKey, TCP, UDP};
+use sluice_model::{Name, Policy, Protocol, Route, Rule, Service, ServicePort, Snapshot, Workload};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+/// The cluster DNS address and the node's own resolver, which answers for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DnsOverlay {
+    pub vip: IpAddr,
+    pub server: SocketAddr,
+}
+
+/// What the snapshot asks of a pod of this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WantedPod {
+    pub meshed: bool,
+    pub excluded_ports: BTreeSet<u16>,
+}
+
+/// All wanted entries.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Compiled {
+    pub services: BTreeMap<ServiceKey, Wanted>,
+    /// By pod UID.
+    pub pods: BTreeMap<String, WantedPod>,
+    /// What could not be honoured, for the log and the status.
+    pub problems: Vec<Problem>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    #[error("service {loser} port {port}: address {vip} is already service {winner}'s; its entry is left out")]
+    AddressTaken { winner: Name, loser: Name, vip: IpAddr, port: u16 },
+    #[error("route {route}: only the first {MAX_GROUPS} of {backends} backends take connections of unmeshed callers")]
+    TooManyBackends { route: Name, backends: usize },
+}
+
+pub fn compile(snapshot: &Snapshot, node: &str, dns: Option<DnsOverlay>) -> Compiled {
+    let mut out = Compiled::default();
+    let routes = routes_by_parent(snapshot);
+    let mut owners = BTreeMap::<ServiceKey, &Name>::new();
+    for service in snapshot.services() {
+        let attached = routes.get(&service.name).map_or(&[][..], Vec::as_slice);
+        for (port, vip) in service.ports.iter().flat_map(|p| service.virtual_ips.iter().map(move |v| (p, *v))) {
+            let key = key(vip, port.port, port.protocol);
+            if let Some(winner) = owners.get(&key) {
+                let (winner, loser) = ((*winner).clone(), service.name.clone());
+                out.problems.push(Problem::AddressTaken { winner, loser, vip, port: port.port });
+                continue;
+            }
+            owners.insert(key, &service.name);
+            let wanted = wanted(snapshot, attached, service, port, vip.is_ipv4(), &mut out.problems);
+            out.services.insert(key, wanted);
+        }
+    }
+    out.services.extend(dns.iter().flat_map(overlay));
+    out.pods =
+        snapshot.workloads().filter(|w| w.node == node).map(|w| (w.uid.clone(), wanted_pod(snapshot, w))).collect();
+    out
+}
+
+fn key(vip: IpAddr, port: u16, protocol: Protocol) -> ServiceKey {
+    let proto = match protocol {
+        Protocol::Tcp => TCP,
+        Protocol::Udp => UDP,
+    };
+    ServiceKey { addr: addr(vip), port_be: port.to_be(), proto, pad: 0 }
+}
+
+fn overlay(dns: &DnsOverlay) -> impl Iterator<Item = (ServiceKey, Wanted)> {
+    let target = Target { addr: addr(dns.server.ip()), port_be: dns.server.port().to_be() };
+    let wanted = Wanted::new(true, vec![WantedGroup { weight: 1, targets: vec![target] }]);
+    let vip = dns.vip;
+    [Protocol::Tcp, Protocol::Udp].into_iter().map(move |p| (key(vip, 53, p), wanted.clone()))
+}
+
+fn wanted_pod(snapshot: &Snapshot, workload: &Workload) -> WantedPod {
+    let excluded = |p: &Policy| p.excluded_ports.iter().copied().collect();
+    let excluded_ports = snapshot.policy(&workload.name).map(excluded).unwrap_or_default();
+    WantedPod { meshed: workload.meshed, excluded_ports }
+}
+
+/// Routes of each service, oldest first; of two of one second the first by name (Gateway API precedence).
+fn routes_by_parent(snapshot: &Snapshot) -> BTreeMap<&Name, Vec<&Route>> {
+    let mut by_parent = BTreeMap::<&Name, Vec<&Route>>::new();
+    for route in snapshot.routes() {
+        by_parent.entry(&route.parent).or_default().push(route);
+    }
+    for routes in by_parent.values_mut() {
+        routes.sort_by_key(|r| (r.created_s, &r.name));
+    }
+    by_parent
+}
+
+fn wanted(
+    snapshot: &Snapshot,
+    routes: &[&Route],
+    service: &Service,
+    port: &ServicePort,
+    v4: bool,
+    problems: &mut Vec<Problem>,
+) -> Wanted {
+    let Some((route, rule)) = catch_all(routes, port) else {
+        let targets = ready_targets(snapshot, service, port, v4);
+        return Wanted::new(false, vec![WantedGroup { weight: 1, targets }]);
+    };
+    let takers: Vec<_> = rule.backends.iter().filter(|b| b.weight > 0).collect();
+    let mut groups: Vec<WantedGroup> = takers
+        .iter()
+        .map(|b| WantedGroup { weight: b.weight, targets: backend_targets(snapshot, &b.service, b.port, v4) })
+        .filter(|g| !g.targets.is_empty())
+        .collect();
+    if groups.len() > MAX_GROUPS {
+        problems.push(Problem::TooManyBackends { route: route.name.clone(), backends: groups.len() });
+        groups.truncate(MAX_GROUPS);
+    }
+    Wanted::new(false, groups)
+}
+
+/// Routes divide TCP only: HTTP and TCP routes are the kinds there are.
+fn catch_all<'a>(routes: &[&'a Route], port: &ServicePort) -> Option<(&'a Route, &'a Rule)> {
+    if port.protocol != Protocol::Tcp {
+        return None;
+    }
+    let attached = routes.iter().filter(|r| r.parent_port.is_none_or(|p| p == port.port));
+    attached.copied().find_map(|r| Some((r, r.rules.iter().find(|rule| rule.catch_all())?)))
+}
+
+fn backend_targets(snapshot: &Snapshot, service: &Name, port: u16, v4: bool) -> Vec<Target> {
+    let port_of = |s: &Service| s.ports.iter().find(|p| p.port == port && p.protocol == Protocol::Tcp).cloned();
+    let Some(service) = snapshot.service(service) else { return vec![] };
+    port_of(service).map_or(vec![], |port| ready_targets(snapshot, service, &port, v4))
+}
+
+fn ready_targets(snapshot: &Snapshot, service: &Service, port: &ServicePort, v4: bool) -> Vec<Target> {
+    let Some(set) = snapshot.endpoint_set(&service.name) else { return vec![] };
+    set.ready_on(&port.name, port.protocol)
+        .filter(|(e, _)| e.address.is_ipv4() == v4)
+        .map(|(e, number)| Target { addr: addr(e.address), port_be: number.to_be() })
+        .collect()
+}
+
+#[cfg(test)]
+#[path = "compile_tests.rs"]
+mod tests;

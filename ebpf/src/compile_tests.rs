@@ -1,0 +1,230 @@
+//! Table and property tests of `compile`: every choice that the entries allow is compared with a reference that walks
+//! the snapshot for each connection.
+
+use super::*;
+use crate::layout::{lay_out, lookup};
+use proptest::prelude::*;
+use sluice_model::{
+    AppProtocol, Backend, Endpoint, EndpointPort, EndpointSet, Identity, InboundMode, Match, Mesh, Resource, Revision,
+    RouteKind,
+};
+
+fn name(n: &str) -> Name {
+    Name::new("shop", n)
+}
+
+fn service(n: &str, vip: &str, protocol: Protocol) -> Resource {
+    let port = ServicePort { name: "http".into(), protocol, port: 80, app_protocol: AppProtocol::Detect };
+    Resource::Service(Service { name: name(n), virtual_ips: vec![vip.parse().expect(vip)], ports: vec![port] })
+}
+
+fn endpoints(n: &str, protocol: Protocol, list: &[(&str, bool)]) -> Resource {
+    let endpoint = |(address, ready): &(&str, bool)| Endpoint {
+        address: address.parse().expect(address),
+        ready: *ready,
+        node: String::new(),
+        workload: None,
+        hostname: None,
+        mesh: Mesh::Plain,
+        ports: vec![EndpointPort { name: "http".into(), protocol, port: 8080 }],
+    };
+    Resource::EndpointSet(EndpointSet { name: name(n), endpoints: list.iter().map(endpoint).collect() })
+}
+
+fn route(n: &str, parent: &str, port: Option<u16>, created_s: i64, rules: Vec<Rule>) -> Resource {
+    let kind = RouteKind::Http;
+    let (name, parent) = (name(n), name(parent));
+    Resource::Route(Route { name, kind, parent, parent_port: port, created_s, generation: 1, rules })
+}
+
+fn split(parts: &[(&str, u32)]) -> Rule {
+    let backend = |(s, weight): &(&str, u32)| Backend { service: name(s), port: 80, weight: *weight };
+    Rule { matches: vec![], backends: parts.iter().map(backend).collect() }
+}
+
+fn only_v4(vip: &str) -> ServiceKey {
+    key(vip.parse().expect(vip), 80, Protocol::Tcp)
+}
+
+fn groups(c: &Compiled, vip: &str) -> Vec<(u32, Vec<String>)> {
+    let text = |t: &Target| format!("{}:{}", crate::ip(t.addr), u16::from_be(t.port_be));
+    let wanted = c.services.get(&only_v4(vip)).expect("an entry for the address");
+    wanted.groups.iter().map(|g| (g.weight, g.targets.iter().map(text).collect())).collect()
+}
+
+#[test]
+fn own_endpoints_without_a_route_and_split_with_one() {
+    let mut all = vec![
+        service("web", "10.96.0.1", Protocol::Tcp),
+        endpoints("web", Protocol::Tcp, &[("10.244.1.1", true), ("10.244.1.2", false), ("fd00::1", true)]),
+        service("web-2", "10.96.0.2", Protocol::Tcp),
+        endpoints("web-2", Protocol::Tcp, &[("10.244.2.1", true), ("10.244.2.2", true)]),
+        service("none", "10.96.0.3", Protocol::Tcp),
+    ];
+    let c = compile(&Snapshot::new(Revision(1), all.clone()), "n1", None);
+    assert_eq!(groups(&c, "10.96.0.1"), [(1, vec!["10.244.1.1:8080".to_owned()])]);
+    assert_eq!(groups(&c, "10.96.0.3"), []);
+
+    let matching = Rule {
+        matches: vec![Match { method: Some("GET".into()), ..Match::default() }],
+        backends: split(&[("none", 1)]).backends,
+    };
+    all.extend([
+        route("younger", "web", None, 20, vec![split(&[("none", 1)])]),
+        route("older", "web", Some(80), 10, vec![matching, split(&[("web", 90), ("web-2", 10), ("none", 5)])]),
+        route("oldest-other-port", "web", Some(81), 1, vec![split(&[("none", 1)])]),
+    ]);
+    let c = compile(&Snapshot::new(Revision(2), all), "n1", None);
+    let second = vec!["10.244.2.1:8080".to_owned(), "10.244.2.2:8080".to_owned()];
+    assert_eq!(groups(&c, "10.96.0.1"), [(90, vec!["10.244.1.1:8080".to_owned()]), (10, second.clone())]);
+    assert_eq!(groups(&c, "10.96.0.2"), [(1, second)]);
+}
+
+#[test]
+fn weight_zero_everywhere_means_no_backend_not_the_services_own() {
+    let all = [
+        service("web", "10.96.0.1", Protocol::Tcp),
+        endpoints("web", Protocol::Tcp, &[("10.244.1.1", true)]),
+        route("r", "web", None, 1, vec![split(&[("web", 0)])]),
+    ];
+    assert_eq!(groups(&compile(&Snapshot::new(Revision(1), all), "n1", None), "10.96.0.1"), []);
+}
+
+#[test]
+fn udp_ports_ignore_routes_and_dns_is_overlaid() {
+    let all = [
+        service("dns", "10.96.0.10", Protocol::Udp),
+        endpoints("dns", Protocol::Udp, &[("10.244.1.1", true)]),
+        route("r", "dns", None, 1, vec![split(&[("dns", 0)])]),
+    ];
+    let dns = DnsOverlay { vip: "10.96.0.10".parse().expect("vip"), server: "169.254.1.1:53".parse().expect("server") };
+    let c = compile(&Snapshot::new(Revision(1), all), "n1", Some(dns));
+    let udp = &c.services[&key(dns.vip, 80, Protocol::Udp)];
+    assert_eq!(udp.groups.len(), 1);
+    for p in [Protocol::Tcp, Protocol::Udp] {
+        let entry = &c.services[&key(dns.vip, 53, p)];
+        assert!(entry.node_local);
+        assert_eq!(crate::ip(entry.groups[0].targets[0].addr), dns.server.ip());
+    }
+}
+
+#[test]
+fn pods_of_this_node_carry_mesh_and_excluded_ports() {
+    let identity: Identity = "spiffe://cluster.local/ns/shop/sa/web".parse().expect("identity");
+    let pod = |n: &str, node: &str| {
+        let (name, uid) = (name(n), format!("uid-{n}"));
+        let identity = identity.clone();
+        Resource::Workload(Workload { name, uid, node: node.into(), addresses: vec![], identity, meshed: true })
+    };
+    let policy =
+        Policy { name: name("a"), mode: InboundMode::Permissive, excluded_ports: vec![9000], opaque_ports: vec![] };
+    let s = Snapshot::new(Revision(1), [pod("a", "n1"), pod("b", "n2"), Resource::Policy(policy)]);
+    let c = compile(&s, "n1", None);
+    let wanted = WantedPod { meshed: true, excluded_ports: BTreeSet::from([9000]) };
+    assert_eq!(c.pods, BTreeMap::from([("uid-a".to_owned(), wanted)]));
+}
+
+#[test]
+fn an_address_belongs_to_the_first_service_by_name() {
+    let all = [
+        service("a", "10.96.0.1", Protocol::Tcp),
+        service("b", "10.96.0.1", Protocol::Tcp),
+        endpoints("b", Protocol::Tcp, &[("10.244.1.1", true)]),
+    ];
+    let c = compile(&Snapshot::new(Revision(1), all), "n1", None);
+    assert_eq!(groups(&c, "10.96.0.1"), []);
+    assert!(matches!(&c.problems[..], [Problem::AddressTaken { loser, .. }] if *loser == name("b")));
+}
+
+/// For each connection, from the objects: which targets may it reach, and with which share (numerator of `total`).
+fn reference(s: &Snapshot, service: &str) -> BTreeMap<String, f64> {
+    let service = s.service(&name(service)).expect("generated");
+    let ready = |n: &Name| -> Vec<String> {
+        let set = s.endpoint_set(n).map(|e| e.endpoints.clone()).unwrap_or_default();
+        let mut all: Vec<_> =
+            set.iter().filter(|e| e.ready && e.address.is_ipv4()).map(|e| format!("{}:8080", e.address)).collect();
+        all.sort();
+        all.dedup();
+        all
+    };
+    let mut best: Option<&Route> = None;
+    for r in s.routes().filter(|r| r.parent == service.name && r.parent_port.is_none_or(|p| p == 80)) {
+        let older = best.is_none_or(|b| (r.created_s, &r.name) < (b.created_s, &b.name));
+        if older && r.rules.iter().any(Rule::catch_all) {
+            best = Some(r);
+        }
+    }
+    let parts: Vec<(f64, Vec<String>)> = match best {
+        None => vec![(1.0, ready(&service.name))],
+        Some(r) => {
+            let rule = r.rules.iter().find(|r| r.catch_all()).expect("chosen for it");
+            rule.backends.iter().map(|b| (f64::from(b.weight), ready(&b.service))).collect()
+        }
+    };
+    let total: f64 = parts.iter().filter(|(_, t)| !t.is_empty()).map(|(w, _)| w).sum();
+    let mut shares = BTreeMap::new();
+    for (weight, targets) in parts.iter().filter(|(w, t)| *w > 0.0 && !t.is_empty()) {
+        for t in targets {
+            *shares.entry(t.clone()).or_insert(0.0) += weight / total / targets.len() as f64;
+        }
+    }
+    shares
+}
+
+/// Shares that the laid-out entries give, by sweeping the mirror of the programs' lookup over a grid.
+fn swept(c: &Compiled, vip: &str) -> BTreeMap<String, f64> {
+    let key = only_v4(vip);
+    let (service, backends) = lay_out(&key, &c.services[&key], 3);
+    let get = |k| backends.iter().find(|(x, _)| *x == k).map(|(_, b)| *b);
+    const STEPS: u32 = 240; // divisible by the small weights and counts that are generated
+    let mut shares = BTreeMap::new();
+    let number = |i: u32| ((i as u64 * (1 << 32) + (1 << 31)) / STEPS as u64) as u32;
+    for (a, b) in (0..STEPS).flat_map(|a| (0..STEPS).map(move |b| (a, b))) {
+        if let Some(t) = lookup(&service, get, number(a), number(b)) {
+            let text = format!("{}:{}", crate::ip(t.addr), u16::from_be(t.port_be));
+            *shares.entry(text).or_insert(0.0) += 1.0 / f64::from(STEPS) / f64::from(STEPS);
+        }
+    }
+    shares
+}
+
+fn snapshots() -> impl Strategy<Value = Snapshot> {
+    let ends = proptest::collection::vec((1u8..5, any::<bool>()), 0..4);
+    let rule = (proptest::collection::vec((0usize..3, 0u32..4), 0..4), any::<bool>());
+    let routes = proptest::collection::vec((0i64..3, rule, any::<bool>()), 0..3);
+    (proptest::collection::vec(ends, 3), routes).prop_map(|(ends, routes)| {
+        let names = ["a", "b", "c"];
+        let mut all = vec![];
+        for (i, list) in ends.iter().enumerate() {
+            all.push(service(names[i], &format!("10.96.0.{i}"), Protocol::Tcp));
+            let texts: Vec<_> = list.iter().map(|(n, r)| (format!("10.244.{i}.{n}"), *r)).collect();
+            let pairs: Vec<_> = texts.iter().map(|(t, r)| (t.as_str(), *r)).collect();
+            all.push(endpoints(names[i], Protocol::Tcp, &pairs));
+        }
+        for (i, (created, (parts, any), own_port)) in routes.into_iter().enumerate() {
+            let parts: Vec<_> = parts.into_iter().map(|(s, w)| (names[s], w)).collect();
+            let mut rule = split(&parts);
+            if !any {
+                rule.matches = vec![Match { method: Some("GET".into()), ..Match::default() }];
+            }
+            let port = if own_port { Some(80) } else { None };
+            all.push(route(&format!("r{i}"), "a", port, created, vec![rule]));
+        }
+        Snapshot::new(Revision(1), all)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    #[test]
+    fn entries_give_the_shares_of_the_obvious_reference(s in snapshots()) {
+        let c = compile(&s, "n1", None);
+        for (i, n) in ["a", "b", "c"].into_iter().enumerate() {
+            let (want, got) = (reference(&s, n), swept(&c, &format!("10.96.0.{i}")));
+            prop_assert_eq!(want.keys().collect::<Vec<_>>(), got.keys().collect::<Vec<_>>(), "service {}", n);
+            for (target, share) in &want {
+                prop_assert!((share - got[target]).abs() < 0.02, "{target}: {share} wanted, {}", got[target]);
+            }
+        }
+    }
+}

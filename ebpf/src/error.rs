@@ -1,0 +1,49 @@
+//! What can go wrong between this process and the kernel's BPF objects.
+
+use std::{io, path::PathBuf};
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{0} is not a BPF file system; mount one: `mount -t bpf bpf {0}`")]
+    NotBpffs(PathBuf),
+    #[error("pinned object {path} is not there; the agent makes it when it starts")]
+    NotPinned { path: PathBuf },
+    #[error("{operation} {object}")]
+    Syscall {
+        operation: &'static str,
+        object: String,
+        #[source]
+        cause: io::Error,
+    },
+    #[error(
+        "pinned map {path} has keys of {key} and values of {value} bytes, this program expects {want_key} and \
+         {want_value}; drain the node and remove the folder, the agent makes a new one"
+    )]
+    Layout { path: PathBuf, key: u32, value: u32, want_key: u32, want_value: u32 },
+    #[error("load the eBPF object")]
+    Object(#[source] Box<aya::EbpfError>),
+    #[error("load eBPF program {name}")]
+    Program {
+        name: &'static str,
+        #[source]
+        cause: Box<aya::programs::ProgramError>,
+    },
+    #[error("the eBPF object holds no program {0}; it was built from other sources")]
+    NoProgram(&'static str),
+}
+
+impl Error {
+    pub(crate) fn syscall(operation: &'static str, object: impl ToString, cause: io::Error) -> Self {
+        Self::Syscall { operation, object: object.to_string(), cause }
+    }
+
+    /// The kernel's error number, where one was the cause.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Syscall { cause, .. } => cause.raw_os_error(),
+            _ => None,
+        }
+    }
+}
+
+pub(crate) type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,155 @@
+//! PURE: between what a service should do ([`Wanted`]) and the map values that make the programs do it.
+//!
+//! `lookup` is the user-space mirror of the programs' choice; tests compare it with a slow, obvious reference.
+
+use sluice_ebpf_common::{Addr, Backend, BackendKey, Group, MAX_GROUPS, SERVICE_NODE_LOCAL, Service, ServiceKey};
+
+/// Where a connection may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Target {
+    pub addr: Addr,
+    pub port_be: u16,
+}
+
+/// Backends that share one weight evenly. Never empty, and the weight never 0, in what `compile` makes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WantedGroup {
+    pub weight: u32,
+    pub targets: Vec<Target>,
+}
+
+/// What one service port should do. No group: connections are refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    pub node_local: bool,
+    pub groups: Vec<WantedGroup>,
+}
+
+impl Wanted {
+    /// At most [`MAX_GROUPS`] groups, weights scaled so that their sum fits; group order is kept.
+    pub fn new(node_local: bool, mut groups: Vec<WantedGroup>) -> Self {
+        groups.retain(|g| g.weight > 0 && !g.targets.is_empty());
+        groups.truncate(MAX_GROUPS);
+        let sum: u64 = groups.iter().map(|g| g.weight as u64).sum();
+        let shift = (64 - (sum >> 32).leading_zeros()).min(31);
+        for g in &mut groups {
+            g.weight = (g.weight >> shift).max(1);
+            g.targets.sort_unstable();
+            g.targets.dedup();
+        }
+        Self { node_local, groups }
+    }
+
+    pub fn target_count(&self) -> usize {
+        self.groups.iter().map(|g| g.targets.len()).sum()
+    }
+}
+
+/// The values for one service under the set id `set`.
+pub fn lay_out(key: &ServiceKey, wanted: &Wanted, set: u32) -> (Service, Vec<(BackendKey, Backend)>) {
+    let flags = if wanted.node_local { SERVICE_NODE_LOCAL } else { 0 };
+    let mut service = Service { set, groups: wanted.groups.len() as u32, flags, ..Service::default() };
+    let (mut upto, mut first) = (0u32, 0u32);
+    for (slot, group) in service.group.iter_mut().zip(&wanted.groups) {
+        upto = upto.saturating_add(group.weight);
+        let count = group.targets.len() as u32;
+        *slot = Group { upto, first, count };
+        first += count;
+    }
+    let backend = |t: &Target| Backend {
+        addr: t.addr,
+        port_be: t.port_be,
+        service_port_be: key.port_be,
+        service_word: key.addr.words[3],
+    };
+    let targets = wanted.groups.iter().flat_map(|g| &g.targets);
+    let backends = targets.zip(0..).map(|(t, index)| (BackendKey { set, index }, backend(t))).collect();
+    (service, backends)
+}
+
+/// What entries found in the maps say; `None` when they are not what [`lay_out`] makes.
+pub fn read_back(
+    key: &ServiceKey,
+    service: &Service,
+    mut get: impl FnMut(BackendKey) -> Option<Backend>,
+) -> Option<Wanted> {
+    let mut groups = Vec::new();
+    let mut below = 0;
+    for g in service.group.get(..service.groups as usize)? {
+        let weight = g.upto.checked_sub(below)?;
+        below = g.upto;
+        let target = |i: u32| {
+            let b = get(BackendKey { set: service.set, index: g.first.checked_add(i)? })?;
+            let own = b.service_port_be == key.port_be && b.service_word == key.addr.words[3];
+            own.then_some(Target { addr: b.addr, port_be: b.port_be })
+        };
+        groups.push(WantedGroup { weight, targets: (0..g.count).map(target).collect::<Option<_>>()? });
+    }
+    let wanted = Wanted { node_local: service.flags & SERVICE_NODE_LOCAL != 0, groups };
+    let canonical = lay_out(key, &wanted, service.set).0 == *service;
+    canonical.then_some(wanted)
+}
+
+/// The programs' choice, given the same two even numbers.
+pub fn lookup(
+    service: &Service,
+    get: impl Fn(BackendKey) -> Option<Backend>,
+    by_weight: u32,
+    in_group: u32,
+) -> Option<Target> {
+    let scale = |number: u32, below: u32| ((number as u64 * below as u64) >> 32) as u32;
+    let last = service.group[(service.groups as usize).checked_sub(1)?];
+    let number = scale(by_weight, last.upto);
+    let group = service.group.iter().find(|g| number < g.upto)?;
+    let b = get(BackendKey { set: service.set, index: group.first + scale(in_group, group.count) })?;
+    Some(Target { addr: b.addr, port_be: b.port_be })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(weight: u32, ports: &[u16]) -> WantedGroup {
+        let targets = ports.iter().map(|p| Target { addr: Addr::from_v4(*p as u32), port_be: *p }).collect();
+        WantedGroup { weight, targets }
+    }
+
+    #[test]
+    fn values_read_back_as_what_was_wanted() {
+        let key = ServiceKey { addr: Addr::from_v4(9), port_be: 80, proto: 6, pad: 0 };
+        for wanted in [
+            Wanted::default(),
+            Wanted::new(true, vec![group(1, &[1])]),
+            Wanted::new(false, vec![group(90, &[1, 2, 3]), group(10, &[4])]),
+        ] {
+            let (service, backends) = lay_out(&key, &wanted, 7);
+            let get = |k| backends.iter().find(|(x, _)| *x == k).map(|(_, b)| *b);
+            assert_eq!(read_back(&key, &service, get), Some(wanted.clone()));
+            let other = ServiceKey { port_be: 81, ..key };
+            if !backends.is_empty() {
+                assert_eq!(read_back(&other, &service, get), None, "entries written for another service");
+                assert_eq!(read_back(&key, &service, |_| None), None, "backends missing");
+            }
+        }
+    }
+
+    #[test]
+    fn damaged_values_are_noticed_and_harmless() {
+        let key = ServiceKey::default();
+        let bad = Service { groups: 99, ..Service::default() };
+        assert_eq!(read_back(&key, &bad, |_| None), None);
+        let falling = Service { groups: 2, group: [Group { upto: 5, first: 0, count: 0 }; MAX_GROUPS], ..bad };
+        assert_eq!(read_back(&key, &falling, |_| None), None);
+    }
+
+    #[test]
+    fn weights_are_kept_exactly_or_scaled_to_fit() {
+        let w = Wanted::new(false, vec![group(1_000_000, &[1]), group(1, &[2])]);
+        assert_eq!(w.groups.iter().map(|g| g.weight).collect::<Vec<_>>(), [1_000_000, 1]);
+        let w = Wanted::new(false, vec![group(u32::MAX, &[1]), group(u32::MAX, &[2]), group(1, &[3])]);
+        let sum: u64 = w.groups.iter().map(|g| g.weight as u64).sum();
+        assert!(sum <= u32::MAX as u64 && w.groups[0].weight == w.groups[1].weight && w.groups[2].weight == 1);
+        assert!(Wanted::new(false, vec![group(0, &[1]), group(5, &[])]).groups.is_empty());
+        assert_eq!(Wanted::new(false, vec![group(1, &[1]); 40]).groups.len(), MAX_GROUPS);
+    }
+}

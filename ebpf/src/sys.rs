@@ -1,0 +1,226 @@
+//! bpf(2), one safe function per command that is used. Sizes are the caller's to get right: only `maps` and `loader`
+//! call these.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+const MAP_LOOKUP_ELEM: i64 = 1;
+const MAP_UPDATE_ELEM: i64 = 2;
+const MAP_DELETE_ELEM: i64 = 3;
+const MAP_GET_NEXT_KEY: i64 = 4;
+const OBJ_PIN: i64 = 6;
+const OBJ_GET: i64 = 7;
+const OBJ_GET_INFO_BY_FD: i64 = 15;
+const MAP_LOOKUP_BATCH: i64 = 24;
+const LINK_CREATE: i64 = 28;
+const LINK_UPDATE: i64 = 29;
+
+/// Hooks, as `enum bpf_attach_type` numbers them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Hook {
+    Connect4 = 10,
+    Connect6 = 11,
+    Sendmsg4 = 14,
+    Sendmsg6 = 15,
+    Recvmsg4 = 19,
+    Recvmsg6 = 20,
+    Getpeername4 = 29,
+    Getpeername6 = 30,
+    SkLookup = 36,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Elem {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Batch {
+    from: u64,
+    to: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+struct Object {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct InfoRequest {
+    fd: u32,
+    len: u32,
+    info: u64,
+}
+
+#[repr(C)]
+struct LinkCreate {
+    program: u32,
+    target: u32,
+    hook: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct LinkUpdate {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old: u32,
+}
+
+/// `attr` must be the kernel's layout for `command`, and pointers in it valid for the call.
+fn bpf<T>(command: i64, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: the attribute lives through the call and its true size is passed; the callers below fill it with
+    // pointers to buffers of the size that the map's definition says (checked when a map is opened).
+    let r = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(r as i32) }
+}
+
+fn owned(fd: i32) -> OwnedFd {
+    // SAFETY: a descriptor that the kernel has just returned and nobody else holds.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd() as u32
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+pub(crate) fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    bpf(OBJ_PIN, &mut Object { path: path.as_ptr() as u64, fd: raw(fd), flags: 0 }).map(drop)
+}
+
+pub(crate) fn pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    bpf(OBJ_GET, &mut Object { path: path.as_ptr() as u64, fd: 0, flags: 0 }).map(owned)
+}
+
+pub(crate) fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, hook: Hook) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreate { program: raw(program), target: raw(target), hook: hook as u32, flags: 0 };
+    bpf(LINK_CREATE, &mut attr).map(owned)
+}
+
+/// Puts `program` into `link` in place of the one there: no packet and no call sees none.
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(LINK_UPDATE, &mut LinkUpdate { link: raw(link), program: raw(program), flags: 0, old: 0 }).map(drop)
+}
+
+fn info<const N: usize>(fd: BorrowedFd<'_>) -> io::Result<[u32; N]> {
+    let mut words = [0u32; N];
+    let len = size_of_val(&words) as u32;
+    bpf(OBJ_GET_INFO_BY_FD, &mut InfoRequest { fd: raw(fd), len, info: words.as_mut_ptr() as u64 })?;
+    Ok(words)
+}
+
+/// (key size, value size) of a map: `struct bpf_map_info` begins with type, id, key_size, value_size.
+pub(crate) fn map_sizes(map: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    info::<4>(map).map(|w| (w[2], w[3]))
+}
+
+/// What a link is on: `struct bpf_link_info` begins with type, id, prog_id, padding, then for a cgroup its 64-bit id
+/// and the hook, for a namespace its inode number and the hook. A link whose target is gone says 0.
+pub(crate) struct LinkInfo {
+    pub(crate) program: u32,
+    words: [u32; 2],
+}
+
+impl LinkInfo {
+    pub(crate) fn cgroup(&self) -> u64 {
+        self.words[0] as u64 | (self.words[1] as u64) << 32
+    }
+}
+
+pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    info::<8>(link).map(|w| LinkInfo { program: w[2], words: [w[4], w[5]] })
+}
+
+/// `struct bpf_prog_info` begins with type, id.
+pub(crate) fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
+    info::<2>(program).map(|w| w[1])
+}
+
+pub(crate) fn map_lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    let mut attr =
+        Elem { map: raw(map), key: key.as_ptr() as u64, value: value.as_mut_ptr() as u64, ..Elem::default() };
+    found(bpf(MAP_LOOKUP_ELEM, &mut attr))
+}
+
+pub(crate) fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    let mut attr = Elem { map: raw(map), key: key.as_ptr() as u64, value: value.as_ptr() as u64, ..Elem::default() };
+    bpf(MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Whether there was such an entry.
+pub(crate) fn map_delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
+    found(bpf(MAP_DELETE_ELEM, &mut Elem { map: raw(map), key: key.as_ptr() as u64, ..Elem::default() }))
+}
+
+/// Writes the key after `key` (the first for `None`); false at the end.
+pub(crate) fn map_next_key(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> io::Result<bool> {
+    let key = key.map_or(0, |k| k.as_ptr() as u64);
+    found(bpf(MAP_GET_NEXT_KEY, &mut Elem { map: raw(map), key, value: next.as_mut_ptr() as u64, ..Elem::default() }))
+}
+
+fn found(r: io::Result<i32>) -> io::Result<bool> {
+    match r {
+        Ok(_) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// A place in a hash map between two batches.
+#[derive(Default)]
+pub(crate) struct Cursor {
+    bucket: u32,
+    begun: bool,
+}
+
+/// Reads up to `count` entries into the buffers, which hold that many; (entries read, end reached).
+pub(crate) fn map_batch(
+    map: BorrowedFd<'_>,
+    cursor: &mut Cursor,
+    keys: &mut [u8],
+    values: &mut [u8],
+    count: u32,
+) -> io::Result<(u32, bool)> {
+    let mut next = 0u32;
+    let mut attr = Batch {
+        from: if cursor.begun { &raw const cursor.bucket as u64 } else { 0 },
+        to: &raw mut next as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count,
+        map: raw(map),
+        ..Batch::default()
+    };
+    let more = found(bpf(MAP_LOOKUP_BATCH, &mut attr))?;
+    *cursor = Cursor { bucket: next, begun: true };
+    Ok((attr.count, !more))
+}

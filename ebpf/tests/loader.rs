@@ -1,0 +1,101 @@
+//! The real kernel takes the programs: load, load again over the pins, repair what was taken away, unload. Needs root;
+//! uses a BPF file system and a cgroup of its own, so it can run beside anything.
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use sluice_ebpf::{
+    common::{Reason, ServiceKey, map},
+    layout::{Target, Wanted, WantedGroup},
+    loader::{self, Place},
+    maps::{Counters, Listeners, PodMaps, ServiceMaps, pin_dir},
+    table::{Changes, ServiceTable},
+};
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+struct Ground {
+    base: PathBuf,
+    place: Place,
+}
+
+impl Ground {
+    fn new(name: &str) -> Self {
+        let id = format!("sluice-test-{name}-{}", std::process::id());
+        let base = std::env::temp_dir().join(&id);
+        let bpffs = base.join("bpf");
+        fs::create_dir_all(&bpffs).expect("folder");
+        mount("bpf", &bpffs, "bpf", MountFlags::empty(), None).expect("mount bpffs (root is needed)");
+        let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+            .into_iter()
+            .map(PathBuf::from)
+            .find(|p| p.join("cgroup.controllers").exists())
+            .expect("a cgroup2 mount");
+        let cgroup = root.join(&id);
+        fs::create_dir(&cgroup).expect("cgroup");
+        Self { base, place: Place { bpffs, cgroup } }
+    }
+}
+
+impl Drop for Ground {
+    fn drop(&mut self) {
+        let _ = unmount(&self.place.bpffs, UnmountFlags::DETACH);
+        let _ = fs::remove_dir(&self.place.cgroup);
+        let _ = fs::remove_dir_all(&self.base);
+    }
+}
+
+fn one_service(port: u16, targets: u16) -> BTreeMap<ServiceKey, Wanted> {
+    let key = ServiceKey { port_be: port.to_be(), proto: 6, ..ServiceKey::default() };
+    let target = |n: u16| Target { addr: key.addr, port_be: n };
+    let group = WantedGroup { weight: 3, targets: (1..=targets).map(target).collect() };
+    BTreeMap::from([(key, Wanted::new(false, vec![group]))])
+}
+
+#[test]
+fn loads_twice_repairs_and_unloads() {
+    let ground = Ground::new("loader");
+    let first = loader::load(&ground.place).expect("load");
+    let dir = pin_dir(&ground.place.bpffs);
+    PodMaps::open(&dir).expect("pod maps");
+    assert_eq!(Listeners::open(&dir).expect("listeners").keys().expect("keys"), []);
+    assert_eq!(Counters::open(&dir).expect("counters").get(Reason::Captured).expect("count"), 0);
+    assert_eq!(loader::load(&ground.place).expect("load over the pins"), first);
+    assert!(!loader::repair(&ground.place).expect("nothing to repair"));
+    fs::remove_file(dir.join("links/connect6")).expect("take a link away");
+    fs::remove_file(dir.join(map::PORTS)).expect("take a map away");
+    assert!(loader::repair(&ground.place).expect("repair"));
+    assert!(!loader::repair(&ground.place).expect("whole again"));
+    loader::unload(&ground.place.bpffs).expect("unload");
+    assert!(!dir.exists());
+}
+
+#[test]
+fn a_folder_that_is_no_bpf_file_system_is_named() {
+    let place = Place { bpffs: std::env::temp_dir(), cgroup: "/sys/fs/cgroup".into() };
+    let error = loader::load(&place).expect_err("not a bpffs").to_string();
+    assert!(error.contains("mount -t bpf"), "{error}");
+}
+
+#[test]
+fn the_table_writes_differences_and_survives_a_restart() {
+    let ground = Ground::new("table");
+    loader::load(&ground.place).expect("load");
+    let dir = pin_dir(&ground.place.bpffs);
+    let maps = || ServiceMaps::open(&dir).expect("maps");
+    let mut table = ServiceTable::open(maps()).expect("open");
+    let (mut both, other) = (one_service(80, 3), one_service(81, 2000));
+    both.extend(other.clone());
+    assert_eq!(table.apply(&both).expect("apply"), Changes { written: 2, removed: 0, unchanged: 0 });
+
+    let mut table = ServiceTable::open(maps()).expect("reopen");
+    assert_eq!(table.apply(&both).expect("apply"), Changes { written: 0, removed: 0, unchanged: 2 });
+    both.extend(one_service(80, 4));
+    assert_eq!(table.apply(&both).expect("apply"), Changes { written: 1, removed: 0, unchanged: 1 });
+    assert_eq!(maps().backends.entries().expect("entries").len(), 2004);
+
+    // Somebody deletes a backend behind the table's back.
+    let (victim, _) = maps().backends.entries().expect("entries")[0];
+    maps().backends.remove(&victim).expect("remove");
+    table.reread().expect("reread");
+    assert_eq!(table.apply(&both).expect("apply").written, 1);
+    assert_eq!(table.apply(&BTreeMap::new()).expect("apply").removed, 2);
+    assert_eq!(maps().backends.entries().expect("entries").len(), 0);
+}
