@@ -1,0 +1,195 @@
+//! Container logs: the runtime writes one file per run in the CRI format (`time stream F|P text`), this reads them for
+//! `kubectl logs`: tail, since, timestamps, previous, follow, byte limit.
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use tokio::{
+    fs::File,
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, BufReader},
+    sync::mpsc,
+};
+
+/// How often a followed file is looked at for more.
+const FOLLOW_EVERY: Duration = Duration::from_millis(100);
+/// Longest line handed on in one piece.
+const MAX_LINE: usize = 64 * 1024;
+
+#[derive(Clone, Debug, Default, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LogQuery {
+    pub follow: bool,
+    pub previous: bool,
+    pub timestamps: bool,
+    pub tail_lines: Option<u64>,
+    pub since_seconds: Option<i64>,
+    pub since_time: Option<String>,
+    pub limit_bytes: Option<u64>,
+}
+
+/// The newest run's log of a container in the pod's log folder, or the one before it.
+pub fn find(pod_log_dir: &Path, container: &str, previous: bool) -> io::Result<PathBuf> {
+    if container.contains('/') || container.contains("..") {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "container name"));
+    }
+    let mut runs: Vec<u32> = std::fs::read_dir(pod_log_dir.join(container))?
+        .filter_map(|e| e.ok()?.file_name().to_str()?.strip_suffix(".log")?.parse().ok())
+        .collect();
+    runs.sort_unstable_by(|a, b| b.cmp(a));
+    let run = runs.get(usize::from(previous)).ok_or(io::ErrorKind::NotFound)?;
+    Ok(pod_log_dir.join(container).join(format!("{run}.log")))
+}
+
+/// One line of a CRI log file.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Line<'a> {
+    pub time: &'a str,
+    /// The text goes on in the next line.
+    pub partial: bool,
+    pub text: &'a [u8],
+}
+
+pub fn parse(line: &[u8]) -> Option<Line<'_>> {
+    let mut parts = line.splitn(4, |b| *b == b' ');
+    let time = std::str::from_utf8(parts.next()?).ok()?;
+    let _stream = parts.next()?;
+    let partial = parts.next()? == b"P";
+    Some(Line { time, partial, text: parts.next().unwrap_or_default() })
+}
+
+/// Sends what `query` asks for, until the end of the file, or, following, until the receiver goes or `ended` says the
+/// container is done.
+pub async fn stream(
+    path: PathBuf,
+    query: LogQuery,
+    out: mpsc::Sender<Bytes>,
+    mut ended: impl FnMut() -> BoxFuture<'static, bool> + Send,
+) -> io::Result<()> {
+    let since = since(&query);
+    let mut file = File::open(&path).await?;
+    if let Some(n) = query.tail_lines {
+        let from = tail_offset(&mut file, n).await?;
+        file.seek(io::SeekFrom::Start(from)).await?;
+    }
+    let mut reader = BufReader::new(file);
+    let mut left = query.limit_bytes.unwrap_or(u64::MAX);
+    let mut line = Vec::new();
+    let mut starts_line = true;
+    loop {
+        let n = (&mut reader).take(MAX_LINE as u64).read_until(b'\n', &mut line).await?;
+        if !line.ends_with(b"\n") && n < MAX_LINE {
+            // The end for now; half a line waits for its rest.
+            if !query.follow || left == 0 {
+                return Ok(());
+            }
+            let over = ended().await;
+            if over && n == 0 {
+                return Ok(());
+            }
+            tokio::time::sleep(FOLLOW_EVERY).await;
+            continue;
+        }
+        let text = line.strip_suffix(b"\n").unwrap_or(&line);
+        if let Some(l) = parse(text).filter(|l| since.as_deref().is_none_or(|s| l.time >= s)) {
+            let mut piece = Vec::with_capacity(text.len() + 1);
+            if query.timestamps && starts_line {
+                piece.extend_from_slice(l.time.as_bytes());
+                piece.push(b' ');
+            }
+            piece.extend_from_slice(l.text);
+            if !l.partial {
+                piece.push(b'\n');
+            }
+            starts_line = !l.partial;
+            piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+            left -= piece.len() as u64;
+            if out.send(piece.into()).await.is_err() || left == 0 {
+                return Ok(());
+            }
+        }
+        line.clear();
+    }
+}
+
+/// The earliest time wanted, in the form in which lines carry theirs (RFC 3339, UTC), so that text compares as time.
+fn since(q: &LogQuery) -> Option<String> {
+    use k8s_openapi::jiff::{SignedDuration, Timestamp};
+    if let Some(s) = q.since_seconds {
+        return Timestamp::now().checked_sub(SignedDuration::from_secs(s)).ok().map(|t| t.to_string());
+    }
+    q.since_time.as_deref()?.parse::<Timestamp>().ok().map(|t| t.to_string())
+}
+
+/// Where the last `n` lines begin.
+async fn tail_offset(file: &mut File, n: u64) -> io::Result<u64> {
+    let len = file.metadata().await?.len();
+    let (mut at, mut found) = (len, 0u64);
+    let mut buf = vec![0u8; 64 * 1024];
+    while at > 0 {
+        let from = at.saturating_sub(buf.len() as u64);
+        let size = usize::try_from(at - from).unwrap_or(buf.len());
+        file.seek(io::SeekFrom::Start(from)).await?;
+        file.read_exact(&mut buf[..size]).await?;
+        for (i, _) in buf[..size].iter().enumerate().rev().filter(|(_, b)| **b == b'\n') {
+            let end = from + i as u64 + 1;
+            if end == len {
+                continue;
+            }
+            found += 1;
+            if found == n {
+                return Ok(end);
+            }
+        }
+        at = from;
+    }
+    Ok(if n == 0 { len } else { 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn read(lines: &str, query: LogQuery) -> String {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("0.log");
+        std::fs::write(&path, lines).expect("write");
+        let (tx, mut rx) = mpsc::channel(64);
+        stream(path, query, tx, || Box::pin(async { true })).await.expect("streams");
+        let mut out = vec![];
+        while let Some(b) = rx.recv().await {
+            out.extend_from_slice(&b);
+        }
+        String::from_utf8(out).expect("text")
+    }
+
+    const LINES: &str = "2026-01-01T00:00:01.5Z stdout F one\n2026-01-01T00:00:02Z stderr P tw\n2026-01-01T00:00:02Z stderr F o\n2026-01-01T00:00:03Z stdout F \n";
+
+    #[tokio::test]
+    async fn lines_are_joined_cut_and_filtered() {
+        assert_eq!(read(LINES, LogQuery::default()).await, "one\ntwo\n\n");
+        assert_eq!(read(LINES, LogQuery { tail_lines: Some(1), ..LogQuery::default() }).await, "\n");
+        assert_eq!(read(LINES, LogQuery { tail_lines: Some(0), ..LogQuery::default() }).await, "");
+        assert_eq!(read(LINES, LogQuery { tail_lines: Some(99), ..LogQuery::default() }).await, "one\ntwo\n\n");
+        assert_eq!(read(LINES, LogQuery { limit_bytes: Some(5), ..LogQuery::default() }).await, "one\nt");
+        let since = LogQuery { since_time: Some("2026-01-01T00:00:02Z".into()), ..LogQuery::default() };
+        assert_eq!(read(LINES, since).await, "two\n\n");
+        let stamped = LogQuery { timestamps: true, limit_bytes: Some(27), ..LogQuery::default() };
+        assert_eq!(read(LINES, stamped).await, "2026-01-01T00:00:01.5Z one\n");
+    }
+
+    #[test]
+    fn the_newest_run_is_found_and_the_one_before() {
+        let dir = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir(dir.path().join("c")).expect("mkdir");
+        for n in ["0.log", "10.log", "9.log"] {
+            std::fs::write(dir.path().join("c").join(n), "").expect("write");
+        }
+        assert!(find(dir.path(), "c", false).expect("found").ends_with("10.log"));
+        assert!(find(dir.path(), "c", true).expect("found").ends_with("9.log"));
+        assert!(find(dir.path(), "../c", false).is_err());
+    }
+}

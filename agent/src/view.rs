@@ -1,0 +1,145 @@
+//! The agent's view of the cluster: what control last sent, whole updates only, also on disk so that a restarted agent
+//! serves from it before control answers.
+
+use sluice_model::{Delta, Resource, ResourceKey, Revision, Snapshot};
+use sluice_wire::{Malformed, convert, v1};
+use std::{fs, io, path::PathBuf, sync::Arc};
+
+/// A snapshot and the history it belongs to.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    pub epoch: String,
+    pub snapshot: Arc<Snapshot>,
+}
+
+/// Collects the chunks of an update: PURE.
+#[derive(Default)]
+pub struct Assembly {
+    changed: Vec<Arc<Resource>>,
+    removed: Vec<ResourceKey>,
+    full: bool,
+}
+
+impl Assembly {
+    /// Takes a chunk; the next view when it was the last. A malformed update leaves nothing behind.
+    pub fn take(&mut self, view: &View, u: v1::Update) -> Result<Option<View>, Malformed> {
+        let (epoch, revision, last) = (u.epoch.clone(), Revision(u.revision), u.last);
+        if let Err(e) = self.collect(u) {
+            *self = Self::default();
+            return Err(e);
+        }
+        if !last {
+            return Ok(None);
+        }
+        let done = std::mem::take(self);
+        let fresh = done.full || epoch != view.epoch;
+        let snapshot = if fresh {
+            Snapshot::from_shared(revision, done.changed)
+        } else {
+            view.snapshot.apply(&Delta { changed: done.changed, removed: done.removed }, revision)
+        };
+        Ok(Some(View { epoch, snapshot: Arc::new(snapshot) }))
+    }
+
+    fn collect(&mut self, u: v1::Update) -> Result<(), Malformed> {
+        self.full |= u.full;
+        for r in u.changed {
+            self.changed.push(Arc::new(convert::resource_from_wire(r)?));
+        }
+        for k in u.removed {
+            self.removed.push(convert::key_from_wire(k)?);
+        }
+        Ok(())
+    }
+}
+
+/// The view's file.
+pub struct Store {
+    path: PathBuf,
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct File {
+    epoch: String,
+    snapshot: Snapshot,
+}
+
+impl Store {
+    pub fn new(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    /// The last saved view; an unreadable file counts as none, and is said.
+    pub fn load(&self) -> View {
+        let text = match fs::read(&self.path) {
+            Ok(t) => t,
+            Err(_) => return View::default(),
+        };
+        match serde_json::from_slice::<File>(&text) {
+            Ok(f) => View { epoch: f.epoch, snapshot: Arc::new(f.snapshot) },
+            Err(error) => {
+                tracing::warn!(path = %self.path.display(), %error, "saved view is not readable, starting without");
+                View::default()
+            }
+        }
+    }
+
+    /// Whole or not at all.
+    pub fn save(&self, view: &View) -> io::Result<()> {
+        let file = File { epoch: view.epoch.clone(), snapshot: (*view.snapshot).clone() };
+        if let Some(dir) = self.path.parent() {
+            fs::create_dir_all(dir)?;
+        }
+        let tmp = self.path.with_extension("new");
+        fs::write(&tmp, serde_json::to_vec(&file)?)?;
+        fs::rename(tmp, &self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sluice_model::{Name, Node};
+
+    fn node(name: &str) -> v1::Resource {
+        let n = Node { name: Name::cluster(name), addresses: vec![], pod_cidrs: vec![], ready: true };
+        convert::resource_to_wire(&Resource::Node(n), Revision(1))
+    }
+
+    fn update(epoch: &str, revision: u64, nodes: &[&str], last: bool) -> v1::Update {
+        let changed = nodes.iter().map(|n| node(n)).collect();
+        v1::Update { epoch: epoch.into(), revision, changed, last, ..v1::Update::default() }
+    }
+
+    #[test]
+    fn an_update_takes_effect_whole() {
+        let mut a = Assembly::default();
+        let start = View::default();
+        assert!(a.take(&start, update("e", 5, &["a"], false)).expect("fine").is_none());
+        let v = a.take(&start, update("e", 5, &["b"], true)).expect("fine").expect("whole");
+        assert_eq!((v.snapshot.len(), v.snapshot.revision), (2, Revision(5)));
+        let v = a.take(&v, update("e", 6, &["c"], true)).expect("fine").expect("whole");
+        assert_eq!(v.snapshot.len(), 3);
+        let v = a.take(&v, update("other", 1, &["d"], true)).expect("fine").expect("whole");
+        assert_eq!(v.snapshot.len(), 1, "a new epoch starts afresh");
+    }
+
+    #[test]
+    fn a_malformed_update_changes_nothing() {
+        let mut a = Assembly::default();
+        let bad = v1::Update { changed: vec![v1::Resource::default()], ..update("e", 1, &["a"], true) };
+        assert!(a.take(&View::default(), bad).is_err());
+        let v = a.take(&View::default(), update("e", 2, &["b"], true)).expect("fine").expect("whole");
+        assert_eq!(v.snapshot.len(), 1);
+    }
+
+    #[test]
+    fn a_saved_view_is_loaded_again() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let s = Store::new(dir.path().join("x/view.json"));
+        assert!(s.load().snapshot.is_empty());
+        let v = Assembly::default().take(&View::default(), update("e", 2, &["b"], true)).expect("fine").expect("whole");
+        s.save(&v).expect("saves");
+        assert_eq!((s.load().epoch, s.load().snapshot), (v.epoch, v.snapshot));
+    }
+}
