@@ -13,6 +13,8 @@ pub enum RouteKind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
     pub name: Name,
+    /// Not called `kind` in the file form: that names the kind of resource there.
+    #[serde(rename = "routeKind")]
     pub kind: RouteKind,
     /// The service whose traffic this route takes.
     pub parent: Name,

@@ -164,7 +164,16 @@ mod tests {
 
     #[test]
     fn the_file_form_reads_back() {
-        let s = Snapshot::new(Revision(7), [service("a", 80)]);
+        let route = Route {
+            name: Name::new("default", "a"),
+            kind: crate::RouteKind::Tcp,
+            parent: Name::new("default", "a"),
+            parent_port: None,
+            created_s: 1,
+            generation: 1,
+            rules: vec![],
+        };
+        let s = Snapshot::new(Revision(7), [service("a", 80), Resource::Route(route)]);
         let text = serde_json::to_string(&s).expect("serializes");
         assert_eq!(serde_json::from_str::<Snapshot>(&text).expect("parses"), s);
     }
