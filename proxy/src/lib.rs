@@ -1,1 +1,32 @@
-//! placeholder
+//! The sidecar: a meshed pod's inbound and outbound TCP traffic. Workers (`worker`, `inbound`, `outbound`, `http`,
+//! `tcp`, `upstream`) serve it, each on a thread of its own without locks; the control thread (`control`, `hub`,
+//! `discovery`, `identity`, `handover`, `admin`) keeps their tables true.
+//!
+//! It decides with `sluice-traffic`, reads `config`, and never talks to the kernel's control side.
+
+pub mod admin;
+pub mod body;
+pub mod config;
+pub mod control;
+pub mod discovery;
+pub mod drain;
+pub mod handover;
+pub mod held;
+pub mod http;
+pub mod hub;
+pub mod identity;
+pub mod inbound;
+pub mod io;
+pub mod listener;
+pub mod live;
+pub mod metrics;
+pub mod outbound;
+pub mod reason;
+pub mod run;
+pub mod settings;
+pub mod socket;
+pub mod status;
+pub mod tcp;
+pub mod tls;
+pub mod upstream;
+pub mod worker;

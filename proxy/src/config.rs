@@ -1,0 +1,234 @@
+//! The tables that workers read: compiled from what is held, immutable, swapped whole. PURE.
+//!
+//! Indices instead of names inside: a request costs one table walk and no lookup by name.
+
+use crate::{held::Held, tls::Tls};
+use sluice_model::{AppProtocol, Identity, InboundMode, Name, Protocol, Revision, Route, Snapshot};
+use sluice_traffic::{resolve::Resolved, route::Table};
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+/// Everything a worker needs.
+#[derive(Debug, Default)]
+pub struct Config {
+    /// Counts the configs of this process; workers report it when the config is in force.
+    pub generation: u64,
+    pub epoch: String,
+    pub revision: Revision,
+    pub destinations: HashMap<SocketAddr, Destination>,
+    /// Service ports that were dialled.
+    pub targets: Vec<Target>,
+    /// Service ports that targets send to.
+    pub clusters: Vec<Cluster>,
+    pub inbound: Inbound,
+    pub tls: Option<Arc<Tls>>,
+}
+
+/// What a dialled address means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// Index into [`Config::targets`].
+    Service(usize),
+    /// A meshed pod that takes mTLS as this identity.
+    Pod(Arc<Identity>),
+    /// Not of this cluster, or without a sidecar: bytes pass as they are.
+    Outside,
+}
+
+/// One port of a service that the app dials.
+#[derive(Debug)]
+pub struct Target {
+    pub service: Name,
+    pub port: u16,
+    pub app_protocol: AppProtocol,
+    pub table: Table,
+    /// Of each of the table's rules, the cluster of each backend.
+    pub rules: Vec<Vec<usize>>,
+    /// The cluster that takes traffic no route touches.
+    pub own: usize,
+}
+
+/// A port of a service as backend: where its ready endpoints are.
+#[derive(Debug)]
+pub struct Cluster {
+    pub service: Name,
+    pub port: u16,
+    /// The service and port exist.
+    pub known: bool,
+    pub endpoints: Vec<Endpoint>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    /// Must be proven by mTLS; absent: plain.
+    pub identity: Option<Arc<Identity>>,
+}
+
+/// What the inbound side accepts.
+#[derive(Debug, Default)]
+pub struct Inbound {
+    pub strict: bool,
+    pub opaque_ports: HashSet<u16>,
+}
+
+/// Compiles `held` for the workload called `workload`.
+pub fn compile(held: &Held, workload: &Name, tls: Option<Arc<Tls>>, generation: u64) -> Config {
+    let mut compiler = Compiler { snapshot: &held.snapshot, config: Config::default(), clusters: HashMap::new() };
+    for (address, resolved) in &held.resolutions {
+        let destination = compiler.destination(*address, resolved);
+        compiler.config.destinations.insert(*address, destination);
+    }
+    let inbound = inbound(&held.snapshot, workload);
+    Config { generation, epoch: held.epoch.clone(), revision: held.snapshot.revision, inbound, tls, ..compiler.config }
+}
+
+fn inbound(snapshot: &Snapshot, workload: &Name) -> Inbound {
+    snapshot.policy(workload).map_or_else(Inbound::default, |p| Inbound {
+        strict: p.mode == InboundMode::Strict,
+        opaque_ports: p.opaque_ports.iter().copied().collect(),
+    })
+}
+
+struct Compiler<'a> {
+    snapshot: &'a Snapshot,
+    config: Config,
+    clusters: HashMap<(Name, u16), usize>,
+}
+
+impl Compiler<'_> {
+    fn destination(&mut self, address: SocketAddr, resolved: &Resolved) -> Destination {
+        if let Some(service) = &resolved.service {
+            return self.target(service, address.port()).map_or(Destination::Outside, Destination::Service);
+        }
+        resolved.identity.clone().map_or(Destination::Outside, |i| Destination::Pod(Arc::new(i)))
+    }
+
+    /// The index of the target, made when the first of its addresses is met; `None` when the service or its port are
+    /// gone meanwhile.
+    fn target(&mut self, service: &Name, port: u16) -> Option<usize> {
+        if let Some(known) = self.config.targets.iter().position(|t| t.service == *service && t.port == port) {
+            return Some(known);
+        }
+        let ports = &self.snapshot.service(service)?.ports;
+        let app_protocol = ports.iter().find(|p| p.protocol == Protocol::Tcp && p.port == port)?.app_protocol;
+        let routes: Vec<&Route> = self.snapshot.routes().filter(|r| r.parent == *service).collect();
+        let table = Table::compile(routes, service, port);
+        let rules = table.rules().iter().map(|r| r.backends.iter().map(|b| self.cluster(&b.service, b.port)).collect());
+        let rules = rules.collect();
+        let own = self.cluster(service, port);
+        self.config.targets.push(Target { service: service.clone(), port, app_protocol, table, rules, own });
+        Some(self.config.targets.len() - 1)
+    }
+
+    fn cluster(&mut self, service: &Name, port: u16) -> usize {
+        if let Some(known) = self.clusters.get(&(service.clone(), port)) {
+            return *known;
+        }
+        let cluster = compile_cluster(self.snapshot, service, port);
+        self.config.clusters.push(cluster);
+        let index = self.config.clusters.len() - 1;
+        self.clusters.insert((service.clone(), port), index);
+        index
+    }
+}
+
+fn compile_cluster(snapshot: &Snapshot, service: &Name, port: u16) -> Cluster {
+    let ports = snapshot.service(service).map(|s| s.ports.as_slice()).unwrap_or_default();
+    let found = ports.iter().find(|p| p.protocol == Protocol::Tcp && p.port == port);
+    let endpoints = match (found, snapshot.endpoint_set(service)) {
+        (Some(p), Some(set)) => set.ready_on(&p.name, Protocol::Tcp).map(|(e, port)| endpoint(e, port)).collect(),
+        _ => Vec::new(),
+    };
+    Cluster { service: service.clone(), port, known: found.is_some(), endpoints }
+}
+
+fn endpoint(e: &sluice_model::Endpoint, port: u16) -> Endpoint {
+    let identity = match &e.mesh {
+        sluice_model::Mesh::Plain => None,
+        sluice_model::Mesh::Mtls(identity) => Some(Arc::new(identity.clone())),
+    };
+    Endpoint { address: SocketAddr::new(e.address, port), identity }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sluice_model::*;
+
+    fn snapshot() -> Snapshot {
+        let service = |name: &str, ip: &str| {
+            Resource::Service(Service {
+                name: Name::new("shop", name),
+                virtual_ips: vec![ip.parse().expect("address")],
+                ports: vec![ServicePort {
+                    name: "http".into(),
+                    protocol: Protocol::Tcp,
+                    port: 80,
+                    app_protocol: AppProtocol::Http,
+                }],
+            })
+        };
+        let set = |name: &str, ip: &str, ready| {
+            Resource::EndpointSet(EndpointSet {
+                name: Name::new("shop", name),
+                endpoints: vec![sluice_model::Endpoint {
+                    address: ip.parse().expect("address"),
+                    ready,
+                    node: String::new(),
+                    workload: None,
+                    hostname: None,
+                    mesh: Mesh::Plain,
+                    ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
+                }],
+            })
+        };
+        let backend = |name: &str, weight| Backend { service: Name::new("shop", name), port: 80, weight };
+        let route = Route {
+            name: Name::new("shop", "split"),
+            kind: RouteKind::Http,
+            parent: Name::new("shop", "web"),
+            parent_port: None,
+            created_s: 0,
+            generation: 1,
+            rules: vec![Rule {
+                matches: vec![],
+                backends: vec![backend("web", 90), backend("canary", 10), backend("gone", 0)],
+            }],
+        };
+        Snapshot::new(
+            Revision(3),
+            [
+                service("web", "10.96.0.1"),
+                service("canary", "10.96.0.2"),
+                set("web", "10.244.1.1", true),
+                set("canary", "10.244.1.2", false),
+                Resource::Route(route),
+            ],
+        )
+    }
+
+    #[test]
+    fn a_dialled_service_brings_its_backends() {
+        let snapshot = snapshot();
+        let resolve = |a: &str| {
+            let a: SocketAddr = a.parse().expect("address");
+            (a, sluice_traffic::resolve::resolve(&snapshot, a))
+        };
+        let resolutions = [resolve("10.96.0.1:80"), resolve("10.96.0.9:80")].into_iter().collect();
+        let held = Held { epoch: "e".into(), snapshot: snapshot.clone(), resolutions };
+        let config = compile(&held, &Name::new("shop", "client"), None, 7);
+        let at = |a: &str| &config.destinations[&a.parse::<SocketAddr>().expect("address")];
+        assert_eq!(*at("10.96.0.9:80"), Destination::Outside);
+        let Destination::Service(target) = at("10.96.0.1:80") else { panic!("no service") };
+        let target = &config.targets[*target];
+        let clusters: Vec<_> = target.rules[0].iter().map(|c| &config.clusters[*c]).collect();
+        assert_eq!(clusters[0].endpoints[0].address, "10.244.1.1:8080".parse().expect("address"));
+        assert!(clusters[1].known && clusters[1].endpoints.is_empty(), "not ready takes no traffic");
+        assert!(!clusters[2].known);
+        assert_eq!(config.clusters[target.own].service, Name::new("shop", "web"));
+    }
+}

@@ -1,0 +1,101 @@
+//! Connections from outside the pod to the app: mTLS of a peer's sidecar is terminated here, requests and connections
+//! are counted and handed to the app at the address that was dialled. Dialling one's own address leaves from the same
+//! address, which is how capture knows to let it pass.
+
+use crate::{
+    http::{self, Side},
+    io::{Prefixed, first_bytes},
+    live::Choice,
+    metrics::add,
+    outbound::reset,
+    reason::Reason,
+    tcp,
+    upstream::connect_tcp,
+    worker::Worker,
+};
+use bytes::Bytes;
+use sluice_traffic::detect::{ClientHello, Detected};
+use sluice_wire::{ALPN_H2, ALPN_TCP};
+use std::{net::SocketAddr, rc::Rc, time::Duration};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
+
+/// How long a client may keep silent before the connection counts as one where the server speaks first.
+const DETECT_PATIENCE: Duration = Duration::from_millis(200);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Serves one connection to the app's `address` until it ends.
+pub async fn serve(worker: &Rc<Worker>, mut stream: TcpStream, address: SocketAddr) {
+    let Ok((bytes, found)) = first_bytes(&mut stream, DETECT_PATIENCE).await else { return };
+    let live = worker.live();
+    let (strict, opaque) = (live.config.inbound.strict, live.config.inbound.opaque_ports.contains(&address.port()));
+    drop(live);
+    match found {
+        Detected::Tls(hello) if meshed(&hello) => mesh(worker, stream, bytes, address, opaque).await,
+        Detected::Http1 if strict => {
+            http::serve(worker, Prefixed::new(bytes, stream), Side::Refuse(Reason::PlainRefused)).await;
+        }
+        _ if strict => {
+            worker.counters.refuse(Reason::PlainRefused);
+            reset(&stream);
+        }
+        Detected::Http1 if !opaque => http::serve(worker, Prefixed::new(bytes, stream), app(worker, address)).await,
+        _ => {
+            let mut stream = Prefixed::new(bytes, stream);
+            join(worker, &mut stream, address).await;
+        }
+    }
+}
+
+/// The peer is a sidecar; any other TLS is the app's own.
+fn meshed(hello: &ClientHello) -> bool {
+    hello.offers(ALPN_TCP) || hello.offers(ALPN_H2)
+}
+
+fn app(worker: &Worker, address: SocketAddr) -> Side {
+    Side::Inbound(Choice { cluster: worker.app(address), series: worker.inbound_series(address.port()) })
+}
+
+async fn mesh(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, address: SocketAddr, opaque: bool) {
+    let Some(tls) = worker.tls() else {
+        worker.counters.refuse(Reason::NoCertificate);
+        return reset(&stream);
+    };
+    let accepting = tls.acceptor().accept(Prefixed::new(bytes, stream));
+    let mut stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, accepting).await {
+        Ok(Ok(stream)) => stream,
+        failed => {
+            tracing::debug!(error = ?failed.map(|r| r.err()), %address, "peer did not prove who it is");
+            return worker.counters.refuse(Reason::IdentityNotProven);
+        }
+    };
+    if opaque {
+        return join(worker, &mut stream, address).await;
+    }
+    let Ok((bytes, found)) = first_bytes(&mut stream, DETECT_PATIENCE).await else { return };
+    let mut stream = Prefixed::new(bytes, stream);
+    match found {
+        Detected::Http1 => http::serve(worker, stream, app(worker, address)).await,
+        _ => join(worker, &mut stream, address).await,
+    }
+}
+
+/// Opaque bytes to the app.
+async fn join<S: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, stream: &mut S, address: SocketAddr) {
+    let series = worker.inbound_series(address.port());
+    add(&series.connections, 1);
+    match connect_tcp(address).await {
+        Ok(mut app) => {
+            add(&series.open_connections, 1);
+            // How it ends is the peers' business; both ends are closed then.
+            let _ = tcp::pump(stream, &mut app).await;
+            series.open_connections.set(series.open_connections.get() - 1);
+        }
+        Err(error) => {
+            tracing::debug!(%error, %address, "app takes no connection");
+            worker.counters.refuse(Reason::AppUnreachable);
+        }
+    }
+}

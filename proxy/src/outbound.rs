@@ -1,0 +1,210 @@
+//! Connections that the app opened: what was dialled decides. A service's port is split per request where it speaks
+//! HTTP/1.1, else per connection; a meshed pod gets mTLS; anything else passes as it is.
+
+use crate::{
+    config::{Destination, Endpoint},
+    http::{self, Side},
+    io::{Prefixed, first_bytes},
+    live::Choice,
+    metrics::add,
+    reason::Reason,
+    tcp,
+    upstream::{ConnectError, Upstream},
+    worker::Worker,
+};
+use ::http::{HeaderMap, Request, header};
+use bytes::Bytes;
+use hyper::body::Incoming;
+use sluice_model::{AppProtocol, Identity};
+use sluice_traffic::{
+    balance,
+    detect::Detected,
+    route::{self, Headers},
+};
+use sluice_wire::{SIDECAR_INBOUND_PORT, SIDECAR_OUTBOUND_PORT};
+use std::{cell::Cell, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
+
+/// How long a client may keep silent before the connection counts as one where the server speaks first.
+const DETECT_PATIENCE: Duration = Duration::from_millis(200);
+/// Endpoints tried for one connection.
+const MAX_ATTEMPTS: usize = 3;
+
+/// Serves one connection to `destination` until it ends.
+pub async fn serve(worker: &Rc<Worker>, stream: TcpStream, destination: SocketAddr) {
+    if is_own_listener(destination) {
+        worker.counters.refuse(Reason::Loop);
+        return reset(&stream);
+    }
+    match worker.resolve(destination).await {
+        Some(Destination::Service(target)) => service(worker, stream, destination, target).await,
+        Some(Destination::Pod(identity)) => pass(worker, stream, destination, Some(identity)).await,
+        Some(Destination::Outside) | None => pass(worker, stream, destination, None).await,
+    }
+}
+
+/// Dialled by its own port instead of by capture: passing it on would come back here.
+fn is_own_listener(destination: SocketAddr) -> bool {
+    destination.ip().is_loopback() && [SIDECAR_OUTBOUND_PORT, SIDECAR_INBOUND_PORT].contains(&destination.port())
+}
+
+/// Ends a connection so that the peer sees a failure and not an end.
+pub fn reset(stream: &TcpStream) {
+    // It is closed in any case; only how is at stake.
+    let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+async fn service(worker: &Rc<Worker>, mut stream: TcpStream, destination: SocketAddr, target: usize) {
+    let live = worker.live();
+    let Some(protocol) = live.config.targets.get(target).map(|t| t.app_protocol) else { return reset(&stream) };
+    let side = Side::Outbound { destination, target: Cell::new((live.config.generation, target)) };
+    drop(live);
+    match protocol {
+        AppProtocol::Http => http::serve(worker, stream, side).await,
+        AppProtocol::Tcp | AppProtocol::Http2 => opaque(worker, stream, Bytes::new(), destination).await,
+        AppProtocol::Detect => {
+            let Ok((bytes, found)) = first_bytes(&mut stream, DETECT_PATIENCE).await else { return };
+            match found {
+                Detected::Http1 => http::serve(worker, Prefixed::new(bytes, stream), side).await,
+                _ => opaque(worker, stream, bytes, destination).await,
+            }
+        }
+    }
+}
+
+/// A connection that is split as a whole.
+async fn opaque(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, destination: SocketAddr) {
+    let live = worker.live();
+    let Some(Destination::Service(target)) = live.config.destinations.get(&destination) else { return reset(&stream) };
+    let choice = live.choose_tcp(*target);
+    drop(live);
+    match choice {
+        Ok(choice) => join(worker, stream, bytes, choice, destination).await,
+        Err(reason) => {
+            worker.counters.refuse(reason);
+            reset(&stream);
+        }
+    }
+}
+
+async fn join(worker: &Rc<Worker>, mut stream: TcpStream, bytes: Bytes, choice: Choice, destination: SocketAddr) {
+    let series = &choice.series;
+    add(&series.connections, 1);
+    let (upstream, mut wire) = match connect_any(worker, &choice).await {
+        Ok(got) => got,
+        Err(reason) => {
+            worker.counters.refuse(reason);
+            return reset(&stream);
+        }
+    };
+    add(&series.open_connections, 1);
+    upstream.in_flight.set(upstream.in_flight.get() + 1);
+    let failed = pump_from(&mut stream, bytes, &mut wire).await.is_err();
+    upstream.in_flight.set(upstream.in_flight.get() - 1);
+    series.open_connections.set(series.open_connections.get() - 1);
+    worker.touch(destination);
+    if failed {
+        reset(&stream);
+    }
+}
+
+async fn pump_from<B>(stream: &mut TcpStream, bytes: Bytes, wire: &mut B) -> std::io::Result<()>
+where
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    if bytes.is_empty() {
+        return tcp::pump(stream, wire).await.map(drop);
+    }
+    tcp::pump(&mut Prefixed::new(bytes, stream), wire).await.map(drop)
+}
+
+/// A connection to an endpoint of the backend; others are tried while no byte was sent.
+async fn connect_any(worker: &Worker, choice: &Choice) -> Result<(Rc<Upstream>, crate::io::Wire), Reason> {
+    let endpoints = &choice.cluster.endpoints;
+    let mut failure = if choice.cluster.known { Reason::NoEndpoints } else { Reason::NoBackend };
+    let mut tried = Vec::new();
+    while tried.len() < MAX_ATTEMPTS {
+        let load = |i: usize| endpoints[i].in_flight.get();
+        let picked = balance::pick(endpoints.len(), worker.random(), load, |i| !tried.contains(&i));
+        let Some(at) = picked else { break };
+        match endpoints[at].connect(worker).await {
+            Ok(wire) => return Ok((endpoints[at].clone(), wire)),
+            Err(error) => {
+                tracing::debug!(%error, "no connection");
+                failure = error.reason();
+                add(&worker.counters.retries, 1);
+                tried.push(at);
+            }
+        }
+    }
+    Err(failure)
+}
+
+/// To the address that was dialled.
+async fn pass(worker: &Rc<Worker>, mut stream: TcpStream, address: SocketAddr, identity: Option<Arc<Identity>>) {
+    let upstream = Upstream::new(Endpoint { address, identity });
+    let connected: Result<_, ConnectError> = upstream.connect(worker).await;
+    match connected {
+        Ok(mut wire) => {
+            if tcp::pump(&mut stream, &mut wire).await.is_err() {
+                reset(&stream);
+            }
+            worker.touch(address);
+        }
+        Err(error) => {
+            tracing::debug!(%error, "pass through");
+            worker.counters.refuse(error.reason());
+            reset(&stream);
+        }
+    }
+}
+
+/// The backend of one request of a connection to `destination`. The place of its service in the config is looked up
+/// once per config.
+pub fn choose_http(
+    worker: &Worker,
+    destination: SocketAddr,
+    target: &Cell<(u64, usize)>,
+    request: &Request<Incoming>,
+) -> Result<Choice, Reason> {
+    let live = worker.live();
+    let (generation, mut at) = target.get();
+    if generation != live.config.generation {
+        let Some(Destination::Service(found)) = live.config.destinations.get(&destination) else {
+            return Err(Reason::NoBackend);
+        };
+        at = *found;
+        target.set((live.config.generation, at));
+        worker.touch(destination);
+    }
+    let host = host(request);
+    let asked = route::Request {
+        host,
+        path: request.uri().path(),
+        method: request.method().as_str(),
+        headers: &Values(request.headers()),
+    };
+    live.choose_http(at, &asked)
+}
+
+/// The name of the host that was asked for, without port.
+fn host(request: &Request<Incoming>) -> &str {
+    let named = request.headers().get(header::HOST).and_then(|h| h.to_str().ok());
+    let host = request.uri().host().or(named).unwrap_or_default();
+    match host.rsplit_once(':') {
+        // An IPv6 address in brackets has colons of its own.
+        Some((name, port)) if !port.ends_with(']') => name,
+        _ => host,
+    }
+}
+
+struct Values<'a>(&'a HeaderMap);
+
+impl Headers for Values<'_> {
+    fn has(&self, name: &str, value: &str) -> bool {
+        self.0.get_all(name).iter().any(|v| v.as_bytes() == value.as_bytes())
+    }
+}

@@ -1,0 +1,91 @@
+//! Why the sidecar answered by itself: one closed list for the `x-sluice-reason` header and the metric label.
+
+use http::StatusCode;
+
+/// The header that says who made an answer and why.
+pub const HEADER: &str = "x-sluice-reason";
+
+/// Each an outcome an operator can act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// The chosen backend has no ready endpoint.
+    NoEndpoints,
+    /// Routes are attached and none matches.
+    NoRoute,
+    /// The rule names no backend that exists, or all weights are 0.
+    NoBackend,
+    /// No endpoint that was tried took the connection.
+    ConnectFailed,
+    /// The upstream closed before it answered.
+    UpstreamClosed,
+    /// The upstream's answer is not HTTP.
+    UpstreamMalformed,
+    /// The endpoint takes mTLS and there is no certificate yet.
+    NoCertificate,
+    /// The endpoint could not prove that it is who it should be.
+    IdentityNotProven,
+    /// Plain bytes where the policy asks for mTLS.
+    PlainRefused,
+    /// Inbound: the app does not take connections. The request did not reach it.
+    AppUnreachable,
+    /// Requests for the sidecar's own ports.
+    Loop,
+    /// Too many connections.
+    Overload,
+}
+
+impl Reason {
+    pub const ALL: [Reason; 12] = [
+        Self::NoEndpoints,
+        Self::NoRoute,
+        Self::NoBackend,
+        Self::ConnectFailed,
+        Self::UpstreamClosed,
+        Self::UpstreamMalformed,
+        Self::NoCertificate,
+        Self::IdentityNotProven,
+        Self::PlainRefused,
+        Self::AppUnreachable,
+        Self::Loop,
+        Self::Overload,
+    ];
+    pub const COUNT: usize = Self::ALL.len();
+
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::NoEndpoints => "no_endpoints",
+            Self::NoRoute => "no_route",
+            Self::NoBackend => "no_backend",
+            Self::ConnectFailed => "connect_failed",
+            Self::UpstreamClosed => "upstream_closed",
+            Self::UpstreamMalformed => "upstream_malformed",
+            Self::NoCertificate => "no_certificate",
+            Self::IdentityNotProven => "identity_not_proven",
+            Self::PlainRefused => "plain_refused",
+            Self::AppUnreachable => "app_unreachable",
+            Self::Loop => "loop",
+            Self::Overload => "overload",
+        }
+    }
+
+    pub fn status(self) -> StatusCode {
+        match self {
+            Self::NoRoute => StatusCode::NOT_FOUND,
+            Self::NoBackend => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::UpstreamClosed | Self::UpstreamMalformed => StatusCode::BAD_GATEWAY,
+            Self::PlainRefused => StatusCode::FORBIDDEN,
+            Self::Loop => StatusCode::LOOP_DETECTED,
+            _ => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_is_in_order() {
+        assert!(Reason::ALL.iter().enumerate().all(|(i, r)| *r as usize == i));
+    }
+}

@@ -1,0 +1,124 @@
+//! Command line and environment of `sluice-proxy`, turned into [`Settings`]. Opens nothing but the file it is given.
+
+use crate::{
+    control::Source,
+    run::{Listen, Settings},
+};
+use anyhow::Context;
+use clap::Parser;
+use sluice_model::Snapshot;
+use sluice_wire::{DISCOVERY_SOCKET, SIDECAR_ADMIN_PORT, SIDECAR_INBOUND_PORT, SIDECAR_OUTBOUND_PORT, handover, v1};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+/// A pod's sidecar: routes, balances, encrypts and counts its TCP traffic.
+#[derive(Parser, Debug)]
+#[command(name = "sluice-proxy", version)]
+pub struct Args {
+    #[arg(long, env = "POD_NAMESPACE", default_value = "default")]
+    pub pod_namespace: String,
+    #[arg(long, env = "POD_NAME", default_value = "pod")]
+    pub pod_name: String,
+    #[arg(long, env = "POD_UID", default_value = "")]
+    pub pod_uid: String,
+    /// Threads that serve traffic; 0: as the CPU limit, rounded up, and 1 without limit
+    #[arg(long, env = "SLUICE_WORKERS", default_value_t = 0)]
+    pub workers: usize,
+    /// Address of /ready, /metrics and /config
+    #[arg(long, env = "SLUICE_ADMIN", default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, SIDECAR_ADMIN_PORT)))]
+    pub admin: SocketAddr,
+    /// Abstract unix socket of the agent
+    #[arg(long, env = "SLUICE_DISCOVERY", default_value = DISCOVERY_SOCKET)]
+    pub discovery: String,
+    /// Abstract unix socket of the agent for listeners
+    #[arg(long, env = "SLUICE_HANDOVER", default_value = handover::SOCKET)]
+    pub handover: String,
+    /// After SIGTERM, the longest time for what is in flight
+    #[arg(long, env = "SLUICE_DRAIN_SECONDS", default_value_t = 25)]
+    pub drain_seconds: u64,
+    /// Serve this snapshot (JSON) instead of asking an agent
+    #[arg(long)]
+    pub static_config: Option<PathBuf>,
+    /// Outside a pod: take every outbound connection as one to this address
+    #[arg(long)]
+    pub outbound_to: Option<SocketAddr>,
+    #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, SIDECAR_OUTBOUND_PORT)))]
+    pub outbound_listen: SocketAddr,
+    /// Outside a pod: take every inbound connection as one to this address
+    #[arg(long)]
+    pub inbound_to: Option<SocketAddr>,
+    #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, SIDECAR_INBOUND_PORT)))]
+    pub inbound_listen: SocketAddr,
+}
+
+impl Args {
+    /// What to run.
+    pub fn settings(self) -> anyhow::Result<Settings> {
+        let source = match &self.static_config {
+            Some(path) => Source::Static(read_snapshot(path)?),
+            None => Source::Discovery { socket: self.discovery },
+        };
+        let to = |at, to: Option<SocketAddr>| to.map(|to| (at, to)).into_iter().collect::<Vec<_>>();
+        let outside = self.outbound_to.is_some() || self.inbound_to.is_some();
+        let listen = if outside {
+            Listen::At {
+                outbound: to(self.outbound_listen, self.outbound_to),
+                inbound: to(self.inbound_listen, self.inbound_to),
+            }
+        } else {
+            Listen::Captured { handover: self.handover }
+        };
+        Ok(Settings {
+            workload: v1::WorkloadRef { namespace: self.pod_namespace, name: self.pod_name, uid: self.pod_uid },
+            source,
+            listen,
+            workers: if self.workers == 0 { cpu_limit() } else { self.workers },
+            admin: self.admin,
+            drain: Duration::from_secs(self.drain_seconds),
+        })
+    }
+}
+
+fn read_snapshot(path: &PathBuf) -> anyhow::Result<Snapshot> {
+    let text = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("parse {}", path.display()))
+}
+
+/// CPUs that this container may use, rounded up; 1 when nothing limits it: a sidecar is a guest on its node.
+fn cpu_limit() -> usize {
+    let v2 = std::fs::read_to_string("/sys/fs/cgroup/cpu.max").ok().and_then(|t| parse_cpu_max(&t));
+    v2.or_else(|| {
+        let read = |file| std::fs::read_to_string(format!("/sys/fs/cgroup/cpu/cpu.cfs_{file}_us")).ok();
+        parse_cpu_max(&format!("{} {}", read("quota")?.trim(), read("period")?.trim()))
+    })
+    .unwrap_or(1)
+}
+
+/// `max 100000` or `quota period`, in microseconds.
+fn parse_cpu_max(text: &str) -> Option<usize> {
+    let (quota, period) = text.trim().split_once(' ')?;
+    let (quota, period): (u64, u64) = (quota.parse().ok()?, period.parse().ok().filter(|p| *p > 0)?);
+    Some(quota.div_ceil(period).clamp(1, 16) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_limits_round_up() {
+        for (text, expected) in [
+            ("max 100000\n", None),
+            ("50000 100000", Some(1)),
+            ("150000 100000", Some(2)),
+            ("-1 100000", None),
+            ("100000 0", None),
+            ("", None),
+        ] {
+            assert_eq!(parse_cpu_max(text), expected, "{text:?}");
+        }
+    }
+}

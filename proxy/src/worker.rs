@@ -1,0 +1,309 @@
+//! A worker: one thread, one runtime, its own listeners, its own tables and connections. Workers share nothing but the
+//! immutable [`Config`]; they talk to the hub by messages and never wait for it on the path of a known destination.
+
+use crate::{
+    config::{Config, Destination, Endpoint},
+    drain::Phase,
+    hub::FromWorker,
+    inbound,
+    listener::{Listener, Original},
+    live::{Live, LiveCluster},
+    metrics::{Scrape, Series, SeriesKey, WorkerCounters, add},
+    outbound,
+    tls::Tls,
+    upstream::Upstream,
+};
+use sluice_model::{Identity, Name};
+use sluice_traffic::random::Random;
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, HashMap, HashSet},
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, mpsc, oneshot, watch},
+};
+use tokio_rustls::TlsConnector;
+
+/// Most connections of one worker at a time; more wait in the listeners' backlogs.
+const MAX_CONNECTIONS: u64 = 16_384;
+/// Series beyond this are forgotten once no table and no request refers to them.
+const MAX_SERIES: usize = 4096;
+/// Most ports of the app that get a pool; more are served without.
+const MAX_INBOUND: usize = 1024;
+/// How long a first dial waits for the meaning of its address before it passes through.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often idle connections are looked at and used destinations reported.
+const HOUSEKEEPING: Duration = Duration::from_secs(10);
+
+/// What a worker thread is started with.
+pub struct Start {
+    pub index: usize,
+    pub workload: Name,
+    pub listeners: Vec<Listener>,
+    pub seed: u64,
+    pub config: watch::Receiver<Arc<Config>>,
+    pub phase: watch::Receiver<Phase>,
+    pub scrapes: mpsc::Receiver<oneshot::Sender<Scrape>>,
+    pub to_hub: mpsc::Sender<FromWorker>,
+}
+
+/// The state of a worker's thread.
+pub struct Worker {
+    workload: Name,
+    live: RefCell<Rc<Live>>,
+    live_changed: Notify,
+    random: RefCell<Random>,
+    pub counters: WorkerCounters,
+    series: RefCell<HashMap<SeriesKey, Rc<Series>>>,
+    upstreams: RefCell<HashMap<Endpoint, Rc<Upstream>>>,
+    inbound: RefCell<HashMap<SocketAddr, Rc<LiveCluster>>>,
+    /// Connectors per identity, of the certificate now in use.
+    connectors: RefCell<HashMap<Arc<Identity>, TlsConnector>>,
+    used: RefCell<HashSet<SocketAddr>>,
+    pub phase: watch::Receiver<Phase>,
+    connections: Cell<u64>,
+    connection_ended: Notify,
+    to_hub: mpsc::Sender<FromWorker>,
+}
+
+/// Runs a worker on this thread until the phase is [`Phase::Stopped`].
+pub fn run(start: Start) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default())?;
+    runtime.block_on(serve(start))
+}
+
+async fn serve(start: Start) -> std::io::Result<()> {
+    let Start { index, workload, listeners, seed, config, mut phase, scrapes, to_hub } = start;
+    let worker = Rc::new(Worker {
+        workload,
+        live: RefCell::new(Rc::new(Live::empty())),
+        live_changed: Notify::new(),
+        random: RefCell::new(Random::new(seed)),
+        counters: WorkerCounters::default(),
+        series: RefCell::default(),
+        upstreams: RefCell::default(),
+        inbound: RefCell::default(),
+        connectors: RefCell::default(),
+        used: RefCell::default(),
+        phase: phase.clone(),
+        connections: Cell::new(0),
+        connection_ended: Notify::new(),
+        to_hub,
+    });
+    for listener in listeners {
+        let socket = TcpListener::from_std(listener.socket)?;
+        tokio::task::spawn_local(accept(worker.clone(), socket, listener.outbound, listener.original));
+    }
+    tokio::task::spawn_local(follow_config(worker.clone(), index, config));
+    tokio::task::spawn_local(answer_scrapes(worker.clone(), scrapes));
+    tokio::task::spawn_local(housekeeping(worker.clone()));
+    // A closed channel means that the process ends, too.
+    let _ = phase.wait_for(|p| *p == Phase::Stopped).await;
+    Ok(())
+}
+
+async fn accept(worker: Rc<Worker>, listener: TcpListener, outbound: bool, original: Original) {
+    loop {
+        while worker.connections.get() >= MAX_CONNECTIONS {
+            worker.connection_ended.notified().await;
+        }
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "accept");
+                // Out of descriptors, usually: others must end first.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                continue;
+            }
+        };
+        let Ok(original) = original.of(&stream) else { continue };
+        let _ = stream.set_nodelay(true);
+        let open = Open::new(worker.clone(), outbound);
+        tokio::task::spawn_local(async move {
+            match outbound {
+                true => outbound::serve(&open.0, stream, original).await,
+                false => inbound::serve(&open.0, stream, original).await,
+            }
+        });
+    }
+}
+
+/// A connection that is open; counted until dropped.
+struct Open(Rc<Worker>, bool);
+
+impl Open {
+    fn new(worker: Rc<Worker>, outbound: bool) -> Self {
+        worker.connections.set(worker.connections.get() + 1);
+        add(worker.open_counter(outbound), 1);
+        Self(worker, outbound)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let open = self.0.open_counter(self.1);
+        open.set(open.get() - 1);
+        self.0.connections.set(self.0.connections.get() - 1);
+        self.0.connection_ended.notify_waiters();
+    }
+}
+
+/// Puts each new config in force and says so.
+async fn follow_config(worker: Rc<Worker>, index: usize, mut config: watch::Receiver<Arc<Config>>) {
+    loop {
+        let next = config.borrow_and_update().clone();
+        let generation = next.generation;
+        worker.install(next);
+        if worker.to_hub.send(FromWorker::InForce { worker: index, generation }).await.is_err() {
+            return;
+        }
+        if config.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn answer_scrapes(worker: Rc<Worker>, mut scrapes: mpsc::Receiver<oneshot::Sender<Scrape>>) {
+    while let Some(answer) = scrapes.recv().await {
+        let series = worker.series.borrow();
+        let totals: BTreeMap<_, _> = series.iter().map(|(k, s)| (k.clone(), s.totals())).collect();
+        // Whoever asked may have gone.
+        let _ = answer.send(Scrape::new(&worker.counters, totals));
+    }
+}
+
+async fn housekeeping(worker: Rc<Worker>) {
+    let mut ticks = tokio::time::interval(HOUSEKEEPING);
+    loop {
+        ticks.tick().await;
+        let now = Instant::now();
+        worker.upstreams.borrow().values().for_each(|u| u.reap(now));
+        worker.inbound.borrow().values().flat_map(|c| &c.endpoints).for_each(|u| u.reap(now));
+        let used: Vec<SocketAddr> = worker.used.take().into_iter().collect();
+        if !used.is_empty() {
+            // A full queue loses a report of use, which the next one makes good.
+            let _ = worker.to_hub.try_send(FromWorker::Used(used));
+        }
+    }
+}
+
+impl Worker {
+    pub fn live(&self) -> Rc<Live> {
+        self.live.borrow().clone()
+    }
+
+    pub fn random(&self) -> u64 {
+        self.random.borrow_mut().next()
+    }
+
+    pub fn draining(&self) -> bool {
+        *self.phase.borrow() >= Phase::Closing
+    }
+
+    pub fn tls(&self) -> Option<Arc<Tls>> {
+        self.live.borrow().config.tls.clone()
+    }
+
+    fn open_counter(&self, outbound: bool) -> &Cell<u64> {
+        if outbound { &self.counters.open_outbound } else { &self.counters.open_inbound }
+    }
+
+    fn install(&self, config: Arc<Config>) {
+        let previous = self.live();
+        let same_tls = match (&previous.config.tls, &config.tls) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        if !same_tls {
+            self.connectors.take();
+        }
+        let live = Live::build(config, self, &previous);
+        let known: HashSet<&Endpoint> = live.config.clusters.iter().flat_map(|c| &c.endpoints).collect();
+        self.upstreams.borrow_mut().retain(|endpoint, _| known.contains(endpoint));
+        self.forget_series();
+        *self.live.borrow_mut() = Rc::new(live);
+        self.live_changed.notify_waiters();
+    }
+
+    fn forget_series(&self) {
+        let mut series = self.series.borrow_mut();
+        if series.len() > MAX_SERIES {
+            series.retain(|_, s| Rc::strong_count(s) > 1);
+        }
+    }
+
+    /// The endpoint's state, kept from config to config.
+    pub fn upstream(&self, endpoint: &Endpoint) -> Rc<Upstream> {
+        let mut upstreams = self.upstreams.borrow_mut();
+        upstreams.entry(endpoint.clone()).or_insert_with(|| Upstream::new(endpoint.clone())).clone()
+    }
+
+    pub fn series(&self, key: SeriesKey) -> Rc<Series> {
+        self.series.borrow_mut().entry(key).or_default().clone()
+    }
+
+    /// Counters of what arrives at the app's `port`.
+    pub fn inbound_series(&self, port: u16) -> Rc<Series> {
+        let direction = crate::metrics::Direction::Inbound;
+        self.series(SeriesKey { direction, route: None, backend: self.workload.clone(), port })
+    }
+
+    /// The app at `address`, with its idle connections.
+    pub fn app(&self, address: SocketAddr) -> Rc<LiveCluster> {
+        let mut inbound = self.inbound.borrow_mut();
+        if let Some(known) = inbound.get(&address) {
+            return known.clone();
+        }
+        let upstream = Upstream::new(Endpoint { address, identity: None });
+        let cluster = Rc::new(LiveCluster { known: true, endpoints: vec![upstream] });
+        if inbound.len() < MAX_INBOUND {
+            inbound.insert(address, cluster.clone());
+        }
+        cluster
+    }
+
+    /// How to reach a peer that must prove `identity`; `None` while there is no certificate.
+    pub fn tls_connector(&self, identity: &Arc<Identity>) -> Option<TlsConnector> {
+        let tls = self.tls()?;
+        let mut connectors = self.connectors.borrow_mut();
+        let make = || TlsConnector::from(tls.client_config(identity));
+        Some(connectors.entry(identity.clone()).or_insert_with(make).clone())
+    }
+
+    /// What `address` means. Asks the hub when it is dialled for the first time, and waits a bounded time.
+    pub async fn resolve(&self, address: SocketAddr) -> Option<Destination> {
+        if let Some(known) = self.known(address) {
+            return Some(known);
+        }
+        let asked = self.to_hub.send(FromWorker::Dialled(address));
+        let answered = async {
+            asked.await.ok()?;
+            loop {
+                let changed = self.live_changed.notified();
+                if let Some(known) = self.known(address) {
+                    return Some(known);
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout(RESOLVE_TIMEOUT, answered).await.ok().flatten()
+    }
+
+    fn known(&self, address: SocketAddr) -> Option<Destination> {
+        let known = self.live.borrow().config.destinations.get(&address).cloned();
+        if known.is_some() {
+            self.used.borrow_mut().insert(address);
+        }
+        known
+    }
+
+    /// Notes that a connection to `address` is in use.
+    pub fn touch(&self, address: SocketAddr) {
+        self.used.borrow_mut().insert(address);
+    }
+}
