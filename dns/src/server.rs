@@ -1,0 +1,149 @@
+//! The sockets: UDP and TCP on one address, answers from the zone, the rest forwarded to the node's upstream servers.
+//!
+//! Bounded: 1,024 forwarded queries at once (more are answered SERVFAIL), 64 TCP connections, 4,096 cached answers.
+
+use crate::{
+    cache::Cache,
+    message,
+    resolve::{Step, resolve, unanswered},
+    zone::Zone,
+};
+use arc_swap::ArcSwap;
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UdpSocket},
+    sync::Semaphore,
+    time::timeout,
+};
+
+const MAX_FORWARDS: usize = 1024;
+const MAX_CONNECTIONS: usize = 64;
+const CACHED: usize = 4096;
+/// Before the next upstream is asked.
+const UPSTREAM_WAIT: Duration = Duration::from_millis(1500);
+const TCP_IDLE: Duration = Duration::from_secs(10);
+
+pub struct Resolver {
+    zone: ArcSwap<Zone>,
+    upstreams: Vec<SocketAddr>,
+    cache: Mutex<Cache>,
+    forwards: Semaphore,
+}
+
+impl Resolver {
+    pub fn new(zone: Zone, upstreams: Vec<SocketAddr>) -> Arc<Self> {
+        Arc::new(Self {
+            zone: ArcSwap::from_pointee(zone),
+            upstreams,
+            cache: Mutex::new(Cache::new(CACHED)),
+            forwards: Semaphore::new(MAX_FORWARDS),
+        })
+    }
+
+    /// From the next query on.
+    pub fn set_zone(&self, zone: Zone) {
+        self.zone.store(Arc::new(zone));
+    }
+
+    async fn answer(&self, bytes: &[u8], udp: bool) -> Option<Vec<u8>> {
+        let q = match resolve(&self.zone.load(), bytes, udp) {
+            Step::Answer(a) => return Some(a),
+            Step::Drop => return None,
+            Step::Forward(q) => q,
+        };
+        let cached = self.cache.lock().expect("no holder panics").get(&q.name, q.qtype, q.id, Instant::now());
+        if cached.as_ref().is_some_and(|c| !udp || c.len() <= q.max_udp) {
+            return cached;
+        }
+        let Ok(_permit) = self.forwards.try_acquire() else { return Some(unanswered(bytes, &q, true)) };
+        for upstream in &self.upstreams {
+            if let Ok(Ok(a)) = timeout(UPSTREAM_WAIT, ask(*upstream, bytes, q.id)).await {
+                if let Some(ttl) = message::min_ttl(&a) {
+                    let mut cache = self.cache.lock().expect("no holder panics");
+                    cache.put(q.name.clone(), q.qtype, a.clone(), ttl, Instant::now());
+                }
+                return Some(a);
+            }
+        }
+        Some(unanswered(bytes, &q, !self.upstreams.is_empty()))
+    }
+}
+
+/// Asks one server from a port of its own; only an answer to this very question from there counts (RFC 5452).
+async fn ask(upstream: SocketAddr, bytes: &[u8], id: u16) -> io::Result<Vec<u8>> {
+    let local: SocketAddr = if upstream.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+    let socket = UdpSocket::bind(local).await?;
+    socket.connect(upstream).await?;
+    socket.send(bytes).await?;
+    let question = bytes.get(12..).unwrap_or_default();
+    let mut buf = vec![0; 4096];
+    loop {
+        let n = socket.recv(&mut buf).await?;
+        let a = &buf[..n];
+        let name_end = question.iter().position(|b| *b == 0).map_or(0, |p| p + 5);
+        let same = a.get(..2) == Some(&id.to_be_bytes())
+            && a.get(12..12 + name_end).zip(question.get(..name_end)).is_some_and(|(x, y)| x.eq_ignore_ascii_case(y));
+        if same {
+            return Ok(a.to_vec());
+        }
+    }
+}
+
+/// Answers datagrams until the socket fails.
+pub async fn serve_udp(resolver: Arc<Resolver>, socket: Arc<UdpSocket>) -> io::Result<()> {
+    let mut buf = [0u8; 4096];
+    loop {
+        let (n, from) = match socket.recv_from(&mut buf).await {
+            Ok(x) => x,
+            // A client that has gone answers our answer with an ICMP error; that is its affair.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => continue,
+            Err(e) => return Err(e),
+        };
+        // Ours are answered in place; only what must be forwarded costs a task.
+        match resolve(&resolver.zone.load(), &buf[..n], true) {
+            Step::Answer(a) => {
+                let _ = socket.send_to(&a, from).await;
+            }
+            Step::Drop => {}
+            Step::Forward(_) => {
+                let (resolver, socket, bytes) = (resolver.clone(), socket.clone(), buf[..n].to_vec());
+                tokio::spawn(async move {
+                    if let Some(a) = resolver.answer(&bytes, true).await {
+                        let _ = socket.send_to(&a, from).await;
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// Accepts until the listener fails.
+pub async fn serve_tcp(resolver: Arc<Resolver>, listener: TcpListener) -> io::Result<()> {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let (stream, _) = listener.accept().await?;
+        let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
+        let resolver = resolver.clone();
+        tokio::spawn(async move {
+            let _slot = slot;
+            let _ = connection(&resolver, stream).await;
+        });
+    }
+}
+
+async fn connection(resolver: &Resolver, mut stream: TcpStream) -> io::Result<()> {
+    loop {
+        let len = timeout(TCP_IDLE, stream.read_u16()).await??;
+        let mut bytes = vec![0; usize::from(len)];
+        timeout(TCP_IDLE, stream.read_exact(&mut bytes)).await??;
+        let Some(answer) = resolver.answer(&bytes, false).await else { return Ok(()) };
+        let len = u16::try_from(answer.len()).unwrap_or(u16::MAX);
+        stream.write_all(&[&len.to_be_bytes()[..], &answer[..usize::from(len)]].concat()).await?;
+    }
+}
