@@ -1,0 +1,255 @@
+//! Typed access to the objects for the control service's own parts. It goes through the same registry as every other
+//! client: the same checks, the same audit line.
+
+use std::sync::Arc;
+
+use gateway_api::apis::experimental::tcproutes::TcpRoute;
+use gateway_api::apis::standard::httproutes::HttpRoute;
+use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::kinds::{self, Kind};
+use super::registry::{Context, DeleteOptions, ListOptions, Patch, Registry};
+use super::status::ApiError;
+use super::value::{rfc3339, rfc3339_micro};
+
+/// A type of the table of kinds.
+pub trait Object: Serialize + DeserializeOwned + Clone + Send + Sync + 'static {
+    /// API group, empty for core.
+    const GROUP: &'static str;
+    /// API version.
+    const VERSION: &'static str;
+    /// Plural.
+    const PLURAL: &'static str;
+
+    /// The object's metadata.
+    fn meta(&self) -> &ObjectMeta;
+    /// The object's metadata, to change.
+    fn meta_mut(&mut self) -> &mut ObjectMeta;
+
+    /// The entry of the table.
+    fn kind() -> &'static Kind {
+        kinds::find(Self::GROUP, Self::VERSION, Self::PLURAL).expect("every Object is in the table")
+    }
+
+    /// The object's name.
+    fn name(&self) -> &str {
+        self.meta().name.as_deref().unwrap_or_default()
+    }
+
+    /// The object's namespace, empty for cluster-wide ones.
+    fn namespace(&self) -> &str {
+        self.meta().namespace.as_deref().unwrap_or_default()
+    }
+
+    /// The object's uid.
+    fn uid(&self) -> &str {
+        self.meta().uid.as_deref().unwrap_or_default()
+    }
+
+    /// The store's revision of its last change.
+    fn revision(&self) -> u64 {
+        self.meta().resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or_default()
+    }
+
+    /// It is marked for deletion.
+    fn deleting(&self) -> bool {
+        self.meta().deletion_timestamp.is_some()
+    }
+}
+
+macro_rules! objects {
+    ($($ty:ty => $group:literal, $version:literal, $plural:literal;)*) => {
+        $(impl Object for $ty {
+            const GROUP: &'static str = $group;
+            const VERSION: &'static str = $version;
+            const PLURAL: &'static str = $plural;
+            fn meta(&self) -> &ObjectMeta {
+                &self.metadata
+            }
+            fn meta_mut(&mut self) -> &mut ObjectMeta {
+                &mut self.metadata
+            }
+        })*
+    };
+}
+
+objects! {
+    core::Namespace => "", "v1", "namespaces";
+    core::Node => "", "v1", "nodes";
+    core::Pod => "", "v1", "pods";
+    core::Service => "", "v1", "services";
+    core::ConfigMap => "", "v1", "configmaps";
+    core::Secret => "", "v1", "secrets";
+    core::ServiceAccount => "", "v1", "serviceaccounts";
+    core::Event => "", "v1", "events";
+    Lease => "coordination.k8s.io", "v1", "leases";
+    Deployment => "apps", "v1", "deployments";
+    ReplicaSet => "apps", "v1", "replicasets";
+    EndpointSlice => "discovery.k8s.io", "v1", "endpointslices";
+    HttpRoute => "gateway.networking.k8s.io", "v1", "httproutes";
+    TcpRoute => "gateway.networking.k8s.io", "v1alpha2", "tcproutes";
+}
+
+/// What an event is about and says.
+#[derive(Debug, Clone)]
+pub struct Notice<'a> {
+    /// `Normal` or `Warning`.
+    pub kind: &'a str,
+    /// One word for machines.
+    pub reason: &'a str,
+    /// For people.
+    pub message: &'a str,
+}
+
+/// Access for one part of the service.
+#[derive(Clone)]
+pub struct Client {
+    registry: Arc<Registry>,
+    ctx: Context,
+    part: String,
+}
+
+impl Client {
+    /// For the part of this name; it is the user of audit lines and the field manager `sluice.dev/<part>`.
+    pub fn new(registry: Arc<Registry>, part: &str) -> Self {
+        Client { registry, ctx: Context::internal(part), part: part.to_owned() }
+    }
+
+    /// The same objects, for another part.
+    pub fn named(&self, part: &str) -> Self {
+        Client::new(self.registry.clone(), part)
+    }
+
+    /// The untyped registry beneath.
+    pub fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    /// One object, if it is there.
+    pub async fn get<T: Object>(&self, namespace: &str, name: &str) -> Result<Option<T>, ApiError> {
+        match self.registry.get(T::kind(), namespace, name).await {
+            Ok(object) => decode(object).map(Some),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All objects of a type, of one namespace or of all, and their revision.
+    pub async fn list<T: Object>(&self, namespace: Option<&str>) -> Result<(Vec<T>, u64), ApiError> {
+        let listed = self.registry.list(T::kind(), namespace, &ListOptions::default()).await?;
+        let items: Result<Vec<T>, ApiError> = listed.items.into_iter().map(decode).collect();
+        Ok((items?, listed.revision))
+    }
+
+    /// A new object; its namespace is in its metadata.
+    pub async fn create<T: Object>(&self, object: &T) -> Result<T, ApiError> {
+        let body = encode::<T>(object)?;
+        decode(self.registry.create(&self.ctx, T::kind(), object.namespace(), body).await?.object)
+    }
+
+    /// Replaces an object; fails with a conflict if it changed since it was read.
+    pub async fn update<T: Object>(&self, object: &T) -> Result<T, ApiError> {
+        let at = (object.namespace(), object.name());
+        let body = encode::<T>(object)?;
+        decode(self.registry.update(&self.ctx, T::kind(), at, "", body).await?.object)
+    }
+
+    /// Replaces an object's status; fails with a conflict if the object changed since it was read.
+    pub async fn update_status<T: Object>(&self, object: &T) -> Result<T, ApiError> {
+        let at = (object.namespace(), object.name());
+        let body = encode::<T>(object)?;
+        decode(self.registry.update(&self.ctx, T::kind(), at, "status", body).await?.object)
+    }
+
+    /// Merges a difference into an object (`subresource` empty) or its status; never conflicts.
+    pub async fn merge<T: Object>(
+        &self,
+        namespace: &str,
+        name: &str,
+        subresource: &str,
+        difference: Value,
+    ) -> Result<T, ApiError> {
+        let patch = Patch::Merge(difference);
+        decode(self.registry.patch(&self.ctx, T::kind(), (namespace, name), subresource, &patch).await?.object)
+    }
+
+    /// Deletes an object; one that is gone already is no error. Returns the revision of the change.
+    pub async fn delete<T: Object>(&self, object: &T, mut options: DeleteOptions) -> Result<u64, ApiError> {
+        object.uid().clone_into(&mut options.uid);
+        let at = (object.namespace(), object.name());
+        match self.registry.delete(&self.ctx, T::kind(), at, &options).await {
+            Ok(written) => Ok(decode::<T>(written.object)?.revision()),
+            // Another of the same name is not the one that was to go.
+            Err(error) if error.is_not_found() || error.is_conflict() => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives a pod its node, if it is still as it was at `revision`.
+    pub async fn bind(&self, pod: &core::Pod, node: &str) -> Result<u64, ApiError> {
+        let fence = (pod.uid(), Some(pod.revision()));
+        self.registry.bind(&self.ctx, (pod.namespace(), pod.name()), node, fence).await
+    }
+
+    /// Says something of an object. The same reason about the same object counts up instead of piling up.
+    pub async fn notice<T: Object>(&self, about: &T, notice: &Notice<'_>) {
+        if let Err(error) = self.try_notice(about, notice).await {
+            tracing::debug!(%error, reason = notice.reason, "event not recorded");
+        }
+    }
+
+    async fn try_notice<T: Object>(&self, about: &T, notice: &Notice<'_>) -> Result<(), ApiError> {
+        let kind = T::kind();
+        let now = Timestamp::now();
+        let namespace = if about.namespace().is_empty() { "default" } else { about.namespace() };
+        let name = format!("{}.{:016x}", about.name(), fingerprint(&[about.uid(), notice.reason, notice.message]));
+        if let Some(known) = self.get::<core::Event>(namespace, &name).await? {
+            let count = known.count.unwrap_or(1) + 1;
+            let change = json!({"count": count, "lastTimestamp": rfc3339(now)});
+            self.merge::<core::Event>(namespace, &name, "", change).await?;
+            return Ok(());
+        }
+        let component = self.part.clone();
+        let body = json!({
+            "apiVersion": "v1", "kind": "Event", "metadata": {"name": name, "namespace": namespace},
+            "involvedObject": {
+                "kind": kind.kind, "apiVersion": kind.api_version(), "name": about.name(), "namespace": about.namespace(),
+                "uid": about.uid(), "resourceVersion": about.meta().resource_version,
+            },
+            "reason": notice.reason, "message": notice.message, "type": notice.kind, "count": 1,
+            "firstTimestamp": rfc3339(now), "lastTimestamp": rfc3339(now), "eventTime": rfc3339_micro(now),
+            "source": {"component": component}, "reportingComponent": component, "reportingInstance": "sluice-control",
+            "action": notice.reason,
+        });
+        self.registry.create(&self.ctx, core::Event::kind(), namespace, body).await?;
+        Ok(())
+    }
+}
+
+/// FNV-1a over the parts: stable across restarts, which is all a name needs.
+fn fingerprint(parts: &[&str]) -> u64 {
+    let bytes = parts.iter().flat_map(|part| part.bytes().chain([0]));
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// JSON of a typed object, with its kind.
+pub fn encode<T: Object>(object: &T) -> Result<Value, ApiError> {
+    let mut body = serde_json::to_value(object).map_err(ApiError::internal)?;
+    body["apiVersion"] = json!(T::kind().api_version());
+    body["kind"] = json!(T::kind().kind);
+    Ok(body)
+}
+
+/// A typed object from JSON.
+pub fn decode<T: Object>(object: Value) -> Result<T, ApiError> {
+    serde_json::from_value(object)
+        .map_err(|e| ApiError::internal(format!("a stored {} does not parse: {e}", T::PLURAL)))
+}

@@ -1,0 +1,457 @@
+//! What an object must satisfy beyond the types of its fields, in Kubernetes' words.
+//!
+//! PURE. Each function gets the new object and, for an update, the old one.
+
+use std::collections::HashSet;
+
+use serde_json::{Value, json};
+
+use super::status::Invalid;
+use super::value::{at, list, number, text};
+use crate::quantity;
+
+const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', \
+    and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is \
+    '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
+const LABEL: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must \
+    start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is \
+    '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
+const LABEL_1035: &str = "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an \
+    alphabetic character, and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for \
+    validation is '[a-z]([-a-z0-9]*[a-z0-9])?')";
+const LABEL_VALUE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', \
+    and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for \
+    validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
+const QUALIFIED: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end \
+    with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is \
+    '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
+const IMMUTABLE: &str = "field is immutable";
+const ANNOTATIONS_MAX: usize = 256 * 1024;
+
+/// A check of one kind.
+pub type Check = fn(&Value, Option<&Value>) -> Vec<Invalid>;
+
+/// How a kind's names look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NameRule {
+    /// Dotted DNS name.
+    Subdomain,
+    /// One DNS label.
+    Label,
+    /// One DNS label beginning with a letter.
+    Label1035,
+}
+
+/// One DNS label, RFC 1123.
+pub fn is_label(name: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    !name.is_empty() && name.len() <= 63 && name.bytes().all(inner) && !name.starts_with('-') && !name.ends_with('-')
+}
+
+fn is_subdomain(name: &str) -> bool {
+    name.len() <= 253 && name.split('.').all(is_label)
+}
+
+fn is_label_value(value: &str) -> bool {
+    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+    let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    value.is_empty()
+        || (value.len() <= 63 && value.chars().all(inner) && edge(value.chars().next()) && edge(value.chars().last()))
+}
+
+/// `prefix/name` or `name`, as label and annotation keys are.
+fn is_qualified(key: &str) -> bool {
+    let (prefix, name) = key.split_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
+    !name.is_empty() && is_label_value(name) && prefix.is_none_or(|prefix| is_subdomain(&prefix.to_ascii_lowercase()))
+}
+
+/// Name, labels and annotations.
+pub fn metadata(object: &Value, rule: NameRule) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    let name = text(object, "metadata.name");
+    let (valid, detail) = match rule {
+        NameRule::Subdomain => (is_subdomain(name), SUBDOMAIN),
+        NameRule::Label => (is_label(name), LABEL),
+        NameRule::Label1035 => (is_label(name) && name.starts_with(|c: char| c.is_ascii_lowercase()), LABEL_1035),
+    };
+    if name.is_empty() {
+        errors.push(Invalid::required("metadata.name", "name or generateName is required"));
+    } else if !valid {
+        errors.push(Invalid::value("metadata.name", &json!(name), detail));
+    }
+    errors.extend(labels(object, "metadata.labels"));
+    let annotations = at(object, "metadata.annotations").and_then(Value::as_object);
+    for key in annotations.into_iter().flat_map(|all| all.keys()).filter(|key| !is_qualified(key)) {
+        errors.push(Invalid::value("metadata.annotations", &json!(key), QUALIFIED));
+    }
+    let size: usize =
+        annotations.into_iter().flatten().map(|(key, value)| key.len() + value.as_str().map_or(0, str::len)).sum();
+    if size > ANNOTATIONS_MAX {
+        let message = format!("Too long: may not be more than {ANNOTATIONS_MAX} bytes");
+        errors.push(Invalid { field: "metadata.annotations".to_owned(), message });
+    }
+    errors
+}
+
+fn labels(object: &Value, path: &str) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    for (key, value) in at(object, path).and_then(Value::as_object).into_iter().flatten() {
+        if !is_qualified(key) {
+            errors.push(Invalid::value(path, &json!(key), QUALIFIED));
+        }
+        if !value.as_str().is_some_and(is_label_value) {
+            errors.push(Invalid::value(path, value, LABEL_VALUE));
+        }
+    }
+    errors
+}
+
+/// Nothing beyond the metadata.
+pub fn nothing(_: &Value, _: Option<&Value>) -> Vec<Invalid> {
+    Vec::new()
+}
+
+/// Deployments.
+pub fn deployment(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
+    let mut errors = workload(new, old);
+    let strategy = text(new, "spec.strategy.type");
+    if !matches!(strategy, "Recreate" | "RollingUpdate") {
+        errors.push(Invalid::unsupported("spec.strategy.type", strategy, &["Recreate", "RollingUpdate"]));
+    }
+    if strategy == "Recreate" && at(new, "spec.strategy.rollingUpdate").is_some() {
+        let detail = "may not be specified when strategy `type` is 'Recreate'";
+        errors.push(Invalid::forbidden("spec.strategy.rollingUpdate", detail));
+    }
+    errors.extend(rolling_update(new));
+    let deadline = number(new, "spec.progressDeadlineSeconds");
+    if at(new, "spec.progressDeadlineSeconds").is_some() && deadline <= number(new, "spec.minReadySeconds") {
+        let detail = "must be greater than minReadySeconds";
+        errors.push(Invalid::value("spec.progressDeadlineSeconds", &json!(deadline), detail));
+    }
+    errors
+}
+
+fn rolling_update(new: &Value) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    let mut zeros = 0;
+    for name in ["maxUnavailable", "maxSurge"] {
+        let path = format!("spec.strategy.rollingUpdate.{name}");
+        match at(new, &path) {
+            Some(Value::Number(n)) => {
+                if n.as_i64().is_none_or(|n| n < 0) {
+                    errors.push(Invalid::value(path, &json!(n), "must be greater than or equal to 0"));
+                }
+                zeros += i32::from(n.as_i64() == Some(0));
+            }
+            Some(Value::String(share)) => {
+                let percent = share.strip_suffix('%').and_then(|digits| digits.parse::<u32>().ok());
+                if percent.is_none() {
+                    let detail = "a valid percent string must be a numeric string followed by an ending '%' \
+                        (e.g. '1%',  or '93%', regex used for validation is '[0-9]+%')";
+                    errors.push(Invalid::value(path, &json!(share), detail));
+                } else if name == "maxUnavailable" && percent > Some(100) {
+                    errors.push(Invalid::value(path, &json!(share), "must not be greater than 100%"));
+                }
+                zeros += i32::from(percent == Some(0));
+            }
+            _ => {}
+        }
+    }
+    if zeros == 2 {
+        let (path, value) = ("spec.strategy.rollingUpdate.maxUnavailable", json!(0));
+        errors.push(Invalid::value(path, &value, "may not be 0 when `maxSurge` is 0"));
+    }
+    errors
+}
+
+/// ReplicaSets, and what Deployments share with them.
+pub fn workload(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    for name in ["replicas", "minReadySeconds", "revisionHistoryLimit"] {
+        let value = number(new, &format!("spec.{name}"));
+        if value < 0 {
+            let detail = "must be greater than or equal to 0";
+            errors.push(Invalid::value(format!("spec.{name}"), &json!(value), detail));
+        }
+    }
+    let selector = &new["spec"]["selector"];
+    let empty = |path: &str| at(selector, path).is_none_or(|v| v.as_object().is_none_or(serde_json::Map::is_empty));
+    if selector.is_object() && empty("matchLabels") && list(selector, "matchExpressions").is_empty() {
+        errors.push(Invalid::value("spec.selector", selector, "empty selector is invalid for deployment"));
+    } else if selector.is_object() && !selects(selector, &new["spec"]["template"]["metadata"]["labels"]) {
+        let labels = &new["spec"]["template"]["metadata"]["labels"];
+        let detail = "`selector` does not match template `labels`";
+        errors.push(Invalid::value("spec.template.metadata.labels", labels, detail));
+    }
+    if old.is_some_and(|old| old["spec"]["selector"] != *selector) {
+        errors.push(Invalid::value("spec.selector", selector, IMMUTABLE));
+    }
+    errors.extend(labels(new, "spec.template.metadata.labels"));
+    let restart = text(new, "spec.template.spec.restartPolicy");
+    if !restart.is_empty() && restart != "Always" {
+        errors.push(Invalid::unsupported("spec.template.spec.restartPolicy", restart, &["Always"]));
+    }
+    errors.extend(pod_spec(&new["spec"]["template"]["spec"], "spec.template.spec"));
+    errors
+}
+
+/// Whether a label selector (as JSON) selects the labels.
+pub fn selects(selector: &Value, labels: &Value) -> bool {
+    let label = |key: &str| labels.get(key).and_then(Value::as_str);
+    let equal = |(key, value): (&String, &Value)| label(key).is_some() && label(key) == value.as_str();
+    let expression = |requirement: &Value| {
+        let found = label(text(requirement, "key"));
+        let listed = || list(requirement, "values").iter().any(|value| value.as_str() == found);
+        match text(requirement, "operator") {
+            "In" => found.is_some() && listed(),
+            "NotIn" => found.is_none() || !listed(),
+            "Exists" => found.is_some(),
+            "DoesNotExist" => found.is_none(),
+            _ => false,
+        }
+    };
+    at(selector, "matchLabels").and_then(Value::as_object).into_iter().flatten().all(equal)
+        && list(selector, "matchExpressions").iter().all(expression)
+}
+
+/// Pods. After creation only a few fields may change.
+pub fn pod(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
+    let mut errors = pod_spec(&new["spec"], "spec");
+    if let Some(old) = old
+        && frozen(&old["spec"]) != frozen(&new["spec"])
+    {
+        let detail = "pod updates may not change fields other than `spec.containers[*].image`,\
+            `spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing \
+            tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)";
+        errors.push(Invalid::forbidden("spec", detail));
+    }
+    errors
+}
+
+/// The part of a pod's spec that must stay as it is. Binding sets the node once, by a path of its own.
+fn frozen(spec: &Value) -> Value {
+    let mut spec = spec.clone();
+    for containers in ["containers", "initContainers"] {
+        for container in spec.get_mut(containers).and_then(Value::as_array_mut).into_iter().flatten() {
+            container["image"] = Value::Null;
+        }
+    }
+    if let Some(fields) = spec.as_object_mut() {
+        for name in ["activeDeadlineSeconds", "tolerations", "terminationGracePeriodSeconds", "schedulingGates"] {
+            fields.remove(name);
+        }
+    }
+    spec
+}
+
+fn pod_spec(spec: &Value, path: &str) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    if list(spec, "containers").is_empty() && spec.is_object() {
+        errors.push(Invalid::required(format!("{path}.containers"), ""));
+    }
+    let volumes: HashSet<&str> = list(spec, "volumes").iter().map(|volume| text(volume, "name")).collect();
+    let mut names = HashSet::new();
+    for group in ["initContainers", "containers"] {
+        for (index, container) in list(spec, group).iter().enumerate() {
+            let path = format!("{path}.{group}[{index}]");
+            let name = text(container, "name");
+            if !name.is_empty() && !names.insert(name) {
+                let message = format!("Duplicate value: \"{name}\"");
+                errors.push(Invalid { field: format!("{path}.name"), message });
+            }
+            errors.extend(check_container(container, &path, &volumes));
+        }
+    }
+    let restart = text(spec, "restartPolicy");
+    if !matches!(restart, "" | "Always" | "OnFailure" | "Never") {
+        errors.push(Invalid::unsupported(format!("{path}.restartPolicy"), restart, &["Always", "OnFailure", "Never"]));
+    }
+    errors
+}
+
+fn check_container(container: &Value, path: &str, volumes: &HashSet<&str>) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    let name = text(container, "name");
+    if !is_label(name) && container.get("name").is_some() {
+        errors.push(Invalid::value(format!("{path}.name"), &json!(name), LABEL));
+    }
+    if text(container, "image").is_empty() {
+        errors.push(Invalid::required(format!("{path}.image"), ""));
+    }
+    for (index, port) in list(container, "ports").iter().enumerate() {
+        errors.extend(port_number(port, "containerPort", &format!("{path}.ports[{index}].containerPort")));
+    }
+    for (index, mount) in list(container, "volumeMounts").iter().enumerate() {
+        let volume = text(mount, "name");
+        if !volumes.contains(volume) {
+            let message = format!("Not found: \"{volume}\"");
+            errors.push(Invalid { field: format!("{path}.volumeMounts[{index}].name"), message });
+        }
+    }
+    let limits = &container["resources"]["limits"];
+    for (resource, request) in container["resources"]["requests"].as_object().into_iter().flatten() {
+        let amount = |value: &Value| value.as_str().and_then(quantity::parse_milli);
+        let path = format!("{path}.resources.requests");
+        if amount(request).is_some_and(|amount| amount < 0) {
+            errors.push(Invalid::value(format!("{path}[{resource}]"), request, "must be greater than or equal to 0"));
+        }
+        if let (Some(limit), Some(request_amount)) = (limits.get(resource).and_then(amount), amount(request))
+            && request_amount > limit
+        {
+            let detail = format!("must be less than or equal to {resource} limit of {}", text(limits, resource));
+            errors.push(Invalid::value(path, request, &detail));
+        }
+    }
+    errors
+}
+
+fn port_number(holder: &Value, field: &str, path: &str) -> Option<Invalid> {
+    let port = number(holder, field);
+    let bad = holder.get(field).is_some_and(Value::is_number) && !(1..=65_535).contains(&port);
+    bad.then(|| Invalid::value(path, &json!(port), "must be between 1 and 65535, inclusive"))
+}
+
+/// Services.
+pub fn service(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    let kind = text(new, "spec.type");
+    if !matches!(kind, "ClusterIP" | "NodePort" | "LoadBalancer" | "ExternalName") {
+        let all = ["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"];
+        errors.push(Invalid::unsupported("spec.type", kind, &all));
+    }
+    let ports = list(new, "spec.ports");
+    let headless = text(new, "spec.clusterIP") == "None";
+    if ports.is_empty() && !headless && kind != "ExternalName" {
+        errors.push(Invalid::required("spec.ports", ""));
+    }
+    if kind == "ExternalName" && text(new, "spec.externalName").is_empty() {
+        errors.push(Invalid::required("spec.externalName", ""));
+    }
+    let (mut names, mut taken) = (HashSet::new(), HashSet::new());
+    for (index, port) in ports.iter().enumerate() {
+        let path = format!("spec.ports[{index}]");
+        let name = text(port, "name");
+        if name.is_empty() && ports.len() > 1 {
+            errors.push(Invalid::required(format!("{path}.name"), ""));
+        } else if !name.is_empty() && !is_label(name) {
+            errors.push(Invalid::value(format!("{path}.name"), &json!(name), LABEL));
+        } else if !name.is_empty() && !names.insert(name) {
+            errors.push(Invalid { field: format!("{path}.name"), message: format!("Duplicate value: \"{name}\"") });
+        }
+        if !taken.insert((number(port, "port"), text(port, "protocol"))) {
+            let value = json!({"port": port["port"], "protocol": port["protocol"]});
+            errors.push(Invalid { field: path.clone(), message: format!("Duplicate value: {value}") });
+        }
+        errors.extend(port_number(port, "port", &format!("{path}.port")));
+        errors.extend(port_number(port, "targetPort", &format!("{path}.targetPort")));
+        let protocol = text(port, "protocol");
+        if !matches!(protocol, "TCP" | "UDP" | "SCTP") {
+            errors.push(Invalid::unsupported(format!("{path}.protocol"), protocol, &["SCTP", "TCP", "UDP"]));
+        }
+    }
+    let address = |object: &Value| text(object, "spec.clusterIP").to_owned();
+    if let Some(old) = old
+        && text(old, "spec.type") != "ExternalName"
+        && kind != "ExternalName"
+        && address(old) != address(new)
+    {
+        errors.push(Invalid::value("spec.clusterIPs[0]", &json!([address(new)]), "may not change once set"));
+    }
+    errors
+}
+
+/// ConfigMaps and Secrets may be sealed.
+pub fn sealed(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
+    let sealed = old.is_some_and(|old| old["immutable"] == true);
+    let differs = |field: &str| old.is_some_and(|old| old.get(field) != new.get(field));
+    let mut errors = Vec::new();
+    for field in ["immutable", "data", "binaryData"].into_iter().filter(|field| sealed && differs(field)) {
+        errors.push(Invalid::forbidden(field, "field is immutable when `immutable` is set"));
+    }
+    if differs("type") {
+        errors.push(Invalid::value("type", &new["type"], IMMUTABLE));
+    }
+    errors
+}
+
+/// Routes: ports and weights in range.
+pub fn route(new: &Value, _: Option<&Value>) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    for (rule_index, rule) in list(new, "spec.rules").iter().enumerate() {
+        for (index, backend) in list(rule, "backendRefs").iter().enumerate() {
+            let path = format!("spec.rules[{rule_index}].backendRefs[{index}]");
+            errors.extend(port_number(backend, "port", &format!("{path}.port")));
+            let weight = number(backend, "weight");
+            if !(0..=1_000_000).contains(&weight) {
+                let detail = "should be between 0 and 1000000";
+                errors.push(Invalid::value(format!("{path}.weight"), &json!(weight), detail));
+            }
+        }
+    }
+    for (index, parent) in list(new, "spec.parentRefs").iter().enumerate() {
+        errors.extend(port_number(parent, "port", &format!("spec.parentRefs[{index}].port")));
+    }
+    errors
+}
+
+/// Slices keep their address type.
+pub fn endpoint_slice(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    let kind = text(new, "addressType");
+    if !matches!(kind, "IPv4" | "IPv6" | "FQDN") {
+        errors.push(Invalid::unsupported("addressType", kind, &["FQDN", "IPv4", "IPv6"]));
+    }
+    if old.is_some_and(|old| old["addressType"] != new["addressType"]) {
+        errors.push(Invalid::value("addressType", &new["addressType"], IMMUTABLE));
+    }
+    if list(new, "endpoints").len() > 1_000 {
+        let message = "Too many: must have at most 1000 items".to_owned();
+        errors.push(Invalid { field: "endpoints".to_owned(), message });
+    }
+    errors
+}
+
+/// A node's pod range stays once given.
+pub fn node(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
+    let range = |object: &Value| text(object, "spec.podCIDR").to_owned();
+    let changed = old.is_some_and(|old| !range(old).is_empty() && range(old) != range(new));
+    let detail = "node updates may not change podCIDR except from \"\" to valid";
+    changed.then(|| Invalid::forbidden("spec.podCIDRs", detail)).into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        for (name, subdomain, label) in [
+            ("web", true, true),
+            ("web.example", true, false),
+            ("Web", false, false),
+            ("-web", false, false),
+            ("web-", false, false),
+            ("", false, false),
+            ("a..b", false, false),
+            ("10-a", true, true),
+        ] {
+            assert_eq!((is_subdomain(name), is_label(name)), (subdomain, label), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_selector_must_select_its_template() {
+        let object = json!({"spec": {"selector": {"matchLabels": {"app": "a"}}, "strategy": {"type": "RollingUpdate"},
+            "template": {"metadata": {"labels": {"app": "b"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}}}});
+        let errors = deployment(&object, None);
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert_eq!(errors[0].field, "spec.template.metadata.labels");
+    }
+
+    #[test]
+    fn a_service_keeps_its_address() {
+        let with = |ip: &str| json!({"spec": {"type": "ClusterIP", "clusterIP": ip, "ports": [{"port": 80, "protocol": "TCP"}]}});
+        assert!(service(&with("10.96.0.5"), Some(&with("10.96.0.5"))).is_empty());
+        assert_eq!(service(&with("10.96.0.6"), Some(&with("10.96.0.5"))).len(), 1);
+    }
+}

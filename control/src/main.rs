@@ -1,0 +1,112 @@
+//! `sluice-control`: the cluster's API, store, scheduler and controllers in one process.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use sluice_control::api::addresses::Cidr;
+use sluice_control::api::server;
+use sluice_control::ca::JoinToken;
+use sluice_control::service::{Config, Service};
+use tokio::signal::unix::{SignalKind, signal};
+
+#[derive(Parser)]
+#[command(name = "sluice-control", version, about = "The control service of a Sluice cluster")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve the API and run the cluster.
+    Serve(Serve),
+    /// Print the token with which nodes join.
+    Token {
+        /// The service's data directory.
+        #[arg(long)]
+        data_dir: PathBuf,
+    },
+}
+
+#[derive(Args)]
+struct Serve {
+    /// Where the store, the authority and credentials are kept.
+    #[arg(long)]
+    data_dir: PathBuf,
+    /// Address of the API (TLS).
+    #[arg(long, default_value = "0.0.0.0:6443")]
+    listen: SocketAddr,
+    /// Address of the discovery service (mTLS gRPC).
+    #[arg(long, default_value = "0.0.0.0:6444")]
+    discovery_listen: SocketAddr,
+    /// URL of the API for clients; written into admin.kubeconfig.
+    #[arg(long)]
+    advertise_url: Option<String>,
+    /// A further name or address of the serving certificate; may be repeated.
+    #[arg(long)]
+    san: Vec<String>,
+    /// Addresses of services.
+    #[arg(long, default_value = "10.96.0.0/16")]
+    service_cidr: Cidr,
+    /// Addresses of pods; each node gets a /24 of it.
+    #[arg(long, default_value = "10.244.0.0/16")]
+    pod_cidr: Cidr,
+    /// Static tokens: lines `token,user,uid,"group1,group2"`.
+    #[arg(long)]
+    token_auth_file: Option<PathBuf>,
+    /// A node is not ready when its lease is older than this many seconds.
+    #[arg(long, default_value_t = 50)]
+    node_monitor_grace_s: u64,
+    /// Pods leave a node that is not ready after this many seconds, unless they say otherwise.
+    #[arg(long, default_value_t = 300)]
+    eviction_s: u64,
+}
+
+impl Serve {
+    fn config(&self) -> Config {
+        Config {
+            data_dir: self.data_dir.clone(),
+            listen: self.listen,
+            advertise_url: self.advertise_url.clone(),
+            san: self.san.clone(),
+            service_cidr: self.service_cidr,
+            pod_cidr: self.pod_cidr,
+            token_file: self.token_auth_file.clone(),
+            node_grace: Duration::from_secs(self.node_monitor_grace_s),
+            eviction: Duration::from_secs(self.eviction_s),
+        }
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
+    match Cli::parse().command {
+        Command::Token { data_dir } => {
+            println!("{}", JoinToken::load_or_create(&data_dir)?.as_str());
+            Ok(())
+        }
+        Command::Serve(serve) => {
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+            runtime.block_on(run(serve))
+        }
+    }
+}
+
+async fn run(serve: Serve) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let inherited = server::inherited().context("take over inherited sockets")?;
+    let service = Service::start(&serve.config(), inherited, None).await?;
+    tracing::debug!(discovery = %serve.discovery_listen, "discovery address");
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("terminating"),
+        _ = interrupt.recv() => tracing::info!("interrupted"),
+    }
+    service.stop().await;
+    Ok(())
+}
