@@ -4,6 +4,7 @@
 pub mod identity;
 pub mod node;
 pub mod pods;
+pub mod relay;
 pub mod server;
 pub mod uplink;
 pub mod view;

@@ -106,11 +106,7 @@ impl Hub {
 
     /// A view is in force in all workers.
     pub fn in_force(&self) -> bool {
-        self.synced && self.in_force.iter().all(|g| *g > 0 && *g >= self.first_generation())
-    }
-
-    fn first_generation(&self) -> u64 {
-        1
+        self.synced && self.in_force.iter().all(|g| *g > 0)
     }
 
     /// A stream to the agent is open: says who we are, what we hold, and all that the app uses.
@@ -173,6 +169,9 @@ impl Hub {
 
     fn take_view(&mut self) -> Vec<Todo> {
         self.synced = true;
+        // An answer that crossed the end of its subscription would stay for ever.
+        let wanted = &self.wanted;
+        self.held.resolutions.retain(|d, _| wanted.contains_key(d));
         let todo = self.publish();
         if self.unacked.len() == MAX_UNACKED {
             self.unacked.pop_front();

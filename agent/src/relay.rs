@@ -1,0 +1,144 @@
+//! The node's relay: serves the discovery protocol and signing to the sidecars of this node, each inside its pod's
+//! network namespace, from the agent's one view; reports upwards which sidecar has which routes in force and what they
+//! count.
+//!
+//! What a sidecar gets is decided in `scope` and `feed`, what is reported in `holders` and `totals` (all PURE); here
+//! and in `server` are the shells. Who a sidecar is has been attested by the caller before.
+
+pub mod feed;
+pub mod holders;
+pub mod scope;
+mod server;
+pub mod totals;
+
+use crate::view::View;
+use holders::Holders;
+use sluice_wire::v1::{self, WorkloadRef};
+use std::sync::{Arc, Mutex, MutexGuard};
+use tokio::{
+    net::UnixListener,
+    sync::{mpsc, watch},
+    time::{Duration, Instant},
+};
+use tonic::Status;
+use totals::Totals;
+
+/// Has signing requests answered; the agent forwards them to control.
+#[tonic::async_trait]
+pub trait Signer: Send + Sync {
+    /// A certificate for the workload, or why not.
+    async fn sign(&self, workload: WorkloadRef, csr_pem: String) -> Result<v1::SignResponse, Status>;
+}
+
+/// Signs nothing: sidecars stay without mTLS.
+pub struct NoSigner;
+
+#[tonic::async_trait]
+impl Signer for NoSigner {
+    async fn sign(&self, _workload: WorkloadRef, _csr_pem: String) -> Result<v1::SignResponse, Status> {
+        Err(Status::unimplemented("this cluster signs no workload certificates"))
+    }
+}
+
+/// Shared by the sidecars' streams.
+pub struct Relay {
+    views: watch::Receiver<View>,
+    /// Seconds between a sidecar's reports.
+    interval: watch::Receiver<u32>,
+    signer: Arc<dyn Signer>,
+    state: Mutex<State>,
+    holders: watch::Sender<v1::Holders>,
+}
+
+struct State {
+    holders: Holders,
+    totals: Totals,
+}
+
+impl Relay {
+    /// Relays `views`; `holders` is kept true.
+    pub fn new(
+        views: watch::Receiver<View>,
+        interval: watch::Receiver<u32>,
+        holders: watch::Sender<v1::Holders>,
+        signer: Arc<dyn Signer>,
+    ) -> Arc<Self> {
+        let state = State { holders: Holders::default(), totals: Totals::new(uuid()) };
+        Arc::new(Self { views, interval, signer, state: Mutex::new(state), holders })
+    }
+
+    /// Serves the sidecar of `workload` on `listener` until `until` is ready.
+    pub async fn serve(
+        self: Arc<Self>,
+        listener: UnixListener,
+        workload: WorkloadRef,
+        until: impl Future<Output = ()>,
+    ) -> Result<(), tonic::transport::Error> {
+        server::serve(self, listener, workload, until).await
+    }
+
+    /// The pod is gone: nothing waits for its acknowledgement any more.
+    pub fn forget(&self, uid: &str) {
+        self.with_state(|s| {
+            s.holders.forget(uid);
+            s.totals.forget(uid);
+        });
+    }
+
+    /// What all sidecars have counted, cumulative since this agent's start.
+    pub fn metrics(&self) -> v1::Metrics {
+        self.lock().totals.report()
+    }
+
+    /// Sends the sidecars' counters upwards in the interval that control asks for, and drops what belongs to pods that
+    /// are no longer in the view. Ends when nobody takes the reports.
+    pub async fn report(self: Arc<Self>, metrics: mpsc::Sender<v1::Metrics>) {
+        let (mut views, mut interval) = (self.views.clone(), self.interval.clone());
+        let mut last = Instant::now();
+        loop {
+            let every = Duration::from_secs((*interval.borrow_and_update()).clamp(1, 3600).into());
+            tokio::select! {
+                () = tokio::time::sleep_until(last + every) => {
+                    last = Instant::now();
+                    if metrics.send(self.metrics()).await.is_err() {
+                        return;
+                    }
+                }
+                changed = interval.changed() => if changed.is_err() { return },
+                changed = views.changed() => match changed {
+                    Ok(()) => self.forget_gone(&views.borrow_and_update().clone()),
+                    Err(_) => return,
+                },
+            }
+        }
+    }
+
+    fn forget_gone(&self, view: &View) {
+        let live: std::collections::BTreeSet<&str> = view.snapshot.workloads().map(|w| w.uid.as_str()).collect();
+        let gone: Vec<String> =
+            self.lock().holders.uids().filter(|u| !live.contains(u)).map(str::to_owned).collect();
+        gone.iter().for_each(|uid| self.forget(uid));
+    }
+
+    /// Changes the state and publishes the holders if that changed them.
+    fn with_state<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let result = change(&mut state);
+        let list = state.holders.list();
+        self.holders.send_if_modified(|published| {
+            let differs = published.holders != list;
+            published.holders = list;
+            differs
+        });
+        result
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// Names this agent's counters.
+fn uuid() -> String {
+    format!("{:016x}", rand::random::<u64>())
+}

@@ -1,0 +1,222 @@
+//! What a sidecar may know: its own workload and policy, and of each destination that it dialled what the address
+//! means, the service, its routes, and the services and endpoints those name. PURE.
+
+use sluice_model::{Delta, Kind, Name, Resource, ResourceKey, Snapshot};
+use sluice_traffic::resolve::{Resolved, resolve};
+use sluice_wire::{
+    CHUNK_RESOURCES,
+    convert::{address_to_wire, key_to_wire, resource_to_wire},
+    v1,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+/// A sidecar's part of a snapshot.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scope {
+    pub resources: Snapshot,
+    pub resolutions: BTreeMap<SocketAddr, Resolved>,
+}
+
+impl Scope {
+    /// The part of `snapshot` for `workload`, which dialled `destinations`.
+    pub fn of(snapshot: &Snapshot, workload: &Name, destinations: &BTreeSet<SocketAddr>) -> Self {
+        let resolutions: BTreeMap<_, _> = destinations.iter().map(|d| (*d, resolve(snapshot, *d))).collect();
+        let mut keys: BTreeSet<ResourceKey> = BTreeSet::new();
+        let mut add = |kind, name: &Name| keys.insert(ResourceKey { kind, name: name.clone() });
+        add(Kind::Workload, workload);
+        add(Kind::Policy, workload);
+        let dialled: BTreeSet<&Name> = resolutions.values().filter_map(|r| r.service.as_ref()).collect();
+        for service in &dialled {
+            add(Kind::Service, service);
+            add(Kind::EndpointSet, service);
+        }
+        for route in snapshot.routes().filter(|r| dialled.contains(&r.parent)) {
+            add(Kind::Route, &route.name);
+            for backend in route.rules.iter().flat_map(|r| &r.backends) {
+                add(Kind::Service, &backend.service);
+                add(Kind::EndpointSet, &backend.service);
+            }
+        }
+        let found: Vec<Arc<Resource>> = keys.iter().filter_map(|k| snapshot.get(k).cloned()).collect();
+        Self { resources: Snapshot::from_shared(snapshot.revision, found), resolutions }
+    }
+
+    pub fn routes(&self) -> Vec<Name> {
+        self.resources.routes().map(|r| r.name.clone()).collect()
+    }
+
+    /// The Update that turns `before` into this, in chunks; none when nothing differs. Without `before`, a full one.
+    pub fn updates(&self, before: Option<&Scope>, epoch: &str) -> Vec<v1::Update> {
+        let empty = Scope::default();
+        let old = before.unwrap_or(&empty);
+        let delta = old.resources.diff(&self.resources);
+        let resolved: Vec<(&SocketAddr, &Resolved)> =
+            self.resolutions.iter().filter(|(d, r)| old.resolutions.get(d) != Some(r)).collect();
+        if before.is_some() && delta.is_empty() && resolved.is_empty() {
+            return Vec::new();
+        }
+        let mut chunks = self.chunks(&delta, &resolved, epoch);
+        if let Some(first) = chunks.first_mut() {
+            first.full = before.is_none();
+        }
+        if let Some(last) = chunks.last_mut() {
+            last.last = true;
+        }
+        chunks
+    }
+
+    fn chunks(&self, delta: &Delta, resolved: &[(&SocketAddr, &Resolved)], epoch: &str) -> Vec<v1::Update> {
+        let revision = self.resources.revision;
+        let empty = || v1::Update { epoch: epoch.to_owned(), revision: revision.0, ..v1::Update::default() };
+        let changed = delta.changed.chunks(CHUNK_RESOURCES).map(|part| v1::Update {
+            changed: part.iter().map(|r| resource_to_wire(r, revision)).collect(),
+            ..empty()
+        });
+        let removed = delta.removed.chunks(CHUNK_RESOURCES).map(|part| v1::Update {
+            removed: part.iter().map(key_to_wire).collect(),
+            ..empty()
+        });
+        let resolutions = resolved.chunks(CHUNK_RESOURCES).map(|part| v1::Update {
+            resolutions: part.iter().map(|(d, r)| resolution_to_wire(**d, r)).collect(),
+            ..empty()
+        });
+        let chunks: Vec<_> = changed.chain(removed).chain(resolutions).collect();
+        if chunks.is_empty() { vec![empty()] } else { chunks }
+    }
+}
+
+fn resolution_to_wire(d: SocketAddr, r: &Resolved) -> v1::Resolution {
+    v1::Resolution {
+        destination: Some(v1::Destination { address: address_to_wire(d.ip()), port: d.port().into() }),
+        service: r.service.as_ref().map(Into::into),
+        identity: r.identity.as_ref().map(ToString::to_string).unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use sluice_model::*;
+
+    pub(crate) fn workload(name: &str) -> Resource {
+        Resource::Workload(Workload {
+            name: Name::new("shop", name),
+            uid: format!("uid-{name}"),
+            node: "n1".into(),
+            addresses: vec![],
+            identity: "spiffe://cluster.local/ns/shop/sa/default".parse().expect("identity"),
+            meshed: true,
+        })
+    }
+
+    pub(crate) fn service(name: &str, ip: &str) -> [Resource; 2] {
+        let port = ServicePort {
+            name: "http".into(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            app_protocol: AppProtocol::Detect,
+        };
+        let name = Name::new("shop", name);
+        [
+            Resource::Service(Service {
+                name: name.clone(),
+                virtual_ips: vec![ip.parse().expect("address")],
+                ports: vec![port],
+            }),
+            Resource::EndpointSet(EndpointSet { name, endpoints: vec![] }),
+        ]
+    }
+
+    pub(crate) fn route(parent: &str, backends: &[(&str, u32)]) -> Resource {
+        let backends = backends
+            .iter()
+            .map(|(name, weight)| Backend { service: Name::new("shop", *name), port: 80, weight: *weight })
+            .collect();
+        Resource::Route(Route {
+            name: Name::new("shop", format!("{parent}-route")),
+            kind: RouteKind::Http,
+            parent: Name::new("shop", parent),
+            parent_port: None,
+            created_s: 1,
+            generation: 1,
+            rules: vec![Rule { matches: vec![], backends }],
+        })
+    }
+
+    pub(crate) fn snapshot(revision: u64, canary: u32) -> Snapshot {
+        let mut all = vec![workload("client"), workload("other"), route("web", &[("web", 100 - canary), ("v2", canary)])];
+        all.extend(service("web", "10.96.0.1"));
+        all.extend(service("v2", "10.96.0.2"));
+        all.extend(service("unused", "10.96.0.3"));
+        Snapshot::new(Revision(revision), all)
+    }
+
+    pub(crate) fn dialled(list: &[&str]) -> BTreeSet<SocketAddr> {
+        list.iter().map(|d| d.parse().expect("address")).collect()
+    }
+
+    fn scope(s: &Snapshot, list: &[&str]) -> Scope {
+        Scope::of(s, &Name::new("shop", "client"), &dialled(list))
+    }
+
+    fn keys(s: &Scope) -> Vec<String> {
+        s.resources.iter().map(|r| format!("{:?} {}", r.kind(), r.name().name)).collect()
+    }
+
+    #[test]
+    fn a_sidecar_sees_itself_and_what_it_dialled() {
+        let s = snapshot(1, 10);
+        assert_eq!(keys(&scope(&s, &[])), ["Workload client"]);
+        assert_eq!(keys(&scope(&s, &["9.9.9.9:80"])), ["Workload client"]);
+        let web = scope(&s, &["10.96.0.1:80"]);
+        assert_eq!(
+            keys(&web),
+            [
+                "Service v2",
+                "Service web",
+                "EndpointSet v2",
+                "EndpointSet web",
+                "Route web-route",
+                "Workload client"
+            ]
+        );
+        assert_eq!(web.routes(), [Name::new("shop", "web-route")]);
+        assert_eq!(keys(&scope(&s, &["10.96.0.3:80"])).len(), 3);
+    }
+
+    #[test]
+    fn only_differences_are_sent() {
+        let before = scope(&snapshot(1, 10), &["10.96.0.1:80"]);
+        let first = before.updates(None, "e");
+        assert!(first[0].full && first.last().expect("a chunk").last);
+        assert!(scope(&snapshot(2, 10), &["10.96.0.1:80"]).updates(Some(&before), "e").is_empty());
+        let change = scope(&snapshot(2, 50), &["10.96.0.1:80"]).updates(Some(&before), "e");
+        assert_eq!(change.iter().map(|u| u.changed.len()).sum::<usize>(), 1, "the route");
+        assert!(!change[0].full);
+        let left = scope(&snapshot(2, 10), &[]).updates(Some(&before), "e");
+        assert_eq!(left.iter().map(|u| u.removed.len()).sum::<usize>(), 5);
+    }
+
+    #[test]
+    fn unknown_destinations_are_answered_too() {
+        let updates = scope(&snapshot(1, 0), &["9.9.9.9:80"]).updates(None, "e");
+        let resolutions: Vec<_> = updates.iter().flat_map(|u| &u.resolutions).collect();
+        assert!(matches!(resolutions[..], [r] if r.service.is_none() && r.identity.is_empty()));
+    }
+
+    #[test]
+    fn large_scopes_come_in_chunks() {
+        let many = (0..CHUNK_RESOURCES + 1).map(|i| {
+            Resource::EndpointSet(EndpointSet { name: Name::new("a", i.to_string()), endpoints: vec![] })
+        });
+        let scope = Scope { resources: Snapshot::new(Revision(1), many), ..Scope::default() };
+        let updates = scope.updates(None, "e");
+        assert_eq!(updates.iter().map(|u| u.changed.len()).collect::<Vec<_>>(), [CHUNK_RESOURCES, 1]);
+        assert_eq!(updates.iter().map(|u| (u.full, u.last)).collect::<Vec<_>>(), [(true, false), (false, true)]);
+        assert_eq!(Scope::default().updates(None, "e").len(), 1, "an empty view is a view");
+    }
+}
