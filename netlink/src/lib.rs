@@ -8,6 +8,7 @@
 
 mod error;
 pub mod kernel;
+pub mod lab;
 pub mod link;
 pub mod ns;
 pub mod plan;

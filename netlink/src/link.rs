@@ -4,7 +4,7 @@ use crate::{Connection, Error, Netns, error::Result, plan::GATEWAY_MAC, rtnl::Re
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
     RouteNetlinkMessage as Message,
-    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State as LinkState},
 };
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -74,6 +74,16 @@ fn found(m: &LinkMessage) -> Found {
         _ => None,
     });
     Found { index: m.header.index, up: m.header.flags.contains(LinkFlags::Up), mac, mtu }
+}
+
+/// The link is operationally up (RFC 2863): packets pass.
+pub fn carrier(connection: &mut Connection, name: &str) -> Result<bool> {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+    let Message::NewLink(m) = connection.get(Message::GetLink(message), &format!("find link {name}"))? else {
+        return Ok(false);
+    };
+    Ok(m.attributes.iter().any(|a| matches!(a, LinkAttribute::OperState(LinkState::Up))))
 }
 
 /// All links of the connection's namespace, by name.

@@ -1,0 +1,118 @@
+//! `sluice check`: is the cluster as it should be? One line per thing looked at; the remedy beside what is wrong.
+
+use crate::{
+    client::{block_on, connect},
+    cluster::Cluster,
+    machine,
+};
+use anyhow::{Result, bail};
+use gateway_api::httproutes::HttpRoute;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::{Api, Client, ResourceExt, api::ListParams};
+use std::path::Path;
+
+struct Report {
+    wrong: usize,
+}
+
+impl Report {
+    fn line(&mut self, what: &str, verdict: std::result::Result<String, String>) {
+        match verdict {
+            Ok(detail) => println!("ok    {what}  {detail}"),
+            Err(why) => {
+                self.wrong += 1;
+                println!("WRONG {what}  {why}");
+            }
+        }
+    }
+}
+
+pub fn run(kubeconfig: &Path, local: Option<Cluster>) -> Result<()> {
+    let mut report = Report { wrong: 0 };
+    block_on(async {
+        let client = connect(kubeconfig).await?;
+        match client.apiserver_version().await {
+            Ok(v) => report.line("api", Ok(v.git_version)),
+            Err(e) => report.line("api", Err(format!("{e}; is control running? see its log"))),
+        }
+        nodes(&client, &mut report).await?;
+        pods(&client, &mut report).await?;
+        routes(&client, &mut report).await
+    })?;
+    if let Some(c) = local {
+        machines(&c, &mut report);
+    }
+    if report.wrong > 0 { bail!("{} things are wrong", report.wrong) } else { Ok(()) }
+}
+
+async fn nodes(client: &Client, report: &mut Report) -> Result<()> {
+    for n in Api::<Node>::all(client.clone()).list(&ListParams::default()).await? {
+        let ready = n.status.iter().flat_map(|s| s.conditions.iter().flatten()).find(|c| c.type_ == "Ready");
+        let verdict = match ready {
+            Some(c) if c.status == "True" => Ok(String::new()),
+            Some(c) => {
+                Err(format!("{}: {}", c.reason.clone().unwrap_or_default(), c.message.clone().unwrap_or_default()))
+            }
+            None => Err("its agent has never reported; is it running?".to_owned()),
+        };
+        report.line(&format!("node {}", n.name_any()), verdict);
+    }
+    Ok(())
+}
+
+async fn pods(client: &Client, report: &mut Report) -> Result<()> {
+    let pods = Api::<Pod>::all(client.clone()).list(&ListParams::default()).await?;
+    let ready = |p: &Pod| {
+        p.status.iter().flat_map(|s| s.conditions.iter().flatten()).any(|c| c.type_ == "Ready" && c.status == "True")
+    };
+    let phase = |p: &Pod| p.status.as_ref().and_then(|s| s.phase.clone()).unwrap_or_default();
+    let live: Vec<_> =
+        pods.iter().filter(|p| phase(p) != "Succeeded" && p.metadata.deletion_timestamp.is_none()).collect();
+    let bad: Vec<_> = live
+        .iter()
+        .filter(|p| !ready(p))
+        .map(|p| format!("{}/{}", p.namespace().unwrap_or_default(), p.name_any()))
+        .collect();
+    let verdict = if bad.is_empty() {
+        Ok(format!("{} ready", live.len()))
+    } else {
+        Err(format!("not ready: {}; `kubectl describe pod` says why", bad.join(", ")))
+    };
+    report.line("pods", verdict);
+    Ok(())
+}
+
+async fn routes(client: &Client, report: &mut Report) -> Result<()> {
+    for r in Api::<HttpRoute>::all(client.clone()).list(&ListParams::default()).await? {
+        let wrong: Vec<_> = r
+            .status
+            .iter()
+            .flat_map(|s| &s.parents)
+            .flat_map(|p| &p.conditions)
+            .filter(|c| c.status != "True" && c.type_ != "UnmeshedFallback")
+            .map(|c| format!("{}: {} {}", c.type_, c.reason, c.message))
+            .collect();
+        let verdict = if wrong.is_empty() { Ok(String::new()) } else { Err(wrong.join("; ")) };
+        report.line(&format!("route {}/{}", r.namespace().unwrap_or_default(), r.name_any()), verdict);
+    }
+    Ok(())
+}
+
+/// On the machines of a local cluster: the kernel's side of the data path is there.
+fn machines(c: &Cluster, report: &mut Report) {
+    for i in 0..c.nodes {
+        let node = c.node(i);
+        let looked = machine::inside(
+            &node,
+            &["/bin/sh", "-c", "ls /sys/fs/bpf/sluice/v1 && test -e /run/cni/net.d/10-sluice.conflist"],
+        );
+        let verdict = match looked.and_then(|mut c| Ok(c.output()?)) {
+            Ok(out) if out.status.success() => {
+                Ok(format!("{} pins, CNI configured", String::from_utf8_lossy(&out.stdout).lines().count()))
+            }
+            Ok(_) => Err("eBPF pins or the CNI configuration are missing; see the agent's log".to_owned()),
+            Err(e) => Err(e.to_string()),
+        };
+        report.line(&format!("kernel of {}", node.name), verdict);
+    }
+}

@@ -1,0 +1,42 @@
+//! A typed client of the cluster's API.
+
+use anyhow::{Context, Result};
+use kube::{
+    Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use std::{future::Future, path::Path};
+
+/// One thread is plenty for a command line.
+pub fn block_on<T>(f: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(f)
+}
+
+pub async fn connect(kubeconfig: &Path) -> Result<Client> {
+    let file = Kubeconfig::read_from(kubeconfig)
+        .with_context(|| format!("read the kubeconfig {}; is a cluster up? (`sluice up`)", kubeconfig.display()))?;
+    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
+    Ok(Client::try_from(config)?)
+}
+
+/// What the sidecars counted, per route and backend (control's own resource).
+#[derive(Clone, Debug, Default, serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Row {
+    pub route: String,
+    pub backend: String,
+    pub requests: u64,
+    pub failures: u64,
+    pub latency_us_sum: u64,
+}
+
+#[derive(serde::Deserialize)]
+struct Traffic {
+    items: Vec<Row>,
+}
+
+pub async fn traffic(client: &Client) -> Result<Vec<Row>> {
+    let request = http::Request::get("/apis/traffic.sluice.dev/v1alpha1/routes").body(vec![])?;
+    let t: Traffic = client.request(request).await.context("read the measured traffic")?;
+    Ok(t.items)
+}
