@@ -1,6 +1,7 @@
 //! Programs to test and measure with: an echo server that proves what it has seen, an open-loop load generator that
 //! counts honestly, and side-by-side runs against peers (in `src/bin`).
 
+pub mod backend;
 pub mod echo;
 pub mod echo_state;
 pub mod load;

@@ -1,0 +1,233 @@
+//! What the tests of this folder share: snapshots, a sidecar outside a pod, and a client that sees every byte.
+#![allow(dead_code, unreachable_pub)] // each test file uses a part of it
+
+use sluice_bench::backend::Backend;
+use sluice_model::*;
+use sluice_proxy::{
+    control::Source,
+    run::{Listen, Running, Settings},
+};
+use sluice_wire::v1::WorkloadRef;
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    time::{Duration, Instant},
+};
+
+pub const WEB: &str = "10.96.0.1:80";
+pub const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+pub fn address(a: &str) -> SocketAddr {
+    a.parse().expect("an address")
+}
+
+/// A service of one HTTP port whose endpoints are `addresses`.
+pub fn service(name: &str, ip: &str, app_protocol: AppProtocol, addresses: &[SocketAddr]) -> Vec<Resource> {
+    let name = Name::new("shop", name);
+    // Endpoints of one test listen on different ports of one machine: each is a port of its own name.
+    let endpoint = |a: &SocketAddr| Endpoint {
+        address: a.ip(),
+        ready: true,
+        node: String::new(),
+        workload: None,
+        hostname: None,
+        mesh: Mesh::Plain,
+        ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: a.port() }],
+    };
+    let port = ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, app_protocol };
+    vec![
+        Resource::Service(Service {
+            name: name.clone(),
+            virtual_ips: vec![ip.parse().expect("an address")],
+            ports: vec![port],
+        }),
+        Resource::EndpointSet(EndpointSet { name, endpoints: addresses.iter().map(endpoint).collect() }),
+    ]
+}
+
+pub fn backend(name: &str, weight: u32) -> sluice_model::Backend {
+    sluice_model::Backend { service: Name::new("shop", name), port: 80, weight }
+}
+
+pub fn route(rules: Vec<Rule>) -> Resource {
+    Resource::Route(Route {
+        name: Name::new("shop", "web-route"),
+        kind: RouteKind::Http,
+        parent: Name::new("shop", "web"),
+        parent_port: None,
+        created_s: 1,
+        generation: 1,
+        rules,
+    })
+}
+
+pub fn split(weights: &[(&str, u32)]) -> Resource {
+    route(vec![Rule { matches: vec![], backends: weights.iter().map(|(n, w)| backend(n, *w)).collect() }])
+}
+
+pub fn workload() -> WorkloadRef {
+    WorkloadRef { namespace: "shop".into(), name: "client".into(), uid: "u".into() }
+}
+
+pub fn settings(resources: Vec<Resource>) -> Settings {
+    Settings {
+        workload: workload(),
+        source: Source::Static(Snapshot::new(Revision(1), resources)),
+        listen: Listen::At { outbound: vec![(LOCAL, address(WEB))], inbound: vec![] },
+        workers: 1,
+        admin: LOCAL,
+        drain: Duration::from_secs(10),
+    }
+}
+
+/// A sidecar that takes connections to its first outbound listener as ones to `WEB`.
+pub fn sidecar(resources: Vec<Resource>) -> Running {
+    Running::start(settings(resources)).expect("the sidecar starts")
+}
+
+/// A client's connection.
+pub struct Client {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+impl Answer {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.split("\r\n").skip(1).find_map(|l| {
+            let (n, v) = l.split_once(':')?;
+            n.eq_ignore_ascii_case(name).then(|| v.trim())
+        })
+    }
+
+    pub fn version(&self) -> &str {
+        self.header("x-version").unwrap_or("none")
+    }
+
+    pub fn reason(&self) -> &str {
+        self.header("x-sluice-reason").unwrap_or("none")
+    }
+}
+
+impl Client {
+    pub fn connect(to: SocketAddr) -> Self {
+        let stream = TcpStream::connect(to).expect("connect");
+        stream.set_nodelay(true).expect("nodelay");
+        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+        Self { stream, buffer: Vec::new() }
+    }
+
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.write_all(bytes.as_ref()).expect("send");
+    }
+
+    pub fn half_close(&mut self) {
+        self.stream.shutdown(std::net::Shutdown::Write).expect("shutdown");
+    }
+
+    pub fn get(&mut self, path: &str) -> Answer {
+        self.ask("GET", path, "")
+    }
+
+    /// `headers`: whole lines, each with its line end.
+    pub fn ask(&mut self, method: &str, path: &str, headers: &str) -> Answer {
+        self.send(format!("{method} {path} HTTP/1.1\r\nhost: web\r\n{headers}\r\n"));
+        self.answer(method == "HEAD").expect("an answer")
+    }
+
+    /// The next answer; `None` when the connection ended before.
+    pub fn answer(&mut self, without_body: bool) -> Option<Answer> {
+        let head = self.take_until("\r\n\r\n")?;
+        let status: u16 = head.split(' ').nth(1)?.parse().ok()?;
+        let mut answer = Answer { status, head, body: String::new() };
+        if without_body || status == 101 || status == 204 {
+            return Some(answer);
+        }
+        answer.body = match (answer.header("content-length"), answer.header("transfer-encoding")) {
+            (Some(n), _) => self.take(n.parse().expect("a length"))?,
+            (None, Some("chunked")) => self.chunks()?,
+            _ => self.rest(),
+        };
+        Some(answer)
+    }
+
+    fn chunks(&mut self) -> Option<String> {
+        let mut body = String::new();
+        loop {
+            let line = self.take_until("\r\n")?;
+            let size = usize::from_str_radix(line.trim_end().split(';').next()?, 16).ok()?;
+            body += &self.take(size)?;
+            self.take_until("\r\n")?;
+            if size == 0 {
+                return Some(body);
+            }
+        }
+    }
+
+    pub fn rest(&mut self) -> String {
+        while self.fill() {}
+        String::from_utf8_lossy(&std::mem::take(&mut self.buffer)).into_owned()
+    }
+
+    pub fn take(&mut self, n: usize) -> Option<String> {
+        while self.buffer.len() < n {
+            if !self.fill() {
+                return None;
+            }
+        }
+        Some(String::from_utf8_lossy(&self.buffer.drain(..n).collect::<Vec<_>>()).into_owned())
+    }
+
+    fn take_until(&mut self, end: &str) -> Option<String> {
+        loop {
+            let found = self.buffer.windows(end.len()).position(|w| w == end.as_bytes());
+            if let Some(at) = found {
+                return self.take(at + end.len());
+            }
+            if !self.fill() {
+                return None;
+            }
+        }
+    }
+
+    /// The other side has ended the connection, in whatever way.
+    pub fn ended(&mut self) -> bool {
+        !self.fill()
+    }
+
+    fn fill(&mut self) -> bool {
+        let mut part = [0; 16 * 1024];
+        match self.stream.read(&mut part) {
+            Ok(0) | Err(_) => false,
+            Ok(n) => {
+                self.buffer.extend_from_slice(&part[..n]);
+                true
+            }
+        }
+    }
+}
+
+/// Polls until `condition` holds; fails the test after ten seconds.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(Instant::now() < until, "not within ten seconds: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+pub fn start(version: &str) -> Backend {
+    Backend::start(version).expect("the backend starts")
+}
+
+/// An address where nothing listens.
+pub fn nowhere() -> SocketAddr {
+    let listener = std::net::TcpListener::bind(LOCAL).expect("bind");
+    listener.local_addr().expect("an address")
+}
