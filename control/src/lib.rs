@@ -4,7 +4,12 @@
 pub mod api;
 pub mod bootstrap;
 pub mod ca;
+pub mod compile;
 pub mod controllers;
+pub mod discovery;
+pub mod inject;
+pub mod mesh;
 pub mod quantity;
+pub mod schedule;
 pub mod service;
 pub mod store;

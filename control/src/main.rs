@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use sluice_control::api::addresses::Cidr;
 use sluice_control::api::server;
 use sluice_control::ca::JoinToken;
+use sluice_control::mesh;
 use sluice_control::service::{Config, Service};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -48,6 +49,15 @@ struct Serve {
     /// A further name or address of the serving certificate; may be repeated.
     #[arg(long)]
     san: Vec<String>,
+    /// Image of the injected sidecar.
+    #[arg(long, default_value = "sluice.local/proxy:dev")]
+    proxy_image: String,
+    /// In every workload's identity.
+    #[arg(long, default_value = "cluster.local")]
+    trust_domain: String,
+    /// Life of a workload's certificate, in seconds.
+    #[arg(long, default_value_t = 3600)]
+    workload_certificate_s: u64,
     /// Addresses of services.
     #[arg(long, default_value = "10.96.0.0/16")]
     service_cidr: Cidr,
@@ -71,12 +81,22 @@ impl Serve {
             data_dir: self.data_dir.clone(),
             listen: self.listen,
             advertise_url: self.advertise_url.clone(),
-            san: self.san.clone(),
+            san: self.san.iter().cloned().chain([mesh::SERVER_NAME.to_owned()]).collect(),
             service_cidr: self.service_cidr,
             pod_cidr: self.pod_cidr,
             token_file: self.token_auth_file.clone(),
             node_grace: Duration::from_secs(self.node_monitor_grace_s),
             eviction: Duration::from_secs(self.eviction_s),
+        }
+    }
+}
+
+impl Serve {
+    fn mesh(&self) -> mesh::Config {
+        mesh::Config {
+            listen: self.discovery_listen,
+            trust_domain: self.trust_domain.clone(),
+            workload_life: Duration::from_secs(self.workload_certificate_s),
         }
     }
 }
@@ -101,12 +121,18 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let inherited = server::inherited().context("take over inherited sockets")?;
-    let service = Service::start(&serve.config(), inherited, None).await?;
-    tracing::debug!(discovery = %serve.discovery_listen, "discovery address");
+    let hook = mesh::pod_hook(serve.proxy_image.clone());
+    let service = Service::start(&serve.config(), inherited, Some(hook)).await?;
+    let (discovery, parts) = mesh::start(&service.parts, &serve.mesh()).await?;
+    tracing::info!(%discovery, "serving discovery");
     tokio::select! {
         _ = terminate.recv() => tracing::info!("terminating"),
         _ = interrupt.recv() => tracing::info!("interrupted"),
     }
     service.stop().await;
+    for part in parts {
+        // A part that panicked has said so.
+        let _ = part.await;
+    }
     Ok(())
 }

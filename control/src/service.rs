@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::api::addresses::Cidr;
 use crate::api::auth::Tokens;
 use crate::api::client::Client;
+use crate::api::extra::Extra;
 use crate::api::http::Api;
 use crate::api::metrics::Metrics;
 use crate::api::registry::{PodHook, Registry};
@@ -90,6 +91,8 @@ pub struct Parts {
     pub join_token: Arc<JoinToken>,
     /// Our serving certificate, for further ports.
     pub serving: Arc<Pair>,
+    /// Documents that parts add to the API.
+    pub extra: Extra,
     /// Fires when the service is to stop.
     pub stop: CancellationToken,
 }
@@ -120,6 +123,7 @@ impl Service {
             tokens: tokens(config)?,
             node_tls: server::client_tls(&parts.authority, &admin(&parts.authority, "kube-apiserver")?)?,
             metrics: Metrics::default(),
+            extra: parts.extra.clone(),
             stop: parts.stop.clone(),
         });
         let tls = server::server_tls(&parts.authority, &parts.serving)?;
@@ -157,7 +161,8 @@ fn open(config: &Config, pod_hook: Option<PodHook>) -> Result<Parts, StartError>
     let store: Arc<dyn Store> = Arc::new(EmbeddedStore::open(&dir.join("store.redb"))?);
     let registry = Arc::new(Registry::new(store.clone(), config.service_cidr, pod_hook));
     let client = Client::new(registry, "control");
-    Ok(Parts { store, client, authority, join_token, serving, stop: CancellationToken::new() })
+    let (extra, stop) = (Extra::default(), CancellationToken::new());
+    Ok(Parts { store, client, authority, join_token, serving, extra, stop })
 }
 
 /// The host of an URL.

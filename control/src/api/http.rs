@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::auth::{self, Access, Tokens, User, Verdict};
+use super::extra::Extra;
 use super::kinds;
 use super::metrics::Metrics;
 use super::registry::{Context, DeleteOptions, ListOptions, Patch, Registry, Written};
@@ -46,6 +47,8 @@ pub struct Api {
     pub node_tls: Arc<rustls::ClientConfig>,
     /// Counters.
     pub metrics: Metrics,
+    /// Documents of other parts.
+    pub extra: Extra,
     /// Ends watches when the service stops.
     pub stop: CancellationToken,
 }
@@ -153,7 +156,7 @@ fn documents(api: &Api, path: &str, request: &Request<Incoming>) -> Result<Respo
         ["openapi", "v3", "api", version] => describe::openapi("", version),
         ["openapi", "v3", "apis", group, version] => describe::openapi(group, version),
         ["metrics"] => return Ok(text_response(&api.metrics.render(api.registry.store().revision()))),
-        _ => None,
+        _ => api.extra.get(path),
     };
     found.map(|document| json_response(200, &document)).ok_or_else(ApiError::no_such_resource)
 }

@@ -11,6 +11,7 @@ pub mod columns;
 pub mod defaults;
 pub mod describe;
 pub mod events;
+pub mod extra;
 pub mod http;
 pub mod kinds;
 pub mod lists;

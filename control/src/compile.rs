@@ -1,0 +1,182 @@
+//! Objects → the data plane's snapshot and the routes' statuses: PURE. Everything that agents and sidecars will do is
+//! decided from what this returns; what an object asks for and Sluice does not do yet is refused here, by name.
+
+mod endpoints;
+mod routes;
+
+pub use routes::{ParentStatus, RouteStatus, Verdict};
+
+use crate::inject;
+use gateway_api::{experimental::tcproutes::TcpRoute, httproutes::HttpRoute};
+use k8s_openapi::api::{
+    core::v1::{Node, Pod, Service},
+    discovery::v1::EndpointSlice,
+};
+use sluice_model as m;
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+/// The objects that matter to the data plane, by namespace and name.
+#[derive(Clone, Default)]
+pub struct Objects {
+    pub services: BTreeMap<m::Name, Arc<Service>>,
+    pub slices: BTreeMap<m::Name, Arc<EndpointSlice>>,
+    pub pods: BTreeMap<m::Name, Arc<Pod>>,
+    pub nodes: BTreeMap<m::Name, Arc<Node>>,
+    pub http_routes: BTreeMap<m::Name, Arc<HttpRoute>>,
+    pub tcp_routes: BTreeMap<m::Name, Arc<TcpRoute>>,
+}
+
+/// What [`compile`] returns besides the resources.
+pub struct Compiled {
+    pub resources: Vec<m::Resource>,
+    pub routes: Vec<RouteStatus>,
+}
+
+/// `trust_domain` is the cluster's, in every workload's identity.
+pub fn compile(o: &Objects, trust_domain: &str) -> Compiled {
+    let mut resources = vec![];
+    for s in o.services.values() {
+        if let Some(s) = service(s) {
+            let set = endpoints::endpoint_set(&s, o, trust_domain);
+            resources.push(m::Resource::Service(s));
+            resources.push(m::Resource::EndpointSet(set));
+        }
+    }
+    for p in o.pods.values() {
+        if let Some(w) = workload(p, trust_domain) {
+            if w.meshed {
+                resources.push(m::Resource::Policy(policy(p, &w.name)));
+            }
+            resources.push(m::Resource::Workload(w));
+        }
+    }
+    resources.extend(o.nodes.values().filter_map(|n| node(n)).map(m::Resource::Node));
+    let (routes, statuses) = routes::routes(o);
+    resources.extend(routes.into_iter().map(m::Resource::Route));
+    Compiled { resources, routes: statuses }
+}
+
+fn port(n: i32) -> Option<u16> {
+    u16::try_from(n).ok().filter(|p| *p != 0)
+}
+
+fn protocol(p: Option<&str>) -> Option<m::Protocol> {
+    match p.unwrap_or("TCP") {
+        "TCP" => Some(m::Protocol::Tcp),
+        "UDP" => Some(m::Protocol::Udp),
+        _ => None,
+    }
+}
+
+/// `appProtocol` as Kubernetes names it (KEP-3726), and the hint in a port's name that meshes agreed on.
+fn app_protocol(app: Option<&str>, name: &str) -> m::AppProtocol {
+    match app {
+        Some("http" | "kubernetes.io/ws") => m::AppProtocol::Http,
+        Some("kubernetes.io/h2c" | "grpc") => m::AppProtocol::Http2,
+        Some("tcp" | "https" | "tls") => m::AppProtocol::Tcp,
+        _ => match name.split('-').next() {
+            Some("http") => m::AppProtocol::Http,
+            Some("http2" | "grpc") => m::AppProtocol::Http2,
+            Some("tcp" | "https" | "tls" | "mysql" | "mongo" | "redis") => m::AppProtocol::Tcp,
+            _ => m::AppProtocol::Detect,
+        },
+    }
+}
+
+/// None for services without ports or addresses of their own (ExternalName, not allocated yet).
+fn service(s: &Service) -> Option<m::Service> {
+    let spec = s.spec.as_ref()?;
+    if spec.type_.as_deref() == Some("ExternalName") {
+        return None;
+    }
+    let ips: Vec<&String> = match &spec.cluster_ips {
+        Some(v) if !v.is_empty() => v.iter().collect(),
+        _ => spec.cluster_ip.iter().collect(),
+    };
+    if ips.is_empty() || ips.iter().any(|i| i.is_empty()) {
+        return None;
+    }
+    let ports = spec.ports.iter().flatten().filter_map(|p| {
+        let name = p.name.clone().unwrap_or_default();
+        Some(m::ServicePort {
+            protocol: protocol(p.protocol.as_deref())?,
+            port: port(p.port)?,
+            app_protocol: app_protocol(p.app_protocol.as_deref(), &name),
+            name,
+        })
+    });
+    Some(m::Service {
+        name: name_of(&s.metadata)?,
+        virtual_ips: ips.into_iter().filter_map(|i| i.parse().ok()).collect(),
+        ports: ports.collect(),
+    })
+}
+
+pub(crate) fn name_of(meta: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta) -> Option<m::Name> {
+    Some(m::Name::new(meta.namespace.clone().unwrap_or_default(), meta.name.clone()?))
+}
+
+/// Who a pod is.
+pub fn identity(p: &Pod, trust_domain: &str) -> m::Identity {
+    let account = p.spec.as_ref().and_then(|s| s.service_account_name.clone()).filter(|a| !a.is_empty());
+    m::Identity {
+        trust_domain: trust_domain.to_owned(),
+        namespace: p.metadata.namespace.clone().unwrap_or_else(|| "default".to_owned()),
+        service_account: account.unwrap_or_else(|| "default".to_owned()),
+    }
+}
+
+/// Pods that are bound and have not ended.
+fn workload(p: &Pod, trust_domain: &str) -> Option<m::Workload> {
+    let spec = p.spec.as_ref()?;
+    let node = spec.node_name.clone().filter(|n| !n.is_empty())?;
+    let status = p.status.clone().unwrap_or_default();
+    if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
+        return None;
+    }
+    let addresses: Vec<IpAddr> = if spec.host_network == Some(true) {
+        vec![]
+    } else {
+        status.pod_ips.iter().flatten().filter_map(|i| i.ip.parse().ok()).collect()
+    };
+    Some(m::Workload {
+        name: name_of(&p.metadata)?,
+        uid: p.metadata.uid.clone().unwrap_or_default(),
+        node,
+        addresses,
+        identity: identity(p, trust_domain),
+        meshed: inject::injected(p),
+    })
+}
+
+fn policy(p: &Pod, name: &m::Name) -> m::Policy {
+    let annotation = |key: &str| p.metadata.annotations.as_ref().and_then(|a| a.get(key)).map(String::as_str);
+    let ports = |key: &str| -> Vec<u16> {
+        annotation(key).into_iter().flat_map(|v| v.split(',')).filter_map(|s| s.trim().parse().ok()).collect()
+    };
+    m::Policy {
+        name: name.clone(),
+        mode: match annotation(inject::ANNOTATION_MTLS) {
+            Some("strict") => m::InboundMode::Strict,
+            _ => m::InboundMode::Permissive,
+        },
+        excluded_ports: ports(inject::ANNOTATION_EXCLUDED_PORTS),
+        opaque_ports: ports(inject::ANNOTATION_OPAQUE_PORTS),
+    }
+}
+
+fn node(n: &Node) -> Option<m::Node> {
+    let status = n.status.clone().unwrap_or_default();
+    let spec = n.spec.clone().unwrap_or_default();
+    let addresses = status.addresses.iter().flatten().filter(|a| a.type_ == "InternalIP");
+    let ready = status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
+    Some(m::Node {
+        name: m::Name::cluster(n.metadata.name.clone()?),
+        addresses: addresses.filter_map(|a| a.address.parse().ok()).collect(),
+        pod_cidrs: spec.pod_cidrs.filter(|v| !v.is_empty()).unwrap_or_else(|| spec.pod_cidr.into_iter().collect()),
+        ready,
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,79 @@
+//! EndpointSlices → one endpoint set per service: PURE. Kubernetes' terminating fallback is applied here, once: with no
+//! ready endpoint left, those that still serve while terminating take the traffic (KEP-1669).
+
+use super::{Objects, identity, port, protocol};
+use crate::inject;
+use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
+use sluice_model as m;
+
+const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+
+pub(super) fn endpoint_set(service: &m::Service, o: &Objects, trust_domain: &str) -> m::EndpointSet {
+    let from = m::Name::new(service.name.namespace.clone(), "");
+    let slices = o.slices.range(from..).take_while(|(n, _)| n.namespace == service.name.namespace).map(|(_, s)| s);
+    let mut endpoints = vec![];
+    let mut fallback = vec![];
+    for slice in slices.filter(|s| serves(s, &service.name.name)) {
+        for e in &slice.endpoints {
+            let terminating_only = serving_while_terminating(e);
+            for endpoint in expand(slice, e, o, trust_domain) {
+                fallback.push(terminating_only);
+                endpoints.push(endpoint);
+            }
+        }
+    }
+    if !endpoints.iter().any(|e: &m::Endpoint| e.ready) {
+        endpoints.iter_mut().zip(fallback).for_each(|(e, terminating_only)| e.ready = terminating_only);
+    }
+    endpoints.sort_by_key(|e| e.address);
+    m::EndpointSet { name: service.name.clone(), endpoints }
+}
+
+fn serves(s: &EndpointSlice, service: &str) -> bool {
+    s.metadata.labels.as_ref().and_then(|l| l.get(SERVICE_LABEL)).is_some_and(|v| v == service)
+}
+
+fn serving_while_terminating(e: &Endpoint) -> bool {
+    e.conditions.as_ref().is_some_and(|c| c.serving == Some(true) && c.terminating == Some(true))
+}
+
+fn expand<'a>(
+    slice: &'a EndpointSlice,
+    e: &'a Endpoint,
+    o: &'a Objects,
+    trust_domain: &'a str,
+) -> impl Iterator<Item = m::Endpoint> + 'a {
+    let workload = e
+        .target_ref
+        .as_ref()
+        .filter(|t| t.kind.as_deref() == Some("Pod"))
+        .and_then(|t| Some(m::Name::new(slice.metadata.namespace.clone()?, t.name.clone()?)));
+    let pod = workload.as_ref().and_then(|n| o.pods.get(n));
+    let mesh = match pod {
+        Some(p) if inject::injected(p) => m::Mesh::Mtls(identity(p, trust_domain)),
+        _ => m::Mesh::Plain,
+    };
+    let ports: Vec<_> = slice
+        .ports
+        .iter()
+        .flatten()
+        .filter_map(|p| {
+            Some(m::EndpointPort {
+                name: p.name.clone().unwrap_or_default(),
+                protocol: protocol(p.protocol.as_deref())?,
+                port: port(p.port?)?,
+            })
+        })
+        .collect();
+    // Absent means ready (EndpointConditions.ready).
+    let ready = e.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true);
+    e.addresses.iter().filter_map(|a| a.parse().ok()).map(move |address| m::Endpoint {
+        address,
+        ready,
+        node: e.node_name.clone().unwrap_or_default(),
+        workload: workload.clone(),
+        hostname: e.hostname.clone(),
+        mesh: mesh.clone(),
+        ports: ports.clone(),
+    })
+}

@@ -1,0 +1,141 @@
+use super::*;
+use serde_json::{Value, json};
+
+fn put<T: serde::de::DeserializeOwned>(map: &mut BTreeMap<m::Name, Arc<T>>, name: &str, mut object: Value) {
+    object["metadata"]["name"] = name.into();
+    object["metadata"]["namespace"] = "shop".into();
+    map.insert(m::Name::new("shop", name), Arc::new(serde_json::from_value(object).expect(name)));
+}
+
+fn objects() -> Objects {
+    let mut o = Objects::default();
+    for (name, ip) in [("web", "10.96.0.5"), ("web-v1", "10.96.0.6"), ("web-v2", "10.96.0.7")] {
+        let spec = json!({"spec": {"clusterIP": ip, "ports": [{"name": "http", "port": 80, "targetPort": 8080}]}});
+        put(&mut o.services, name, spec);
+    }
+    let pod = json!({
+        "metadata": {"uid": "u", "annotations": {"sluice.dev/sidecar": "injected", "sluice.dev/mtls": "strict"}},
+        "spec": {"nodeName": "n1", "containers": []},
+        "status": {"phase": "Running", "podIPs": [{"ip": "10.244.0.5"}]}
+    });
+    put(&mut o.pods, "p1", pod);
+    o
+}
+
+fn slice(conditions: &[Value]) -> Value {
+    let endpoints: Vec<_> = conditions
+        .iter()
+        .enumerate()
+        .map(|(i, c)| {
+            json!({"addresses": [format!("10.244.0.{}", 5 + i)], "conditions": c, "nodeName": "n1",
+                   "targetRef": {"kind": "Pod", "name": format!("p{}", i + 1)}})
+        })
+        .collect();
+    json!({"metadata": {"labels": {"kubernetes.io/service-name": "web"}}, "addressType": "IPv4",
+           "endpoints": endpoints, "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]})
+}
+
+fn snapshot(o: &Objects) -> (m::Snapshot, Vec<RouteStatus>) {
+    let c = compile(o, "cluster.local");
+    (m::Snapshot::new(m::Revision(1), c.resources), c.routes)
+}
+
+#[test]
+fn services_endpoints_and_workloads_carry_their_identity() {
+    let mut o = objects();
+    put(&mut o.slices, "web-abc", slice(&[json!({"ready": true}), json!({"ready": false})]));
+    let (s, _) = snapshot(&o);
+    let set = s.endpoint_set(&m::Name::new("shop", "web")).expect("a set");
+    let id: m::Identity = "spiffe://cluster.local/ns/shop/sa/default".parse().expect("an identity");
+    assert_eq!(set.endpoints[0].mesh, m::Mesh::Mtls(id.clone()));
+    assert_eq!(set.endpoints[1].mesh, m::Mesh::Plain, "a pod nobody knows takes no mTLS");
+    let ready: Vec<_> = set.ready_on("http", m::Protocol::Tcp).map(|(e, p)| (e.address.to_string(), p)).collect();
+    assert_eq!(ready, [("10.244.0.5".to_owned(), 8080)]);
+    let w = s.workload(&m::Name::new("shop", "p1")).expect("a workload");
+    assert!(w.meshed && w.identity == id);
+    assert_eq!(s.policy(&w.name).expect("a policy").mode, m::InboundMode::Strict);
+}
+
+#[test]
+fn with_no_ready_endpoint_those_still_serving_take_the_traffic() {
+    let stopping = json!({"ready": false, "serving": true, "terminating": true});
+    for (conditions, ready) in [
+        (vec![stopping.clone(), json!({"ready": false, "serving": false})], vec![true, false]),
+        (vec![stopping, json!({"ready": true})], vec![false, true]),
+    ] {
+        let mut o = objects();
+        put(&mut o.slices, "web-abc", slice(&conditions));
+        let (s, _) = snapshot(&o);
+        let set = s.endpoint_set(&m::Name::new("shop", "web")).expect("a set");
+        assert_eq!(set.endpoints.iter().map(|e| e.ready).collect::<Vec<_>>(), ready);
+    }
+}
+
+fn route(rules: Value) -> Value {
+    json!({"metadata": {"generation": 3, "creationTimestamp": "2026-01-01T00:00:00Z"},
+           "spec": {"parentRefs": [{"group": "", "kind": "Service", "name": "web", "port": 80}], "rules": rules}})
+}
+
+fn split(v2: &str) -> Value {
+    json!([{"matches": [{"path": {"type": "PathPrefix", "value": "/"}}],
+            "backendRefs": [{"name": "web-v1", "port": 80, "weight": 90}, {"name": v2, "port": 80, "weight": 10}]}])
+}
+
+#[test]
+fn a_split_compiles_to_weights() {
+    let mut o = objects();
+    put(&mut o.http_routes, "canary", route(split("web-v2")));
+    let (s, statuses) = snapshot(&o);
+    let r = s.route(&m::Name::new("shop", "canary")).expect("a route");
+    assert_eq!((r.parent.name.as_str(), r.parent_port, r.generation), ("web", Some(80), 3));
+    let weights: Vec<_> = r.rules[0].backends.iter().map(|b| (b.service.name.as_str(), b.weight)).collect();
+    assert_eq!(weights, [("web-v1", 90), ("web-v2", 10)]);
+    assert!(r.rules[0].catch_all());
+    let p = &statuses[0].parents[0];
+    assert_eq!((p.accepted.clone(), p.resolved.clone(), p.unmeshed_rule), (Ok(()), Ok(()), Some(0)));
+}
+
+#[test]
+fn a_missing_backend_keeps_its_share_and_is_reported() {
+    let mut o = objects();
+    put(&mut o.http_routes, "canary", route(split("nope")));
+    let (s, statuses) = snapshot(&o);
+    let r = s.route(&m::Name::new("shop", "canary")).expect("a route");
+    assert_eq!(r.rules[0].backends.iter().map(|b| b.weight).sum::<u32>(), 100);
+    assert!(matches!(&statuses[0].parents[0].resolved, Err(("BackendNotFound", _))));
+}
+
+#[test]
+fn what_sluice_does_not_do_is_refused_whole() {
+    for rules in [
+        json!([{"filters": [{"type": "URLRewrite"}]}]),
+        json!([{"matches": [{"path": {"type": "RegularExpression", "value": ".*"}}]}]),
+        json!([{"matches": [{"queryParams": [{"name": "a", "value": "b"}]}]}]),
+        json!([{"timeouts": {"request": "1s"}}]),
+    ] {
+        let mut o = objects();
+        put(&mut o.http_routes, "canary", route(rules.clone()));
+        let (s, statuses) = snapshot(&o);
+        assert!(s.routes().next().is_none(), "{rules}");
+        assert!(matches!(&statuses[0].parents[0].accepted, Err(("UnsupportedValue", _))), "{rules}");
+    }
+}
+
+#[test]
+fn parents_that_do_not_fit_are_not_accepted_and_gateways_left_alone() {
+    for (parent, reason) in [
+        (json!({"group": "", "kind": "Service", "name": "nope"}), Some("NoMatchingParent")),
+        (json!({"group": "", "kind": "Service", "name": "web", "port": 81}), Some("NoMatchingParent")),
+        (json!({"group": "", "kind": "Service", "name": "web", "namespace": "other"}), Some("NotAllowedByParent")),
+        (json!({"name": "gw"}), None),
+    ] {
+        let mut o = objects();
+        let mut r = route(split("web-v2"));
+        r["spec"]["parentRefs"] = json!([parent]);
+        put(&mut o.http_routes, "canary", r);
+        let (s, statuses) = snapshot(&o);
+        assert!(s.routes().next().is_none());
+        let got = statuses[0].parents.first().map(|p| p.accepted.clone().expect_err("refused").0);
+        assert_eq!(got, reason);
+    }
+}

@@ -1,0 +1,78 @@
+//! What one node's agent is sent: PURE. All services, endpoints, routes and nodes; of workloads and policies only those
+//! of its node.
+
+use sluice_model::{Delta, Resource, ResourceKey, Snapshot};
+use sluice_wire::{CHUNK_RESOURCES, convert, v1};
+use std::sync::Arc;
+
+fn in_scope(r: &Resource, snapshot: &Snapshot, node: &str) -> bool {
+    match r {
+        Resource::Workload(w) => w.node == node,
+        Resource::Policy(p) => snapshot.workload(&p.name).is_some_and(|w| w.node == node),
+        _ => true,
+    }
+}
+
+/// The part of `snapshot` that `node` sees.
+pub fn scoped(snapshot: &Snapshot, node: &str) -> Snapshot {
+    let resources = snapshot.iter().filter(|r| in_scope(r, snapshot, node)).cloned();
+    Snapshot::from_shared(snapshot.revision, resources)
+}
+
+/// The updates that carry `delta`, the last one marked.
+pub fn updates(epoch: &str, to: &Snapshot, full: bool, delta: &Delta) -> Vec<v1::Update> {
+    let chunk = |changed: &[Arc<Resource>]| v1::Update {
+        epoch: epoch.to_owned(),
+        revision: to.revision.0,
+        full,
+        changed: changed.iter().map(|r| convert::resource_to_wire(r, to.revision)).collect(),
+        ..v1::Update::default()
+    };
+    let mut all: Vec<_> = delta.changed.chunks(CHUNK_RESOURCES).map(chunk).collect();
+    if all.is_empty() {
+        all.push(chunk(&[]));
+    }
+    if let Some(last) = all.last_mut() {
+        last.removed = delta.removed.iter().map(|k: &ResourceKey| convert::key_to_wire(k)).collect();
+        last.last = true;
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sluice_model::{InboundMode, Name, Policy, Revision, Workload};
+
+    fn workload(name: &str, node: &str) -> [Resource; 2] {
+        let name = Name::new("ns", name);
+        let policy =
+            Policy { name: name.clone(), mode: InboundMode::Permissive, excluded_ports: vec![], opaque_ports: vec![] };
+        let workload = Workload {
+            name,
+            uid: String::new(),
+            node: node.into(),
+            addresses: vec![],
+            identity: "spiffe://d/ns/ns/sa/x".parse().expect("an identity"),
+            meshed: true,
+        };
+        [Resource::Workload(workload), Resource::Policy(policy)]
+    }
+
+    #[test]
+    fn a_node_sees_only_its_own_workloads_and_policies() {
+        let s = Snapshot::new(Revision(1), [workload("a", "n1"), workload("b", "n2")].into_iter().flatten());
+        let names: Vec<_> = scoped(&s, "n1").iter().map(|r| r.name().name.clone()).collect();
+        assert_eq!(names, ["a", "a"]);
+    }
+
+    #[test]
+    fn an_update_is_chunked_and_only_its_last_chunk_says_so() {
+        let many = (0..CHUNK_RESOURCES + 1).flat_map(|i| workload(&format!("w{i}"), "n1"));
+        let s = Snapshot::new(Revision(2), many);
+        let all = updates("e", &s, true, &Snapshot::default().diff(&s));
+        assert_eq!(all.len(), 3);
+        assert_eq!(all.iter().map(|u| u.last).collect::<Vec<_>>(), [false, false, true]);
+        assert_eq!(updates("e", &s, false, &Delta::default()).len(), 1, "an empty difference still moves the revision");
+    }
+}

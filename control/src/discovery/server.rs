@@ -1,0 +1,267 @@
+//! The gRPC side: one stream per agent, and the signing of certificates.
+
+use super::{HolderState, NodeState, Published, Tracker, Traffic, scope, status::Observed};
+use crate::{
+    api::kinds,
+    ca::{Authority, JoinToken},
+    compile,
+    store::Store,
+};
+use futures::{Stream, StreamExt};
+use k8s_openapi::api::core::v1::Pod;
+use sluice_model::{Revision, Snapshot};
+use sluice_wire::v1::{
+    self, ClientMessage, Hello, JoinRequest, MetricsInterval, ServerMessage, SignRequest, SignResponse,
+    client_message::Kind, discovery_server::Discovery, hello::Subscriber, identity_server::Identity, server_message,
+};
+use std::{
+    collections::VecDeque,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Seconds between metrics reports. Short: a report is a few hundred bytes per node.
+const METRICS_INTERVAL_S: u32 = 1;
+/// Latest acknowledgement times kept for `/metrics`.
+const KEPT_TIMES: usize = 1024;
+
+/// The last times from publication to the last acknowledgement.
+#[derive(Default)]
+pub struct Times(VecDeque<Duration>);
+
+impl Times {
+    pub fn push(&mut self, d: Duration) {
+        if self.0.len() == KEPT_TIMES {
+            self.0.pop_front();
+        }
+        self.0.push_back(d);
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Duration> {
+        self.0.iter()
+    }
+}
+
+/// What the streams, the status writer and the API share.
+pub struct Shared {
+    pub published: watch::Receiver<Published>,
+    pub tracker: Mutex<Tracker>,
+    pub acknowledged: Notify,
+    pub traffic: Mutex<Traffic>,
+    pub observed: Mutex<Observed>,
+    pub acknowledge_ms: Mutex<Times>,
+}
+
+impl Shared {
+    pub fn new(published: watch::Receiver<Published>) -> Arc<Self> {
+        Arc::new(Self {
+            published,
+            tracker: Mutex::default(),
+            acknowledged: Notify::new(),
+            traffic: Mutex::default(),
+            observed: Mutex::default(),
+            acknowledge_ms: Mutex::default(),
+        })
+    }
+
+    fn node(&self, node: &str, change: impl FnOnce(&mut NodeState)) {
+        change(self.tracker.lock().expect("no holder panics").nodes.entry(node.to_owned()).or_default());
+        self.acknowledged.notify_one();
+    }
+}
+
+/// Both services, for agents.
+#[derive(Clone)]
+pub struct Server {
+    pub shared: Arc<Shared>,
+    pub store: Arc<dyn Store>,
+    pub authority: Arc<Authority>,
+    pub join_token: Arc<JoinToken>,
+    pub trust_domain: String,
+    pub workload_life: Duration,
+}
+
+#[tonic::async_trait]
+impl Discovery for Server {
+    type StreamStream = Pin<Box<dyn Stream<Item = Result<ServerMessage, Status>> + Send>>;
+
+    async fn stream(&self, request: Request<Streaming<ClientMessage>>) -> Result<Response<Self::StreamStream>, Status> {
+        let caller = caller(&request)?;
+        let mut messages = request.into_inner();
+        let hello = match messages.message().await?.and_then(|m| m.kind) {
+            Some(Kind::Hello(h)) => h,
+            _ => return Err(Status::invalid_argument("the first message must be Hello")),
+        };
+        match &hello.subscriber {
+            Some(Subscriber::Node(n)) if *n == caller => {}
+            Some(Subscriber::Node(n)) => {
+                return Err(Status::permission_denied(format!("node {caller} may not subscribe as node {n}")));
+            }
+            _ => return Err(Status::invalid_argument("control serves agents; a sidecar asks its node's agent")),
+        }
+        let (tx, rx) = mpsc::channel(8);
+        tokio::spawn(serve(self.shared.clone(), caller, hello, messages, tx));
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+    }
+}
+
+/// The node named in the caller's certificate.
+fn caller<T>(request: &Request<T>) -> Result<String, Status> {
+    let certs = request.peer_certs().ok_or_else(|| Status::unauthenticated("a node certificate is needed"))?;
+    let leaf = certs.first().ok_or_else(|| Status::unauthenticated("a node certificate is needed"))?;
+    let (_, cert) = x509_parser::parse_x509_certificate(leaf)
+        .map_err(|e| Status::unauthenticated(format!("client certificate: {e}")))?;
+    let name = cert.subject().iter_common_name().next().and_then(|n| n.as_str().ok()).unwrap_or_default();
+    name.strip_prefix("system:node:")
+        .map(str::to_owned)
+        .ok_or_else(|| Status::permission_denied(format!("{name:?} is not a node")))
+}
+
+async fn serve(
+    shared: Arc<Shared>,
+    node: String,
+    hello: Hello,
+    mut messages: Streaming<ClientMessage>,
+    tx: mpsc::Sender<Result<ServerMessage, Status>>,
+) {
+    tracing::info!(node, version = hello.version, revision = hello.revision, "agent connected");
+    shared.node(&node, |s| *s = NodeState { connected: true, ..NodeState::default() });
+    let sender = tokio::spawn(send(shared.published.clone(), node.clone(), hello, tx));
+    while let Some(Ok(m)) = messages.next().await {
+        if let Some(kind) = m.kind {
+            take(&shared, &node, kind);
+        }
+    }
+    sender.abort();
+    tracing::info!(node, "agent gone");
+    shared.node(&node, |s| s.connected = false);
+}
+
+fn take(shared: &Shared, node: &str, kind: Kind) {
+    match kind {
+        Kind::Ack(a) => {
+            if a.epoch == shared.published.borrow().epoch {
+                shared.node(node, |s| {
+                    s.revision = Revision(a.revision);
+                    s.nack = None;
+                });
+            }
+        }
+        Kind::Nack(n) => {
+            tracing::warn!(node, revision = n.revision, reason = n.reason, "agent refuses an update");
+            shared.node(node, |s| s.nack = Some(n.reason));
+        }
+        Kind::Holders(h) => shared.node(node, |s| s.holders = h.holders.into_iter().map(holder).collect()),
+        Kind::Metrics(m) => shared.traffic.lock().expect("no holder panics").take(&m),
+        Kind::Hello(_) | Kind::Subscribe(_) => {}
+    }
+}
+
+fn holder(h: v1::Holder) -> HolderState {
+    let w = h.workload.unwrap_or_default();
+    HolderState {
+        workload: format!("{}/{}", w.namespace, w.name),
+        revision: Revision(h.revision),
+        routes: h.routes.into_iter().map(Into::into).collect(),
+        nack: Some(h.nack).filter(|n| !n.is_empty()),
+    }
+}
+
+/// Sends what changed, latest state only: a slow agent skips the states in between.
+async fn send(
+    mut published: watch::Receiver<Published>,
+    node: String,
+    hello: Hello,
+    tx: mpsc::Sender<Result<ServerMessage, Status>>,
+) {
+    let interval = server_message::Kind::MetricsInterval(MetricsInterval { seconds: METRICS_INTERVAL_S });
+    if tx.send(Ok(ServerMessage { kind: Some(interval) })).await.is_err() {
+        return;
+    }
+    // Nothing has been published before the store was read once.
+    while published.borrow_and_update().epoch.is_empty() {
+        if published.changed().await.is_err() {
+            return;
+        }
+    }
+    // The state the agent resumes from is not kept here, so the first update is always whole.
+    let _ = hello;
+    let mut sent: Option<(String, Snapshot)> = None;
+    loop {
+        let p = published.borrow_and_update().clone();
+        let next = scope::scoped(&p.snapshot, &node);
+        let from = sent.take().filter(|(epoch, _)| *epoch == p.epoch).map(|(_, s)| s);
+        let moved = from.as_ref().is_none_or(|f| f.revision != next.revision);
+        if moved {
+            let full = from.is_none();
+            let delta = from.unwrap_or_default().diff(&next);
+            for u in scope::updates(&p.epoch, &next, full, &delta) {
+                let m = ServerMessage { kind: Some(server_message::Kind::Update(u)) };
+                if tx.send(Ok(m)).await.is_err() {
+                    return;
+                }
+            }
+        }
+        sent = Some((p.epoch, next));
+        if published.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Identity for Server {
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<SignResponse>, Status> {
+        let r = request.into_inner();
+        if !self.join_token.matches(&r.token) {
+            return Err(Status::permission_denied("the join token is not valid; make one with `sluice-control token`"));
+        }
+        if !valid_node_name(&r.node) {
+            return Err(Status::invalid_argument(format!("node name {:?} is not a DNS label", r.node)));
+        }
+        self.sign_node(&r.csr_pem, &r.node)
+    }
+
+    async fn sign(&self, request: Request<SignRequest>) -> Result<Response<SignResponse>, Status> {
+        let node = caller(&request)?;
+        let r = request.into_inner();
+        let Some(w) = r.workload else { return self.sign_node(&r.csr_pem, &node) };
+        let pod = self.pod(&w).await?;
+        let bound = pod.spec.as_ref().and_then(|s| s.node_name.as_deref());
+        if bound != Some(&node) || pod.metadata.uid.as_deref() != Some(&w.uid) {
+            let text = format!("pod {}/{} ({}) is not bound to node {node}", w.namespace, w.name, w.uid);
+            return Err(Status::permission_denied(text));
+        }
+        let identity = compile::identity(&pod, &self.trust_domain).to_string();
+        let signed = self.authority.sign_workload(&r.csr_pem, &identity, self.workload_life);
+        let certificate_pem = signed.map_err(|e| Status::invalid_argument(e.to_string()))?;
+        tracing::info!(node, identity, "certificate issued");
+        Ok(Response::new(SignResponse { certificate_pem, bundle_pem: self.authority.bundle_pem().to_owned() }))
+    }
+}
+
+fn valid_node_name(n: &str) -> bool {
+    let ok = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
+    !n.is_empty() && n.len() <= 253 && n.chars().all(ok) && !n.starts_with(['-', '.']) && !n.ends_with(['-', '.'])
+}
+
+impl Server {
+    fn sign_node(&self, csr_pem: &str, node: &str) -> Result<Response<SignResponse>, Status> {
+        let signed = self.authority.sign_node(csr_pem, node);
+        let certificate_pem = signed.map_err(|e| Status::invalid_argument(e.to_string()))?;
+        tracing::info!(node, "node certificate issued");
+        Ok(Response::new(SignResponse { certificate_pem, bundle_pem: self.authority.bundle_pem().to_owned() }))
+    }
+
+    async fn pod(&self, w: &v1::WorkloadRef) -> Result<Pod, Status> {
+        let kind = kinds::find("", "v1", "pods").expect("pods are in the table of kinds");
+        let found = self.store.get(&kind.key(&w.namespace, &w.name)).await;
+        let kv = found.map_err(|e| Status::unavailable(e.to_string()))?;
+        let gone = || Status::permission_denied(format!("pod {}/{} does not exist", w.namespace, w.name));
+        serde_json::from_slice(&kv.ok_or_else(gone)?.value).map_err(|e| Status::internal(e.to_string()))
+    }
+}

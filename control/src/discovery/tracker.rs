@@ -1,0 +1,126 @@
+//! Who has acknowledged what: PURE. A route is in force when every live member that must have it says so: all agents of
+//! ready nodes, and the sidecars there that hold it. Members leave only by being gone, never by being slow.
+
+use sluice_model::{Name, Revision};
+use std::collections::BTreeMap;
+
+/// A sidecar, as its agent reports it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HolderState {
+    /// `namespace/name` of the pod.
+    pub workload: String,
+    pub revision: Revision,
+    pub routes: Vec<Name>,
+    pub nack: Option<String>,
+}
+
+/// A node's agent, as its stream says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeState {
+    pub connected: bool,
+    pub revision: Revision,
+    pub nack: Option<String>,
+    pub holders: Vec<HolderState>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Programmed {
+    InForce {
+        agents: usize,
+        sidecars: usize,
+    },
+    /// Members that have not answered yet.
+    Waiting {
+        missing: Vec<String>,
+    },
+    /// A member refuses it: who, and why.
+    Refused {
+        who: String,
+        why: String,
+    },
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Tracker {
+    /// Of the current epoch only: the caller clears it when the epoch changes.
+    pub nodes: BTreeMap<String, NodeState>,
+}
+
+impl Tracker {
+    /// State of a route that `required` was the first snapshot to carry. `ready` are the nodes whose lease is live.
+    pub fn programmed<'a>(
+        &self,
+        route: &Name,
+        required: Revision,
+        ready: impl IntoIterator<Item = &'a str>,
+    ) -> Programmed {
+        let (mut agents, mut sidecars, mut missing) = (0, 0, vec![]);
+        for node in ready {
+            let state = self.nodes.get(node).cloned().unwrap_or_default();
+            if let Some(why) = state.nack.filter(|_| state.revision < required) {
+                return Programmed::Refused { who: format!("node {node}"), why };
+            }
+            if state.revision >= required && state.connected {
+                agents += 1;
+            } else {
+                missing.push(format!("node {node}"));
+            }
+            for h in state.holders.iter().filter(|h| h.routes.contains(route)) {
+                match &h.nack {
+                    Some(why) if h.revision < required => {
+                        return Programmed::Refused { who: format!("pod {}", h.workload), why: why.clone() };
+                    }
+                    _ if h.revision >= required => sidecars += 1,
+                    _ => missing.push(format!("pod {}", h.workload)),
+                }
+            }
+        }
+        if missing.is_empty() { Programmed::InForce { agents, sidecars } } else { Programmed::Waiting { missing } }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn holder(pod: &str, revision: u64, routes: &[&str]) -> HolderState {
+        HolderState {
+            workload: pod.into(),
+            revision: Revision(revision),
+            routes: routes.iter().map(|r| Name::new("ns", *r)).collect(),
+            nack: None,
+        }
+    }
+
+    fn node(revision: u64, holders: Vec<HolderState>) -> NodeState {
+        NodeState { connected: true, revision: Revision(revision), nack: None, holders }
+    }
+
+    fn ask(t: &Tracker, ready: &[&str]) -> Programmed {
+        t.programmed(&Name::new("ns", "r"), Revision(5), ready.iter().copied())
+    }
+
+    #[test]
+    fn all_agents_and_the_sidecars_that_hold_the_route_must_have_it() {
+        let mut t = Tracker::default();
+        t.nodes.insert("a".into(), node(5, vec![holder("ns/p", 5, &["r"]), holder("ns/q", 1, &["other"])]));
+        t.nodes.insert("b".into(), node(4, vec![]));
+        assert_eq!(ask(&t, &["a"]), Programmed::InForce { agents: 1, sidecars: 1 });
+        assert_eq!(ask(&t, &["a", "b"]), Programmed::Waiting { missing: vec!["node b".into()] });
+        t.nodes.insert("b".into(), node(6, vec![holder("ns/s", 4, &["r"])]));
+        assert_eq!(ask(&t, &["a", "b"]), Programmed::Waiting { missing: vec!["pod ns/s".into()] });
+        assert_eq!(ask(&t, &["a", "never-seen"]), Programmed::Waiting { missing: vec!["node never-seen".into()] });
+    }
+
+    #[test]
+    fn a_refusal_is_told_with_its_reason_until_it_is_overcome() {
+        let mut t = Tracker::default();
+        let mut refusing = node(4, vec![]);
+        refusing.nack = Some("map full".into());
+        t.nodes.insert("a".into(), refusing.clone());
+        assert!(matches!(ask(&t, &["a"]), Programmed::Refused { .. }));
+        refusing.revision = Revision(5);
+        t.nodes.insert("a".into(), refusing);
+        assert!(matches!(ask(&t, &["a"]), Programmed::InForce { .. }));
+    }
+}
