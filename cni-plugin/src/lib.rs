@@ -1,1 +1,20 @@
-//! placeholder
+//! The CNI plugin's parts. The plugin alone writes leases; the agent uses [`store`] to read them and to take the lock
+//! that both share.
+//!
+//! [`ipam`] and the parsing in [`spec`] are pure. [`command`] is the verbs, each safe to repeat. [`wiring`] acts on
+//! links and maps. No runtime, no threads but the ones that enter a namespace: a process lives for one verb.
+
+pub mod command;
+mod error;
+pub mod ipam;
+pub mod spec;
+pub mod store;
+pub mod wiring;
+
+pub use error::Error;
+pub use store::{Lease, PodRef, Store};
+
+/// Where leases are kept unless the configuration says otherwise.
+pub const STATE_DIR: &str = "/var/lib/sluice/cni";
+/// Where the BPF file system is mounted unless the configuration says otherwise.
+pub const BPFFS: &str = "/sys/fs/bpf";

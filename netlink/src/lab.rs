@@ -53,19 +53,23 @@ pub fn bridge(machine: &Netns, name: &str, address: IpAddr, len: u8) -> Result<(
 }
 
 /// A veth pair: `port` on the bridge in `hub`, `eth` with an address in `machine`. Returns when the carrier is there.
-pub fn cable(hub: &Netns, bridge: &str, port: &str, machine: &Netns, eth: &str, address: IpAddr, len: u8) -> Result<()> {
+pub fn cable(
+    hub: &Netns,
+    bridge: &str,
+    port: &str,
+    machine: &Netns,
+    eth: &str,
+    address: IpAddr,
+    len: u8,
+) -> Result<()> {
     let mut at_hub = Connection::open_in(hub)?;
     let mut at_machine = Connection::open_in(machine)?;
     let master = index(&mut at_hub, bridge)?;
     let mut peer = LinkMessage::default();
-    peer.attributes =
-        vec![LinkAttribute::IfName(eth.to_owned()), LinkAttribute::NetNsFd(machine.as_fd().as_raw_fd())];
+    peer.attributes = vec![LinkAttribute::IfName(eth.to_owned()), LinkAttribute::NetNsFd(machine.as_fd().as_raw_fd())];
     let info = vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer)))];
-    let attributes = vec![
-        LinkAttribute::IfName(port.to_owned()),
-        LinkAttribute::Controller(master),
-        LinkAttribute::LinkInfo(info),
-    ];
+    let attributes =
+        vec![LinkAttribute::IfName(port.to_owned()), LinkAttribute::Controller(master), LinkAttribute::LinkInfo(info)];
     new_link(&mut at_hub, attributes, format!("make cable {port} into {}", machine.path().display()))?;
     let here = index(&mut at_hub, port)?;
     kernel::apply(&mut at_hub, &[Operation::SetUp(here)])?;

@@ -4,7 +4,7 @@ use crate::{Error, Netns, error::Result};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use std::io;
+use std::{io, os::fd::AsFd};
 
 /// Requests in one send: their acknowledgements must fit the receive buffer.
 const BATCH: usize = 64;
@@ -38,6 +38,11 @@ impl Connection {
 
     pub fn open_in(netns: &Netns) -> Result<Self> {
         netns.run(Self::open)?
+    }
+
+    /// Cookie of the namespace that the connection belongs to.
+    pub fn netns_cookie(&self) -> Result<u64> {
+        crate::sock::netns_cookie(self.socket.as_fd())
     }
 
     /// Carries all out in order, also after a failure; answers in the same order.

@@ -1,0 +1,35 @@
+//! `sluice-cni`: reads one request, carries it out, answers. See `command`.
+
+use sluice_cni::{
+    command,
+    spec::{Config, Environment, Verb, error_result},
+};
+use std::{
+    io::{Read, Write},
+    process::ExitCode,
+};
+
+/// Configurations are some hundred bytes; GC's lists every attachment of the node.
+const STDIN_MAX: u64 = 4 << 20;
+
+fn main() -> ExitCode {
+    let get = |name: &str| std::env::var(name).ok();
+    let env = Environment::new(&get);
+    let mut stdin = Vec::new();
+    // Errors of reading show as an incomplete configuration.
+    let _ = std::io::stdin().take(STDIN_MAX).read_to_end(&mut stdin);
+    let (answer, code) = match command::run(&env, &stdin) {
+        Ok(answer) => (answer, ExitCode::SUCCESS),
+        Err(error) => {
+            let mut answer = error_result(&Config::answer_version(&stdin), &error);
+            if matches!(env.verb(), Ok(Verb::Status)) {
+                answer["code"] = 50.into(); // "the plugin is not available": all that STATUS can say
+            }
+            (Some(answer), ExitCode::FAILURE)
+        }
+    };
+    if let Some(answer) = answer {
+        let _ = writeln!(std::io::stdout(), "{answer}"); // nobody to tell if the runtime has gone
+    }
+    code
+}

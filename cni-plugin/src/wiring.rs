@@ -1,0 +1,225 @@
+//! Links and maps of one pod: made, checked, taken away. Each step may already be done.
+
+use crate::{
+    Error,
+    error::Result,
+    spec::{Attachment, Config},
+    store::Lease,
+};
+use sluice_ebpf::{
+    common::{CAPTURE_MARK, CAPTURE_TABLE, POD_MESHED, Pod, PodAddr, PortKey},
+    loader,
+    maps::{PodMaps, padded, pin_dir},
+};
+use sluice_netlink::{
+    Connection, Netns, kernel,
+    link::{self, Found, Veth},
+    plan::{self, Capture, Operation, State},
+};
+use std::{collections::BTreeSet, net::IpAddr, path::Path};
+
+/// Ahead of the main table's rule (32766), behind the local table's (0).
+const CAPTURE: Capture = Capture { mark: CAPTURE_MARK, table: CAPTURE_TABLE, priority: 100 };
+
+/// 64-bit FNV-1a: names that are the same for the same attachment and rarely for two.
+fn hash(a: &Attachment) -> u64 {
+    let bytes = a.container.bytes().chain([0]).chain(a.ifname.bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// Name of the node's end: 15 letters, the most that a link's name can have.
+pub fn link_name(a: &Attachment) -> String {
+    format!("slc{:012x}", hash(a) & 0xffff_ffff_ffff)
+}
+
+/// A locally administered address for the pod's end.
+pub fn pod_mac(a: &Attachment) -> [u8; 6] {
+    let [_, _, b, c, d, e, f, _] = hash(a).to_be_bytes();
+    [0x02, b, c, d, e, f]
+}
+
+/// An open pod namespace with a connection inside.
+pub struct Inside {
+    pub netns: Netns,
+    pub connection: Connection,
+    pub cookie: u64,
+}
+
+impl Inside {
+    pub fn open(path: &Path) -> std::result::Result<Self, sluice_netlink::Error> {
+        let netns = Netns::open(path)?;
+        let connection = Connection::open_in(&netns)?;
+        let cookie = connection.netns_cookie()?;
+        Ok(Self { netns, connection, cookie })
+    }
+}
+
+fn wiring(lease: &Lease) -> impl Fn(sluice_netlink::Error) -> Error + '_ {
+    |cause| Error::Wiring { pod: lease.pod.to_string(), cause }
+}
+
+fn maps_error(lease: &Lease) -> impl Fn(sluice_ebpf::Error) -> Error + '_ {
+    |cause| Error::Maps { pod: lease.pod.to_string(), cause }
+}
+
+/// Makes the link and everything on it; the index of the node's end.
+pub fn wire(host: &mut Connection, inside: &mut Inside, lease: &Lease, mtu: Option<u32>) -> Result<u32> {
+    let veth = Veth { host: &lease.link, pod: &lease.ifname, pod_mac: lease.mac, mtu };
+    let fresh = make_or_find(host, inside, &veth).map_err(wiring(lease))?;
+    let failed = wiring(lease);
+    let missing = |name: &str| Error::Drift {
+        container: lease.container.clone(),
+        ifname: lease.ifname.clone(),
+        what: format!("link {name} is gone"),
+    };
+    let inner = link::find(&mut inside.connection, veth.pod).map_err(&failed)?.ok_or_else(|| missing(veth.pod))?;
+    let outer = link::find(host, veth.host).map_err(&failed)?.ok_or_else(|| missing(veth.host))?;
+    let (pod, node) = states(&inner, &outer, &lease.addresses);
+    bring(&mut inside.connection, &pod, fresh).map_err(&failed)?;
+    bring(host, &node, fresh).map_err(&failed)?;
+    Ok(outer.index)
+}
+
+fn states(inner: &Found, outer: &Found, addresses: &[IpAddr]) -> (State, State) {
+    (plan::pod_state(inner.index, addresses, CAPTURE), plan::host_state(outer.index, addresses))
+}
+
+/// True when the pair is new. A pair of ours that a killed ADD has left is used; half of one is removed.
+fn make_or_find(
+    host: &mut Connection,
+    inside: &mut Inside,
+    veth: &Veth<'_>,
+) -> std::result::Result<bool, sluice_netlink::Error> {
+    let refused = match link::make_veth(host, &inside.netns, veth) {
+        Err(e) if e.errno() == Some(EEXIST) => e,
+        other => return other.map(|()| true),
+    };
+    let inner = link::find(&mut inside.connection, veth.pod)?;
+    match link::find(host, veth.host)? {
+        Some(_) if inner.as_ref().is_some_and(|i| i.mac == Some(veth.pod_mac)) => Ok(false),
+        Some(stale) => {
+            link::delete(host, stale.index)?;
+            link::make_veth(host, &inside.netns, veth).map(|()| true)
+        }
+        None => Err(refused), // the pod has an interface of that name which is not ours
+    }
+}
+
+const EEXIST: i32 = rustix::io::Errno::EXIST.raw_os_error();
+
+/// On a new link nothing of what is wanted can be there, so the kernel is not asked first.
+fn bring(connection: &mut Connection, wanted: &State, fresh: bool) -> std::result::Result<(), sluice_netlink::Error> {
+    if fresh {
+        return kernel::apply(connection, &plan::plan(wanted, &State::default(), None));
+    }
+    kernel::reconcile(connection, wanted, None).map(drop)
+}
+
+/// What is missing of a pod's wiring.
+pub fn missing(host: &mut Connection, inside: &mut Inside, lease: &Lease) -> Result<Vec<String>> {
+    let failed = wiring(lease);
+    let inner = link::find(&mut inside.connection, &lease.ifname).map_err(&failed)?;
+    let outer = link::find(host, &lease.link).map_err(&failed)?;
+    let (Some(inner), Some(outer)) = (inner, outer) else {
+        return Ok(vec![format!("link {} is gone", lease.link)]);
+    };
+    let (pod, node) = states(&inner, &outer, &lease.addresses);
+    let mut text = Vec::new();
+    for (connection, wanted) in [(&mut inside.connection, &pod), (host, &node)] {
+        let present = kernel::read(connection).map_err(&failed)?;
+        text.extend(plan::plan(wanted, &present, None).iter().map(|o| format!("missing: {o}")));
+    }
+    Ok(text)
+}
+
+/// Makes the pod unreachable: the node's routes to it go. The link itself goes with the pod's namespace.
+pub fn unroute(
+    host: &mut Connection,
+    link: Option<&Found>,
+    addresses: &[IpAddr],
+) -> std::result::Result<(), sluice_netlink::Error> {
+    let Some(link) = link else { return Ok(()) }; // its routes went with it
+    let operations: Vec<_> =
+        addresses.iter().map(|ip| Operation::RemoveRoute(plan::host_route(link.index, *ip))).collect();
+    kernel::apply(host, &operations)
+}
+
+/// The pinned maps, or the error that tells the runtime to come back later.
+pub fn open_maps(config: &Config) -> Result<PodMaps> {
+    PodMaps::open(&pin_dir(&config.bpffs)).map_err(Error::NotReady)
+}
+
+/// Puts the pod into the maps and steering into its namespace: ADD's last step, under the lock.
+pub fn enlist(config: &Config, maps: &PodMaps, inside: &Inside, lease: &Lease, ifindex: u32) -> Result<()> {
+    let failed = maps_error(lease);
+    let intent = match lease.pod.uid.is_empty() {
+        true => None,
+        false => maps.intents.get(&padded(&lease.pod.uid)).map_err(&failed)?,
+    };
+    let before = maps.pods.get(&inside.cookie).map_err(&failed)?;
+    let flags = intent.or(before.map(|p| p.flags)).unwrap_or(0) & POD_MESHED;
+    let mut pod = Pod {
+        sidecar_cgroup: before.map_or(0, |p| p.sidecar_cgroup),
+        flags,
+        ifindex,
+        uid: padded(&lease.pod.uid),
+        namespace: padded(&lease.pod.namespace),
+        name: padded(&lease.pod.name),
+        ..Pod::default()
+    };
+    for ip in &lease.addresses {
+        let slot = if ip.is_ipv4() { &mut pod.addr4 } else { &mut pod.addr6 };
+        *slot = sluice_ebpf::addr(*ip);
+    }
+    // Steering first: a meshed pod is closed from the first moment that it is known.
+    loader::attach_pod(&config.bpffs, std::os::fd::AsFd::as_fd(&inside.netns), inside.cookie).map_err(&failed)?;
+    for ip in &lease.addresses {
+        let entry = PodAddr { netns: inside.cookie, flags, ifindex };
+        maps.addrs.set(&sluice_ebpf::addr(*ip), &entry).map_err(&failed)?;
+    }
+    maps.pods.set(&inside.cookie, &pod).map_err(&failed)
+}
+
+/// Takes the pod out of the maps, under the lock. An address that is another pod's by now is left alone.
+pub fn delist(bpffs: &Path, maps: &PodMaps, lease: &Lease) -> Result<()> {
+    let failed = maps_error(lease);
+    maps.pods.remove(&lease.netns_cookie).map_err(&failed)?;
+    let own: BTreeSet<_> = lease.addresses.iter().map(|ip| sluice_ebpf::addr(*ip)).collect();
+    for addr in &own {
+        if maps.addrs.get(addr).map_err(&failed)?.is_some_and(|a| a.netns == lease.netns_cookie) {
+            maps.addrs.remove(addr).map_err(&failed)?;
+        }
+    }
+    let ports = maps.ports.entries().map_err(&failed)?;
+    let excluded = ports.into_iter().map(|(k, _)| k).filter(|k: &PortKey| own.contains(&k.addr));
+    excluded.map(|k| maps.ports.remove(&k)).collect::<std::result::Result<Vec<_>, _>>().map_err(&failed)?;
+    loader::detach_pod(bpffs, lease.netns_cookie).map_err(&failed)
+}
+
+/// Whether the maps know the pod as its lease says.
+pub fn enlisted(bpffs: &Path, maps: &PodMaps, lease: &Lease) -> Result<bool> {
+    let failed = maps_error(lease);
+    let known = maps.pods.get(&lease.netns_cookie).map_err(&failed)?.is_some();
+    let mut all = known && loader::pod_attached(bpffs, lease.netns_cookie);
+    for ip in &lease.addresses {
+        let entry = maps.addrs.get(&sluice_ebpf::addr(*ip)).map_err(&failed)?;
+        all &= entry.is_some_and(|a| a.netns == lease.netns_cookie);
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_fit_and_differ() {
+        let a = |c: &str, i: &str| Attachment { container: c.into(), ifname: i.into() };
+        let name = link_name(&a("c1", "eth0"));
+        assert_eq!(name.len(), 15);
+        assert_eq!(name, link_name(&a("c1", "eth0")));
+        assert_ne!(name, link_name(&a("c1", "eth1")));
+        assert_ne!(link_name(&a("c1", "1")), link_name(&a("c11", "")));
+        assert_eq!(pod_mac(&a("c1", "eth0"))[0] & 3, 2, "unicast, locally administered");
+    }
+}
