@@ -1,21 +1,34 @@
-# The two commands are `make up` and `make test`; the others are parts of them.
-.PHONY: up down test build setup lint bench-proxy
+# `make up` and `make test` are the two commands; the rest are parts of them. Run as root (or through sudo).
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin:$(HOME)/.cargo/bin
+BPF_RUSTC := $(wildcard target/bpf-toolchain/usr/bin/rustc)
+ifneq ($(BPF_RUSTC),)
+export SLUICE_BPF_RUSTC := $(abspath $(BPF_RUSTC))
+endif
+CARGO_FLAGS := --workspace --release
 
-up: setup build
+.PHONY: up down test setup build images lint bench bench-proxy
+
+up: setup build images
 	target/release/sluice up
 
 down:
 	target/release/sluice down
 
-test: setup build
-	cargo test --workspace --release
-
-build:
-	cargo build --workspace --release
+# Everything once: the programs, then the tests, which use those programs.
+test: setup build images
+	cargo test $(CARGO_FLAGS)
 
 setup:
-	./scripts/setup.sh
+	@./scripts/setup.sh
+
+build:
+	cargo build $(CARGO_FLAGS)
+
+images: build
+	@target/release/xtask images
 
 lint:
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --release -- -D warnings
+	cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
+
+bench: bench-proxy

@@ -58,8 +58,7 @@ impl Image {
 
     /// A program of this machine, at `at`, with its libraries.
     pub fn program(&mut self, from: &Path, at: &str) -> Result<()> {
-        let bytes = fs::read(from).with_context(|| format!("read the program {}; is it built?", from.display()))?;
-        self.file(at, &bytes, 0o755);
+        self.file(at, &stripped(from)?, 0o755);
         for lib in libraries(from)? {
             let bytes = fs::read(&lib).with_context(|| format!("read the library {}", lib.display()))?;
             self.file(lib.to_string_lossy().trim_start_matches('/'), &bytes, 0o755);
@@ -142,6 +141,14 @@ fn header(kind: tar::EntryType, size: u64, mode: u32) -> tar::Header {
 fn digest(b: &[u8]) -> String {
     let hex: String = Sha256::digest(b).iter().map(|x| format!("{x:02x}")).collect();
     format!("sha256:{hex}")
+}
+
+/// The program without its debug information, which would be most of the image; whole where there is no `strip`.
+fn stripped(program: &Path) -> Result<Vec<u8>> {
+    let out = tempfile::NamedTempFile::new()?;
+    let strip = Command::new("strip").arg("--strip-debug").arg("-o").arg(out.path()).arg(program).output();
+    let from = if strip.is_ok_and(|o| o.status.success()) { out.path() } else { program };
+    fs::read(from).with_context(|| format!("read the program {}; is it built?", program.display()))
 }
 
 /// What the program loads, the loader included; nothing for a static one.
