@@ -51,7 +51,7 @@ pub struct Hub {
     fixed: Option<Snapshot>,
     assembly: Assembly,
     /// The view of a new stream until it covers what the app uses.
-    resync: Option<(Held, Instant)>,
+    resync: Option<Resync>,
     /// Dialled, and when last used.
     wanted: BTreeMap<SocketAddr, Instant>,
     tls: Option<Arc<Tls>>,
@@ -60,6 +60,14 @@ pub struct Hub {
     unacked: VecDeque<(u64, String, Revision)>,
     /// Some view has been held.
     synced: bool,
+}
+
+/// A new stream's view in the making.
+struct Resync {
+    held: Held,
+    /// Something came on the stream: before, there is nothing to take over.
+    begun: bool,
+    until: Instant,
 }
 
 impl Hub {
@@ -113,7 +121,7 @@ impl Hub {
     pub fn opened(&mut self, version: &str, now: Instant) -> Vec<Kind> {
         self.assembly = Assembly::default();
         self.unacked.clear();
-        self.resync = Some((self.held.clone(), now + RESYNC_TIMEOUT));
+        self.resync = Some(Resync { held: self.held.clone(), begun: false, until: now + RESYNC_TIMEOUT });
         let hello = v1::Hello {
             version: version.to_owned(),
             features: Vec::new(),
@@ -144,8 +152,8 @@ impl Hub {
                 self.held = self.held.apply(update);
                 self.take_view()
             }
-            Some((held, until)) => {
-                self.resync = Some((held.apply(update), until));
+            Some(resync) => {
+                self.resync = Some(Resync { held: resync.held.apply(update), begun: true, ..resync });
                 self.end_resync(now)
             }
         }
@@ -156,8 +164,8 @@ impl Hub {
     fn end_resync(&mut self, now: Instant) -> Vec<Todo> {
         let complete = |held: &Held| self.wanted.keys().all(|d| held.resolutions.contains_key(d));
         match self.resync.take() {
-            Some((held, until)) if now >= until || complete(&held) => {
-                self.held = held;
+            Some(r) if r.begun && (now >= r.until || complete(&r.held)) => {
+                self.held = r.held;
                 self.take_view()
             }
             unfinished => {
@@ -323,6 +331,7 @@ mod tests {
         assert!(hub.held().resolutions.contains_key(&d), "the old view serves");
         assert!(published(&hub.update(update(3, false, &["10.96.0.1:80"]), now)).is_some());
         hub.opened("1.0.0", now);
+        assert_eq!(published(&hub.tick(now + RESYNC_TIMEOUT)), None, "a stream that says nothing changes nothing");
         hub.update(update(4, true, &[]), now);
         assert!(published(&hub.tick(now + RESYNC_TIMEOUT)).is_some(), "bounded");
     }
