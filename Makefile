@@ -32,3 +32,8 @@ lint:
 	cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
 
 bench: bench-proxy
+
+# The sidecar beside nginx and HAProxy (apt packages), CPU time per request.
+bench-proxy:
+	cargo build --release -p sluice-proxy -p sluice-bench
+	@target/release/bench-proxy

@@ -2,6 +2,7 @@
 //! counts honestly, and side-by-side runs against peers (in `src/bin`).
 
 pub mod backend;
+pub mod closed;
 pub mod echo;
 pub mod echo_state;
 pub mod load;
