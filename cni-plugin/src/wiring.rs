@@ -74,14 +74,15 @@ pub fn wire(host: &mut Connection, inside: &mut Inside, lease: &Lease, mtu: Opti
     };
     let inner = link::find(&mut inside.connection, veth.pod).map_err(&failed)?.ok_or_else(|| missing(veth.pod))?;
     let outer = link::find(host, veth.host).map_err(&failed)?.ok_or_else(|| missing(veth.host))?;
-    let (pod, node) = states(&inner, &outer, &lease.addresses);
+    let (pod, node) = states(&inner, &outer, lease);
     bring(&mut inside.connection, &pod, fresh).map_err(&failed)?;
     bring(host, &node, fresh).map_err(&failed)?;
     Ok(outer.index)
 }
 
-fn states(inner: &Found, outer: &Found, addresses: &[IpAddr]) -> (State, State) {
-    (plan::pod_state(inner.index, addresses, CAPTURE), plan::host_state(outer.index, addresses))
+fn states(inner: &Found, outer: &Found, lease: &Lease) -> (State, State) {
+    let addresses = &lease.addresses;
+    (plan::pod_state(inner.index, addresses, CAPTURE), plan::host_state(outer.index, lease.mac, addresses))
 }
 
 /// True when the pair is new. A pair of ours that a killed ADD has left is used; half of one is removed.
@@ -123,7 +124,7 @@ pub fn missing(host: &mut Connection, inside: &mut Inside, lease: &Lease) -> Res
     let (Some(inner), Some(outer)) = (inner, outer) else {
         return Ok(vec![format!("link {} is gone", lease.link)]);
     };
-    let (pod, node) = states(&inner, &outer, &lease.addresses);
+    let (pod, node) = states(&inner, &outer, lease);
     let mut text = Vec::new();
     for (connection, wanted) in [(&mut inside.connection, &pod), (host, &node)] {
         let present = kernel::read(connection).map_err(&failed)?;

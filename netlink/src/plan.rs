@@ -233,11 +233,14 @@ pub struct Capture {
     pub priority: u32,
 }
 
-/// What a pod needs on the node's side, where `link` is the node's end of its link.
-pub fn host_state(link: u32, addresses: &[IpAddr]) -> State {
+/// What a pod needs on the node's side, where `link` is the node's end of its link and `pod_mac` the other end's
+/// hardware address. Both sides know each other's from the start: no first packet waits for an answer, and a node
+/// without an address of its own can still forward.
+pub fn host_state(link: u32, pod_mac: [u8; 6], addresses: &[IpAddr]) -> State {
     let mut state = State { up: BTreeSet::from([link]), ..State::default() };
     for ip in addresses {
         state.routes.insert(host_route(link, *ip));
+        state.neighbours.insert(Neighbour { link, ip: *ip, mac: pod_mac });
         if ip.is_ipv6() {
             state.addresses.insert(Address { link, prefix: Prefix { address: GATEWAY6.into(), len: 64 } });
         }

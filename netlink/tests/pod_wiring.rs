@@ -44,7 +44,7 @@ fn a_pod_is_wired_and_reached_in_both_families() {
 
     let capture = Capture { mark: 0x77, table: 0x51c, priority: 100 };
     let wanted_pod = pod_state(inner.index, &addresses, capture);
-    let mut wanted_host = host_state(outer.index, &addresses);
+    let mut wanted_host = host_state(outer.index, veth.pod_mac, &addresses);
     let node_only = node_state(&["10.244.9.0/24".parse().expect("range")], &[]);
     wanted_host.up.extend(node_only.up);
     wanted_host.addresses.extend(node_only.addresses);
