@@ -3,7 +3,7 @@
 //!
 //! A writer that must see its own write first waits with [`Cache::wait_for`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -66,9 +66,47 @@ impl<T: Object> Listener<T> {
     }
 }
 
+type Id = (String, String);
+
+/// Objects by identity, and identities by the uid of what controls them (empty: nothing does).
+struct Objects<T> {
+    by_id: BTreeMap<Id, Arc<T>>,
+    by_controller: HashMap<String, BTreeSet<Id>>,
+}
+
+impl<T: Object> Objects<T> {
+    fn new() -> Self {
+        Objects { by_id: BTreeMap::new(), by_controller: HashMap::new() }
+    }
+
+    fn insert(&mut self, id: Id, object: Arc<T>) -> Option<Arc<T>> {
+        let old = self.remove(&id);
+        self.by_controller.entry(controller(&*object)).or_default().insert(id.clone());
+        self.by_id.insert(id, object);
+        old
+    }
+
+    fn remove(&mut self, id: &Id) -> Option<Arc<T>> {
+        let old = self.by_id.remove(id)?;
+        let controller = controller(&*old);
+        if let Some(ids) = self.by_controller.get_mut(&controller) {
+            ids.remove(id);
+            if ids.is_empty() {
+                self.by_controller.remove(&controller);
+            }
+        }
+        Some(old)
+    }
+}
+
+fn controller<T: Object>(object: &T) -> String {
+    let owners = object.meta().owner_references.iter().flatten();
+    owners.filter(|owner| owner.controller == Some(true)).map(|owner| owner.uid.clone()).next().unwrap_or_default()
+}
+
 /// All objects of one kind, by namespace and name.
 pub struct Cache<T> {
-    objects: RwLock<BTreeMap<(String, String), Arc<T>>>,
+    objects: RwLock<Objects<T>>,
     revision: watch::Sender<Option<u64>>,
     changes: broadcast::Sender<Change<T>>,
 }
@@ -77,7 +115,7 @@ impl<T: Object> Cache<T> {
     /// Starts keeping the copy, until `stop`.
     pub fn start(store: Arc<dyn Store>, stop: CancellationToken) -> Arc<Self> {
         let cache = Arc::new(Cache {
-            objects: RwLock::new(BTreeMap::new()),
+            objects: RwLock::new(Objects::new()),
             revision: watch::Sender::new(None),
             changes: broadcast::Sender::new(LISTENER_BUFFER),
         });
@@ -110,30 +148,37 @@ impl<T: Object> Cache<T> {
 
     /// One object.
     pub fn get(&self, namespace: &str, name: &str) -> Option<Arc<T>> {
-        self.read().get(&(namespace.to_owned(), name.to_owned())).cloned()
+        self.read().by_id.get(&(namespace.to_owned(), name.to_owned())).cloned()
     }
 
     /// All objects.
     pub fn all(&self) -> Vec<Arc<T>> {
-        self.read().values().cloned().collect()
+        self.read().by_id.values().cloned().collect()
     }
 
     /// The objects of one namespace.
     pub fn in_namespace(&self, namespace: &str) -> Vec<Arc<T>> {
         let objects = self.read();
         let from = Bound::Included((namespace.to_owned(), String::new()));
-        let range = objects.range((from, Bound::Unbounded));
+        let range = objects.by_id.range((from, Bound::Unbounded));
         range.take_while(|((ns, _), _)| ns == namespace).map(|(_, object)| object.clone()).collect()
+    }
+
+    /// The objects that the owner of this uid controls; with an empty uid, those that nothing controls.
+    pub fn controlled_by(&self, uid: &str) -> Vec<Arc<T>> {
+        let objects = self.read();
+        let ids = objects.by_controller.get(uid).into_iter().flatten();
+        ids.filter_map(|id| objects.by_id.get(id).cloned()).collect()
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.read().len()
+        self.read().by_id.len()
     }
 
     /// There are none.
     pub fn is_empty(&self) -> bool {
-        self.read().is_empty()
+        self.read().by_id.is_empty()
     }
 
     /// Hears every later change.
@@ -141,7 +186,7 @@ impl<T: Object> Cache<T> {
         Listener { receiver: self.changes.subscribe() }
     }
 
-    fn read(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<(String, String), Arc<T>>> {
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Objects<T>> {
         self.objects.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -177,10 +222,14 @@ impl<T: Object> Cache<T> {
         Ok(())
     }
 
-    fn replace(&self, fresh: BTreeMap<(String, String), Arc<T>>) {
+    fn replace(&self, fresh: BTreeMap<Id, Arc<T>>) {
+        let mut next = Objects::new();
+        for (id, object) in &fresh {
+            next.insert(id.clone(), object.clone());
+        }
         let before = {
             let mut objects = self.objects.write().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *objects, fresh.clone())
+            std::mem::replace(&mut *objects, next).by_id
         };
         for (id, new) in &fresh {
             let old = before.get(id);

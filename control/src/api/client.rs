@@ -14,11 +14,15 @@ use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
 use super::kinds::{self, Kind};
 use super::registry::{Context, DeleteOptions, ListOptions, Patch, Registry};
 use super::status::ApiError;
 use super::value::{rfc3339, rfc3339_micro};
+
+/// Events being written at a time; more are dropped.
+const EVENTS_IN_FLIGHT: usize = 4_096;
 
 /// A type of the table of kinds.
 pub trait Object: Serialize + DeserializeOwned + Clone + Send + Sync + 'static {
@@ -113,6 +117,7 @@ pub struct Notice<'a> {
 #[derive(Clone)]
 pub struct Client {
     registry: Arc<Registry>,
+    events: Arc<Semaphore>,
     ctx: Context,
     part: String,
 }
@@ -120,12 +125,13 @@ pub struct Client {
 impl Client {
     /// For the part of this name; it is the user of audit lines and the field manager `sluice.dev/<part>`.
     pub fn new(registry: Arc<Registry>, part: &str) -> Self {
-        Client { registry, ctx: Context::internal(part), part: part.to_owned() }
+        let events = Arc::new(Semaphore::new(EVENTS_IN_FLIGHT));
+        Client { registry, events, ctx: Context::internal(part), part: part.to_owned() }
     }
 
     /// The same objects, for another part.
     pub fn named(&self, part: &str) -> Self {
-        Client::new(self.registry.clone(), part)
+        Client { ctx: Context::internal(part), part: part.to_owned(), ..self.clone() }
     }
 
     /// The untyped registry beneath.
@@ -177,8 +183,18 @@ impl Client {
         subresource: &str,
         difference: Value,
     ) -> Result<T, ApiError> {
-        let patch = Patch::Merge(difference);
-        decode(self.registry.patch(&self.ctx, T::kind(), (namespace, name), subresource, &patch).await?.object)
+        self.patch(namespace, name, subresource, &Patch::Merge(difference)).await
+    }
+
+    /// Changes an object or its status by a difference of any kind.
+    pub async fn patch<T: Object>(
+        &self,
+        namespace: &str,
+        name: &str,
+        subresource: &str,
+        difference: &Patch,
+    ) -> Result<T, ApiError> {
+        decode(self.registry.patch(&self.ctx, T::kind(), (namespace, name), subresource, difference).await?.object)
     }
 
     /// Deletes an object; one that is gone already is no error. Returns the revision of the change.
@@ -199,24 +215,14 @@ impl Client {
         self.registry.bind(&self.ctx, (pod.namespace(), pod.name()), node, fence).await
     }
 
-    /// Says something of an object. The same reason about the same object counts up instead of piling up.
-    pub async fn notice<T: Object>(&self, about: &T, notice: &Notice<'_>) {
-        if let Err(error) = self.try_notice(about, notice).await {
-            tracing::debug!(%error, reason = notice.reason, "event not recorded");
-        }
-    }
-
-    async fn try_notice<T: Object>(&self, about: &T, notice: &Notice<'_>) -> Result<(), ApiError> {
+    /// Says something of an object, some time soon. The same reason about the same object counts up instead of piling
+    /// up; when too much is said at once, the rest is dropped, for an event is a courtesy.
+    pub fn notice<T: Object>(&self, about: &T, notice: &Notice<'_>) {
+        let Ok(slot) = self.events.clone().try_acquire_owned() else { return };
         let kind = T::kind();
-        let now = Timestamp::now();
-        let namespace = if about.namespace().is_empty() { "default" } else { about.namespace() };
+        let namespace = if about.namespace().is_empty() { "default" } else { about.namespace() }.to_owned();
         let name = format!("{}.{:016x}", about.name(), fingerprint(&[about.uid(), notice.reason, notice.message]));
-        if let Some(known) = self.get::<core::Event>(namespace, &name).await? {
-            let count = known.count.unwrap_or(1) + 1;
-            let change = json!({"count": count, "lastTimestamp": rfc3339(now)});
-            self.merge::<core::Event>(namespace, &name, "", change).await?;
-            return Ok(());
-        }
+        let now = Timestamp::now();
         let component = self.part.clone();
         let body = json!({
             "apiVersion": "v1", "kind": "Event", "metadata": {"name": name, "namespace": namespace},
@@ -229,6 +235,21 @@ impl Client {
             "source": {"component": component}, "reportingComponent": component, "reportingInstance": "sluice-control",
             "action": notice.reason,
         });
+        let client = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = client.record(&namespace, &name, body).await {
+                tracing::debug!(%error, name, "event not recorded");
+            }
+            drop(slot);
+        });
+    }
+
+    async fn record(&self, namespace: &str, name: &str, body: Value) -> Result<(), ApiError> {
+        if let Some(known) = self.get::<core::Event>(namespace, name).await? {
+            let change = json!({"count": known.count.unwrap_or(1) + 1, "lastTimestamp": body["lastTimestamp"]});
+            self.merge::<core::Event>(namespace, name, "", change).await?;
+            return Ok(());
+        }
         self.registry.create(&self.ctx, core::Event::kind(), namespace, body).await?;
         Ok(())
     }
