@@ -1,0 +1,209 @@
+//! The cluster under test, and words for talking to it.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::{
+    fs,
+    io::Write,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+pub struct Cluster {
+    name: String,
+    bin: PathBuf,
+    pub port: u16,
+}
+
+/// The folder of the built programs: two above the test's own.
+fn bin() -> PathBuf {
+    let exe = std::env::current_exe().expect("a test knows its path");
+    exe.ancestors().nth(2).map(Path::to_owned).expect("target/<profile>/deps/test")
+}
+
+fn text(out: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
+}
+
+impl Cluster {
+    pub fn start() -> Result<Self> {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let c = Self { name: format!("test-{}", std::process::id()), bin: bin(), port };
+        eprintln!("starting a cluster of three nodes (cluster {})", c.name);
+        let args =
+            ["up", "--nodes=3", "--no-examples", "--no-kubeconfig", "--control-arg=--node-monitor-grace-s=8", "--control-arg=--eviction-s=5"];
+        let out = c.sluice(&args).arg(format!("--api-port={port}")).output()?;
+        if !out.status.success() {
+            let logs = c.logs();
+            let _ = c.stop();
+            bail!("sluice up: {}\n{logs}", text(&out));
+        }
+        Ok(c)
+    }
+
+    /// Ends it and proves that nothing of it is left.
+    pub fn stop(&self) -> Result<()> {
+        if std::env::var_os("SLUICE_KEEP").is_some() {
+            eprintln!("cluster kept: sluice --cluster {} …", self.name);
+            return Ok(());
+        }
+        let out = self.sluice(&["down"]).output()?;
+        ensure!(out.status.success(), "sluice down: {}", text(&out));
+        Ok(())
+    }
+
+    /// One test; what it left in its namespaces is taken away, and on failure the logs are shown.
+    pub fn run(&self, name: &str, test: fn(&Cluster) -> Result<()>) -> Result<()> {
+        let began = Instant::now();
+        let result = test(self);
+        eprintln!("{name}: {:.1} s", began.elapsed().as_secs_f64());
+        if result.is_err() {
+            eprintln!("{}", self.try_kubectl(&["get", "pods,services,nodes", "-A", "-o", "wide"]).unwrap_or_default());
+            eprintln!("{}", self.try_kubectl(&["get", "events", "-A"]).unwrap_or_default());
+            eprintln!("{}", self.logs());
+        }
+        result
+    }
+
+    fn logs(&self) -> String {
+        let mut out = String::new();
+        for machine in ["control", "node-1", "node-2", "node-3"] {
+            for program in ["control", "agent", "init"] {
+                let path = self.dir().join(machine).join("log").join(format!("{program}.log"));
+                if let Ok(t) = fs::read_to_string(&path) {
+                    let wanted: Vec<_> = t.lines().filter(|l| !l.contains(" INFO audit")).collect();
+                    let from = wanted.len().saturating_sub(25);
+                    out.push_str(&format!("--- {machine}/{program}\n{}\n", wanted[from..].join("\n")));
+                }
+            }
+        }
+        out
+    }
+
+    pub fn dir(&self) -> PathBuf {
+        Path::new("/var/lib/sluice-local").join(&self.name)
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn sluice(&self, args: &[&str]) -> Command {
+        let mut c = Command::new(self.bin.join("sluice"));
+        c.args(["--cluster", &self.name]).args(args).stdin(Stdio::null());
+        c
+    }
+
+    pub fn sluice_ok(&self, args: &[&str]) -> Result<String> {
+        let out = self.sluice(args).output()?;
+        ensure!(out.status.success(), "sluice {}: {}", args.join(" "), text(&out));
+        Ok(text(&out))
+    }
+
+    fn kubectl_command(&self, args: &[&str]) -> Command {
+        let mut c = Command::new("kubectl");
+        c.arg("--kubeconfig").arg(self.dir().join("control/disk/control/admin.kubeconfig")).args(args);
+        c
+    }
+
+    pub fn try_kubectl(&self, args: &[&str]) -> Result<String> {
+        Ok(text(&self.kubectl_command(args).stdin(Stdio::null()).output()?))
+    }
+
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        let out = self.kubectl_command(args).stdin(Stdio::null()).output().context("run kubectl")?;
+        ensure!(out.status.success(), "kubectl {}: {}", args.join(" "), text(&out));
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    pub fn apply_text(&self, manifest: &str) -> Result<String> {
+        let mut child = self
+            .kubectl_command(&["apply", "-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        child.stdin.take().context("kubectl's input")?.write_all(manifest.as_bytes())?;
+        let out = child.wait_with_output()?;
+        ensure!(out.status.success(), "kubectl apply: {}", text(&out));
+        Ok(text(&out))
+    }
+
+    pub fn apply(&self, objects: &[Value]) -> Result<String> {
+        let list = serde_json::json!({"apiVersion": "v1", "kind": "List", "items": objects});
+        self.apply_text(&list.to_string())
+    }
+
+    pub fn json(&self, args: &[&str]) -> Result<Value> {
+        let mut all = args.to_vec();
+        all.extend(["-o", "json"]);
+        Ok(serde_json::from_str(&self.kubectl(&all)?)?)
+    }
+
+    pub fn wait(&self, what: &str, seconds: u64, mut done: impl FnMut() -> Result<bool>) -> Result<Duration> {
+        let began = Instant::now();
+        let mut last = String::new();
+        while began.elapsed() < Duration::from_secs(seconds) {
+            match done() {
+                Ok(true) => return Ok(began.elapsed()),
+                Ok(false) => {}
+                Err(e) => last = format!(" ({e:#})"),
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        bail!("not within {seconds} s: {what}{last}")
+    }
+
+    pub fn rollout(&self, namespace: &str, deployment: &str) -> Result<()> {
+        self.kubectl(&["-n", namespace, "rollout", "status", &format!("deployment/{deployment}"), "--timeout=90s"])?;
+        Ok(())
+    }
+
+    pub fn namespace(&self, name: &str, meshed: bool) -> Result<()> {
+        let labels = if meshed { serde_json::json!({"sluice.dev/inject": "enabled"}) } else { serde_json::json!({}) };
+        self.apply(&[serde_json::json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})])?;
+        Ok(())
+    }
+
+    pub fn delete_namespace(&self, name: &str) -> Result<()> {
+        self.kubectl(&["delete", "namespace", name, "--timeout=90s"])?;
+        Ok(())
+    }
+
+    /// Of the host: pid of a machine's first process.
+    pub fn machine_pid(&self, machine: &str) -> Result<i32> {
+        let t = fs::read_to_string(self.dir().join(machine).join("pid"))?;
+        Ok(t.split_whitespace().next().context("a pid")?.parse()?)
+    }
+
+    /// A shell command inside a machine.
+    pub fn inside(&self, machine: &str, script: &str) -> Result<String> {
+        let pid = self.machine_pid(machine)?.to_string();
+        let out = Command::new("nsenter")
+            .args(["-t", &pid, "-m", "-n", "-C", "-u", "-i", "-p", "--", "/bin/sh", "-c", script])
+            .stdin(Stdio::null())
+            .output()?;
+        ensure!(out.status.success(), "in {machine}: {script}: {}", text(&out));
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    /// `kill -9` of a machine's program, by the pid that the machine noted.
+    pub fn kill_program(&self, machine: &str, program: &str) -> Result<()> {
+        self.inside(machine, &format!("kill -9 $(cat /run/sluice/{program}.pid)")).map(drop)
+    }
+
+    pub fn pods(&self, namespace: &str, selector: &str) -> Result<Vec<Value>> {
+        let list = self.json(&["-n", namespace, "get", "pods", "-l", selector])?;
+        Ok(list["items"].as_array().cloned().unwrap_or_default())
+    }
+}
+
+/// The `Ready` condition of a pod that is not being deleted.
+pub fn ready(pod: &Value) -> bool {
+    pod["metadata"]["deletionTimestamp"].is_null()
+        && pod["status"]["conditions"]
+            .as_array()
+            .is_some_and(|c| c.iter().any(|c| c["type"] == "Ready" && c["status"] == "True"))
+}

@@ -1,0 +1,64 @@
+//! The cluster rung: one local cluster of three nodes, started with the real programs, images and kubectl; tests run one
+//! after the other in it and clean up behind themselves. The cluster goes when they are through, whatever happened.
+
+mod canary;
+mod cluster;
+mod deploy;
+mod failures;
+mod load;
+mod network;
+
+use cluster::Cluster;
+use libtest_mimic::{Arguments, Trial};
+use std::sync::Arc;
+
+type Test = fn(&Cluster) -> anyhow::Result<()>;
+
+const TESTS: &[(&str, Test)] = &[
+    ("deploy_a_container", deploy::deploy_a_container),
+    ("pods_spread_and_the_thirteenth_waits", deploy::pods_spread_and_the_thirteenth_waits),
+    ("containers_come_back", deploy::containers_come_back),
+    ("probes_cull_and_restart", deploy::probes_cull_and_restart),
+    ("init_containers_volumes_and_logs", deploy::init_containers_volumes_and_logs),
+    ("services_have_names_and_stable_addresses", network::services_have_names_and_stable_addresses),
+    ("containers_of_a_pod_share_localhost", network::containers_of_a_pod_share_localhost),
+    ("kernel_state_is_put_right", network::kernel_state_is_put_right),
+    ("rolling_update_loses_nothing", canary::rolling_update_loses_nothing),
+    ("canary_split_is_exact", canary::canary_split_is_exact),
+    ("canary_shifts_under_load", canary::canary_shifts_under_load),
+    ("meshed_traffic_is_encrypted_and_closed_without_sidecar", canary::closed_without_sidecar),
+    ("agent_and_control_killed_under_load", failures::agent_and_control_killed_under_load),
+    ("a_lost_node_loses_its_pods", failures::a_lost_node_loses_its_pods),
+    ("down_leaves_nothing", failures::down_leaves_nothing),
+];
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    // They share a cluster and two CPUs.
+    arguments.test_threads = Some(1);
+    if arguments.list {
+        let trials = TESTS.iter().map(|(name, _)| Trial::test(*name, || Ok(()))).collect();
+        libtest_mimic::run(&arguments, trials).exit();
+    }
+    let wanted = |name: &str| arguments.filter.as_ref().is_none_or(|f| name.contains(f.as_str()));
+    if !TESTS.iter().any(|(name, _)| wanted(name)) {
+        libtest_mimic::run(&arguments, vec![]).exit();
+    }
+    let cluster = match Cluster::start() {
+        Ok(c) => Arc::new(c),
+        Err(e) => {
+            eprintln!("the cluster did not start: {e:#}");
+            std::process::exit(101);
+        }
+    };
+    let trials = TESTS.iter().map(|(name, test)| {
+        let cluster = cluster.clone();
+        Trial::test(*name, move || cluster.run(name, *test).map_err(|e| format!("{e:#}").into()))
+    });
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    let left = cluster.stop();
+    if let Err(e) = &left {
+        eprintln!("the cluster was not taken down: {e:#}");
+    }
+    if left.is_err() { std::process::exit(101) } else { conclusion.exit() }
+}
