@@ -1,10 +1,16 @@
 //! The node agent: one per node. It keeps the kernel's data path true to the cluster's state, is the node's relay of
 //! that state to sidecars, answers DNS, and, stand-alone, runs the node's pods.
 
+pub mod attest;
+pub mod cni_config;
+pub mod datapath;
+pub mod handover;
 pub mod identity;
+pub mod network;
 pub mod node;
 pub mod pods;
 pub mod relay;
+pub mod run;
 pub mod server;
 pub mod uplink;
 pub mod view;

@@ -54,7 +54,7 @@ fn add(config: &Config, env: &Environment<'_>) -> Result<Value> {
     };
     let made = wiring::wire(&mut node.host, &mut inside, &lease, config.mtu).and_then(|ifindex| {
         let _lock = Lock::take(&config.state_dir)?;
-        wiring::enlist(config, &maps, &inside, &lease, ifindex)
+        wiring::enlist(&config.bpffs, &maps, &inside, &lease, ifindex)
     });
     if let Err(error) = made {
         undo(config, &mut node, &maps, &lease);

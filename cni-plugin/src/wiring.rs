@@ -16,7 +16,7 @@ use sluice_netlink::{
     link::{self, Found, Veth},
     plan::{self, Capture, Operation, State},
 };
-use std::{collections::BTreeSet, net::IpAddr, path::Path};
+use std::{collections::BTreeSet, net::IpAddr, os::fd::AsFd, path::Path};
 
 /// Ahead of the main table's rule (32766), behind the local table's (0).
 const CAPTURE: Capture = Capture { mark: CAPTURE_MARK, table: CAPTURE_TABLE, priority: 100 };
@@ -151,7 +151,7 @@ pub fn open_maps(config: &Config) -> Result<PodMaps> {
 }
 
 /// Puts the pod into the maps and steering into its namespace: ADD's last step, under the lock.
-pub fn enlist(config: &Config, maps: &PodMaps, inside: &Inside, lease: &Lease, ifindex: u32) -> Result<()> {
+pub fn enlist(bpffs: &Path, maps: &PodMaps, inside: &Inside, lease: &Lease, ifindex: u32) -> Result<()> {
     let failed = maps_error(lease);
     let intent = match lease.pod.uid.is_empty() {
         true => None,
@@ -173,7 +173,7 @@ pub fn enlist(config: &Config, maps: &PodMaps, inside: &Inside, lease: &Lease, i
         *slot = sluice_ebpf::addr(*ip);
     }
     // Steering first: a meshed pod is closed from the first moment that it is known.
-    loader::attach_pod(&config.bpffs, std::os::fd::AsFd::as_fd(&inside.netns), inside.cookie).map_err(&failed)?;
+    loader::attach_pod(bpffs, inside.netns.as_fd(), inside.cookie).map_err(&failed)?;
     for ip in &lease.addresses {
         let entry = PodAddr { netns: inside.cookie, flags, ifindex };
         maps.addrs.set(&sluice_ebpf::addr(*ip), &entry).map_err(&failed)?;

@@ -48,9 +48,8 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> Result<u64> {
 
 /// A handle on the process that connected a unix stream, which cannot come to mean another process. Before Linux 6.5
 /// it is made from the pid, and then means whoever has that pid now.
-pub fn peer_pidfd(stream: &UnixStream) -> Result<OwnedFd> {
-    use std::os::fd::AsFd;
-    match get_option::<i32>(stream.as_fd(), SO_PEERPIDFD, "SO_PEERPIDFD") {
+pub fn peer_pidfd(stream: BorrowedFd<'_>) -> Result<OwnedFd> {
+    match get_option::<i32>(stream, SO_PEERPIDFD, "SO_PEERPIDFD") {
         // SAFETY: a descriptor that the kernel has just made for this call.
         Ok(fd) => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         Err(e) if e.errno() == Some(libc::ENOPROTOOPT) => pidfd_of(peer_pid(stream)?),
@@ -65,9 +64,8 @@ fn pidfd_of(pid: i32) -> Result<OwnedFd> {
 }
 
 /// Process id of the peer when it connected, as this process's pid namespace numbers it.
-pub fn peer_pid(stream: &UnixStream) -> Result<i32> {
-    use std::os::fd::AsFd;
-    let [pid, _uid, _gid] = get_option::<[i32; 3]>(stream.as_fd(), libc::SO_PEERCRED, "SO_PEERCRED")?;
+pub fn peer_pid(stream: BorrowedFd<'_>) -> Result<i32> {
+    let [pid, _uid, _gid] = get_option::<[i32; 3]>(stream, libc::SO_PEERCRED, "SO_PEERCRED")?;
     if pid <= 0 {
         let cause = io::Error::new(io::ErrorKind::NotFound, "the peer is in a pid namespace that is not below ours");
         return Err(Error::io("name the peer of", "a unix stream", cause));
@@ -100,8 +98,8 @@ mod tests {
         let listener = listen_abstract_in(&home, &name).expect("listen");
         let client = connect_abstract_in(&home, &name).expect("connect");
         let (accepted, _) = listener.accept().expect("accept");
-        assert_eq!(peer_pid(&accepted).expect("pid"), std::process::id() as i32);
-        peer_pidfd(&accepted).expect("pidfd");
+        assert_eq!(peer_pid(accepted.as_fd()).expect("pid"), std::process::id() as i32);
+        peer_pidfd(accepted.as_fd()).expect("pidfd");
         let cookie = home.cookie().expect("cookie");
         assert_eq!(netns_cookie(accepted.as_fd()).expect("cookie"), cookie);
         drop(client);

@@ -1,0 +1,158 @@
+//! Who is at the other end of a unix stream: which process, which cgroup, which pod.
+//!
+//! The namespace in which the stream was made says the pod: abstract sockets are per namespace, and the kernel tells
+//! the namespace's cookie. The process is held by a pidfd while its cgroup is read, so that the answer cannot be about
+//! a later process with the same number.
+
+use sluice_ebpf::{
+    common::{self, map},
+    maps::{HashMap, pin_dir, unpadded},
+};
+use sluice_netlink::sock;
+use std::{
+    fs, io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("ask the kernel who the peer is")]
+    Peer(#[source] sluice_netlink::Error),
+    #[error("the peer has ended before its cgroup was known")]
+    Ended,
+    #[error("{operation} {path}")]
+    Read {
+        operation: &'static str,
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    #[error("process {pid} is in cgroup {cgroup:?}, which is not below this node's")]
+    Foreign { pid: i32, cgroup: String },
+    #[error("no pod has the network namespace with cookie {0}")]
+    NoPod(u64),
+    #[error("ask the data path for the pod")]
+    Maps(#[source] sluice_ebpf::Error),
+    #[error("neither /sys/fs/cgroup/unified nor /sys/fs/cgroup is a cgroup2 mount; mount one")]
+    NoCgroup2,
+}
+
+/// The process at the other end.
+#[derive(Debug)]
+pub struct Peer {
+    pub pid: i32,
+    /// Readable once the process has ended.
+    pub pidfd: OwnedFd,
+    /// As eBPF programs see it: the inode of the cgroup's folder.
+    pub cgroup_id: u64,
+    pub netns_cookie: u64,
+}
+
+/// A pod, as the data path knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodId {
+    pub uid: String,
+    pub namespace: String,
+    pub name: String,
+}
+
+/// Root of the node's cgroup2 hierarchy, on hybrid machines and on pure ones.
+pub fn cgroup_root() -> Result<PathBuf, Error> {
+    let roots = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(PathBuf::from);
+    roots
+        .into_iter()
+        .find(|r| r.join("cgroup.procs").exists() && r.join("cgroup.controllers").exists())
+        .ok_or(Error::NoCgroup2)
+}
+
+/// Attests the peer of a connected stream; takes std's and tokio's alike.
+pub fn peer(stream: BorrowedFd<'_>, cgroup_root: &Path) -> Result<Peer, Error> {
+    let netns_cookie = sock::netns_cookie(stream).map_err(Error::Peer)?;
+    let pidfd = sock::peer_pidfd(stream).map_err(Error::Peer)?;
+    let pid = pid_of(&pidfd)?;
+    let cgroup_id = cgroup_of(pid, cgroup_root)?;
+    // Still the same process: then what was read of its number was its own.
+    if pid_of(&pidfd)? != pid {
+        return Err(Error::Ended);
+    }
+    Ok(Peer { pid, pidfd, cgroup_id, netns_cookie })
+}
+
+/// Number of the process that a pidfd stands for.
+fn pid_of(pidfd: &OwnedFd) -> Result<i32, Error> {
+    let path = PathBuf::from(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()));
+    let text = read(&path)?;
+    let pid = text.lines().find_map(|l| l.strip_prefix("Pid:")).and_then(|p| p.trim().parse::<i32>().ok());
+    pid.filter(|p| *p > 0).ok_or(Error::Ended)
+}
+
+fn read(path: &Path) -> Result<String, Error> {
+    fs::read_to_string(path).map_err(|cause| Error::Read { operation: "read", path: path.to_owned(), cause })
+}
+
+fn cgroup_of(pid: i32, root: &Path) -> Result<u64, Error> {
+    let text = read(Path::new(&format!("/proc/{pid}/cgroup")))?;
+    let cgroup = unified(&text).ok_or_else(|| Error::Foreign { pid, cgroup: text.clone() })?;
+    let path = root.join(cgroup.trim_start_matches('/'));
+    sluice_ebpf::loader::cgroup_id(&path).map_err(Error::Maps)
+}
+
+/// The cgroup2 line of /proc/<pid>/cgroup; `None` also for a path that leads out of our cgroup namespace.
+fn unified(text: &str) -> Option<&str> {
+    let path = text.lines().find_map(|l| l.strip_prefix("0::"))?;
+    (path.starts_with('/') && !path.split('/').any(|p| p == "..")).then_some(path)
+}
+
+/// Whether the process of a pidfd has ended.
+pub fn ended(pidfd: impl AsFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0)
+}
+
+/// Answers which pod a stream belongs to.
+pub struct Attestor {
+    cgroup_root: PathBuf,
+    pods: HashMap<u64, common::Pod>,
+}
+
+impl Attestor {
+    /// The data path must have been opened on this node before.
+    pub fn open(bpffs: &Path) -> Result<Self, Error> {
+        let pods = HashMap::open(&pin_dir(bpffs), map::PODS).map_err(Error::Maps)?;
+        Ok(Self { cgroup_root: cgroup_root()?, pods })
+    }
+
+    /// Which pod, and which of its processes.
+    pub fn attest(&self, stream: BorrowedFd<'_>) -> Result<(PodId, Peer), Error> {
+        let peer = peer(stream, &self.cgroup_root)?;
+        let pod = self.pods.get(&peer.netns_cookie).map_err(Error::Maps)?;
+        let pod = pod.ok_or(Error::NoPod(peer.netns_cookie))?;
+        let id = PodId { uid: unpadded(&pod.uid), namespace: unpadded(&pod.namespace), name: unpadded(&pod.name) };
+        Ok((id, peer))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn the_cgroup2_line_is_found_and_never_leads_out() {
+        assert_eq!(unified("12:cpu:/x\n0::/kube/pod1\n"), Some("/kube/pod1"));
+        assert_eq!(unified("0::/\n"), Some("/"));
+        for bad in ["", "1:cpu:/x\n", "0::/../other\n", "0::relative\n"] {
+            assert_eq!(unified(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_peer_is_this_process() {
+        let (a, _b) = UnixStream::pair().expect("pair");
+        let peer = peer(a.as_fd(), &cgroup_root().expect("cgroup2")).expect("attested");
+        assert_eq!(peer.pid, std::process::id() as i32);
+        assert!(peer.cgroup_id > 0 && peer.netns_cookie > 0 && !ended(&peer.pidfd));
+    }
+}

@@ -1,0 +1,201 @@
+//! Keeps this node's kernel at what the snapshot wants: service maps, pods' flags and ports, node routes.
+//!
+//! What is wanted is decided in `ebpf::compile`, `pods` and `netlink::plan`; this opens, compares and writes. It makes
+//! no pod (the plugin does) and serves no sidecar (`handover` does). Plugin and agent take turns by the store's lock.
+
+mod node;
+mod pods;
+mod repair;
+
+use crate::attest;
+use node::Wires;
+use pods::{Overrides, PodTable};
+use sluice_cni::{Lease, Store, store::Lock};
+use sluice_ebpf::{
+    compile::{Compiled, DnsOverlay, compile},
+    loader::{self, Loaded, Place},
+    maps::{Counters, ServiceMaps, pin_dir},
+    table::{Changes, ServiceTable},
+};
+use sluice_model::Snapshot;
+use sluice_netlink::plan::GATEWAY4;
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+const DNS_PORT: u16 = 53;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("find the node's cgroups")]
+    Cgroup(#[source] attest::Error),
+    #[error("load the data path")]
+    Load(#[source] sluice_ebpf::Error),
+    #[error("bring the service maps to the snapshot")]
+    Services(#[source] sluice_ebpf::Error),
+    #[error("bring the pod maps to the snapshot")]
+    Pods(#[source] sluice_ebpf::Error),
+    #[error("read the plugin's leases")]
+    Leases(#[source] sluice_cni::Error),
+    #[error("set up the node's own network")]
+    Node(#[source] sluice_netlink::Error),
+}
+
+#[derive(Clone, Debug)]
+pub struct DatapathConfig {
+    /// Mount point of the BPF file system.
+    pub bpffs: PathBuf,
+    /// Root of the node's cgroup2 hierarchy; found when absent.
+    pub cgroup: Option<PathBuf>,
+    pub node: String,
+    /// The cluster DNS address, answered by the node's resolver on the pods' gateway address.
+    pub dns: Option<IpAddr>,
+}
+
+/// A pod of this node, by its lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodInfo {
+    pub uid: String,
+    pub namespace: String,
+    pub name: String,
+    pub netns: PathBuf,
+    pub addresses: Vec<IpAddr>,
+    pub netns_cookie: u64,
+}
+
+impl From<Lease> for PodInfo {
+    fn from(l: Lease) -> Self {
+        let (addresses, netns_cookie) = (l.addresses, l.netns_cookie);
+        Self { uid: l.pod.uid, namespace: l.pod.namespace, name: l.pod.name, netns: l.netns, addresses, netns_cookie }
+    }
+}
+
+/// What bringing a snapshot into force did.
+#[derive(Clone, Debug, Default)]
+pub struct Applied {
+    pub services: Changes,
+    /// Pods whose flags or ports changed.
+    pub pods: usize,
+    /// What the snapshot asks and cannot be had; the rest is in force.
+    pub problems: Vec<String>,
+}
+
+pub struct Datapath {
+    config: DatapathConfig,
+    place: Place,
+    loaded: Loaded,
+    state_dir: PathBuf,
+    store: Store,
+    table: ServiceTable,
+    pod_table: PodTable,
+    counters: Counters,
+    wires: Wires,
+    /// `None` before the first snapshot: the entries of the agent before us stay as they are.
+    compiled: Option<Compiled>,
+    overrides: Overrides,
+}
+
+impl Datapath {
+    /// Loads what is not loaded and replaces what is; afterwards the plugin can make pods.
+    pub fn open(config: &DatapathConfig) -> Result<Self, Error> {
+        let cgroup = config.cgroup.clone().map_or_else(attest::cgroup_root, Ok).map_err(Error::Cgroup)?;
+        let place = Place { bpffs: config.bpffs.clone(), cgroup };
+        let state_dir = PathBuf::from(sluice_cni::STATE_DIR);
+        let wires = Wires::open().map_err(Error::Node)?;
+        let boot = sluice_cni::store::boot(wires.netns_cookie().map_err(Error::Node)?).map_err(Error::Leases)?;
+        let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
+        let loaded = {
+            let _lock = Lock::take(&state_dir).map_err(Error::Leases)?;
+            loader::load(&place).map_err(Error::Load)?
+        };
+        let (table, pod_table, counters) = open_maps(&place.bpffs).map_err(Error::Load)?;
+        let config = config.clone();
+        let overrides = Overrides::default();
+        Ok(Self {
+            config,
+            place,
+            loaded,
+            state_dir,
+            store,
+            table,
+            pod_table,
+            counters,
+            wires,
+            compiled: None,
+            overrides,
+        })
+    }
+
+    /// What loading found: whether refused connections see ECONNREFUSED, how many pods were steered on.
+    pub fn loaded(&self) -> Loaded {
+        self.loaded
+    }
+
+    /// Brings the snapshot into force. Services change one by one, each at an instant; what could not be done is
+    /// tried again by [`Self::repair`].
+    pub fn apply(&mut self, snapshot: &Snapshot) -> Result<Applied, Error> {
+        let compiled = compile(snapshot, &self.config.node, self.overlay());
+        let mut applied =
+            Applied { problems: compiled.problems.iter().map(ToString::to_string).collect(), ..Applied::default() };
+        let (services, pods) = (&compiled.services, &compiled.pods);
+        let table = self.table.apply(services).map_err(Error::Services);
+        let pods = self.locked(|d, _| d.pod_table.apply(pods, &mut d.overrides).map_err(Error::Pods));
+        self.wires.want(snapshot, &self.config.node, &mut applied.problems);
+        self.compiled = Some(compiled);
+        applied.services = table?;
+        applied.pods = pods?;
+        let leases = self.store.held().map_err(Error::Leases)?;
+        // A node that cannot be reached is no reason to keep the whole cluster from this snapshot.
+        applied.problems.extend(self.wires.reconcile(&leases).err().map(|e| describe(&e)));
+        Ok(applied)
+    }
+
+    /// Says what a pod is before the snapshot does: between its namespace's making and its first container. The
+    /// snapshot has the last word from when it knows the pod.
+    pub fn set_pod_mesh(&mut self, uid: &str, meshed: bool, excluded_ports: &[u16]) -> Result<(), Error> {
+        let ports: BTreeSet<u16> = excluded_ports.iter().copied().collect();
+        self.overrides.set(uid, meshed, ports);
+        self.locked(|d, _| {
+            let wanted = d.compiled.as_ref().map(|c| c.pods.clone()).unwrap_or_default();
+            d.pod_table.apply(&wanted, &mut d.overrides).map(drop).map_err(Error::Pods)
+        })
+    }
+
+    /// The pods that the plugin has made and not yet been told to remove.
+    pub fn pods(&self) -> Result<Vec<PodInfo>, Error> {
+        Ok(self.store.held().map_err(Error::Leases)?.into_iter().map(PodInfo::from).collect())
+    }
+
+    /// The programs' counters with their labels, since boot.
+    pub fn counters(&self) -> Result<Vec<(&'static str, u64)>, Error> {
+        self.counters.all().map_err(Error::Load)
+    }
+
+    fn overlay(&self) -> Option<DnsOverlay> {
+        let vip = self.config.dns?;
+        Some(DnsOverlay { vip, server: SocketAddr::new(GATEWAY4.into(), DNS_PORT) }).filter(|d| d.vip.is_ipv4())
+    }
+
+    fn locked<T>(&mut self, work: impl FnOnce(&mut Self, &Lock) -> Result<T, Error>) -> Result<T, Error> {
+        let lock = Lock::take(&self.state_dir).map_err(Error::Leases)?;
+        work(self, &lock)
+    }
+}
+
+fn open_maps(bpffs: &Path) -> Result<(ServiceTable, PodTable, Counters), sluice_ebpf::Error> {
+    let dir = pin_dir(bpffs);
+    Ok((ServiceTable::open(ServiceMaps::open(&dir)?)?, PodTable::open(&dir)?, Counters::open(&dir)?))
+}
+
+/// An error with its causes on one line.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(c) = cause {
+        text = format!("{text}: {c}");
+        cause = c.source();
+    }
+    text
+}

@@ -1,0 +1,107 @@
+//! Drift: what others changed in the kernel is put back. Called every second.
+
+use super::{Datapath, Error, open_maps};
+use sluice_cni::{
+    Lease, command,
+    store::Lock,
+    wiring::{self, Inside},
+};
+use sluice_ebpf::{loader, maps::padded};
+use sluice_netlink::link;
+
+impl Datapath {
+    /// Compares the kernel with what is wanted and restores; says what was wrong. Also ends leases whose links have
+    /// gone. Goes on after a failure, and returns the first one.
+    pub fn repair(&mut self) -> Result<Vec<String>, Error> {
+        let mut wrong = Vec::new();
+        let outcomes = [
+            self.repair_programs(&mut wrong),
+            self.repair_services(&mut wrong),
+            self.repair_pods(&mut wrong),
+            self.repair_node(&mut wrong),
+        ];
+        outcomes.into_iter().collect::<Result<(), Error>>().map(|()| wrong)
+    }
+
+    fn repair_programs(&mut self, wrong: &mut Vec<String>) -> Result<(), Error> {
+        let reloaded = self.locked(|d, _| loader::repair(&d.place).map_err(Error::Load))?;
+        if reloaded {
+            wrong.push("programs or maps were unpinned".into());
+            (self.table, self.pod_table, self.counters) = open_maps(&self.place.bpffs).map_err(Error::Load)?;
+        }
+        Ok(())
+    }
+
+    fn repair_services(&mut self, wrong: &mut Vec<String>) -> Result<(), Error> {
+        let Some(compiled) = &self.compiled else { return Ok(()) };
+        self.table.reread().map_err(Error::Services)?;
+        let changes = self.table.apply(&compiled.services).map_err(Error::Services)?;
+        if changes.written + changes.removed > 0 {
+            wrong.push(format!("{} service entries", changes.written + changes.removed));
+        }
+        Ok(())
+    }
+
+    fn repair_pods(&mut self, wrong: &mut Vec<String>) -> Result<(), Error> {
+        let outcome = self.locked(|d, lock| {
+            command::free_released(&d.store, d.wires.connection(), lock, None).map_err(Error::Leases)?;
+            let leases = d.store.held().map_err(Error::Leases)?;
+            d.remove_strays(&leases, wrong)?;
+            for lease in &leases {
+                d.repair_pod(lease, lock, wrong)?;
+            }
+            Ok(())
+        });
+        let wanted = self.compiled.as_ref().map(|c| c.pods.clone()).unwrap_or_default();
+        let changed = self.locked(|d, _| d.pod_table.apply(&wanted, &mut d.overrides).map_err(Error::Pods))?;
+        if changed > 0 {
+            wrong.push(format!("{changed} pod flags or ports"));
+        }
+        outcome
+    }
+
+    /// Entries of pods that have no lease: left by a plugin that was killed in the middle of DEL.
+    fn remove_strays(&self, leases: &[Lease], wrong: &mut Vec<String>) -> Result<(), Error> {
+        let maps = &self.pod_table.maps;
+        let known = |cookie: u64| leases.iter().any(|l| l.netns_cookie == cookie);
+        for (cookie, _) in maps.pods.entries().map_err(Error::Pods)?.into_iter().filter(|(c, _)| !known(*c)) {
+            maps.pods.remove(&cookie).map_err(Error::Pods)?;
+            wrong.push(format!("entry of namespace {cookie}, which no lease names"));
+        }
+        for (addr, _) in maps.addrs.entries().map_err(Error::Pods)?.into_iter().filter(|(_, a)| !known(a.netns)) {
+            maps.addrs.remove(&addr).map_err(Error::Pods)?;
+        }
+        let attached = loader::attached_pods(&self.place.bpffs).map_err(Error::Pods)?;
+        let stray = attached.into_iter().filter(|c| !known(*c));
+        stray.map(|c| loader::detach_pod(&self.place.bpffs, c).map_err(Error::Pods)).collect()
+    }
+
+    /// Puts a pod back into the maps. One whose link is not there yet is the plugin's to finish; one whose namespace
+    /// has gone is the runtime's to remove.
+    fn repair_pod(&mut self, lease: &Lease, _lock: &Lock, wrong: &mut Vec<String>) -> Result<(), Error> {
+        let maps = &self.pod_table.maps;
+        let enlisted = wiring::enlisted(&self.place.bpffs, maps, lease).map_err(Error::Leases)?;
+        let same = |p: sluice_ebpf::common::Pod| p.uid == padded(&lease.pod.uid);
+        if enlisted && maps.pods.get(&lease.netns_cookie).map_err(Error::Pods)?.is_some_and(same) {
+            return Ok(());
+        }
+        let found = link::find(self.wires.connection(), &lease.link).map_err(Error::Node)?;
+        let (Some(found), Ok(inside)) = (found, Inside::open(&lease.netns)) else { return Ok(()) };
+        if inside.cookie != lease.netns_cookie {
+            return Ok(());
+        }
+        wiring::enlist(&self.place.bpffs, maps, &inside, lease, found.index).map_err(Error::Leases)?;
+        wrong.push(format!("pod {} was not in the maps", lease.pod));
+        Ok(())
+    }
+
+    fn repair_node(&mut self, wrong: &mut Vec<String>) -> Result<(), Error> {
+        if self.wires.ensure_settings().map_err(Error::Node)? {
+            wrong.push("forwarding was off".into());
+        }
+        let leases = self.store.held().map_err(Error::Leases)?;
+        let operations = self.wires.reconcile(&leases).map_err(Error::Node)?;
+        wrong.extend(operations.iter().map(|o| format!("needed: {o}")));
+        Ok(())
+    }
+}
