@@ -35,16 +35,19 @@ pub async fn serve(worker: &Rc<Worker>, mut stream: TcpStream, address: SocketAd
     match found {
         Detected::Tls(hello) if meshed(&hello) => mesh(worker, stream, bytes, address, opaque).await,
         Detected::Http1 if strict => {
-            http::serve(worker, Prefixed::new(bytes, stream), Side::Refuse(Reason::PlainRefused)).await;
+            http::serve1(worker, Prefixed::new(bytes, stream), Side::Refuse(Reason::PlainRefused)).await;
         }
         _ if strict => {
             worker.counters.refuse(Reason::PlainRefused);
             reset(&stream);
         }
-        Detected::Http1 if !opaque => http::serve(worker, Prefixed::new(bytes, stream), app(worker, address)).await,
+        Detected::Http1 if !opaque => http::serve1(worker, Prefixed::new(bytes, stream), app(worker, address)).await,
+        Detected::Http2 if !opaque => http::serve2(worker, Prefixed::new(bytes, stream), app(worker, address)).await,
         _ => {
             let mut stream = Prefixed::new(bytes, stream);
-            join(worker, &mut stream, address).await;
+            if !join(worker, &mut stream, address).await {
+                reset(stream.get_ref());
+            }
         }
     }
 }
@@ -72,30 +75,35 @@ async fn mesh(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, address: Soc
         }
     };
     if opaque {
-        return join(worker, &mut stream, address).await;
+        join(worker, &mut stream, address).await;
+        return;
     }
     let Ok((bytes, found)) = first_bytes(&mut stream, DETECT_PATIENCE).await else { return };
     let mut stream = Prefixed::new(bytes, stream);
     match found {
-        Detected::Http1 => http::serve(worker, stream, app(worker, address)).await,
-        _ => join(worker, &mut stream, address).await,
+        Detected::Http1 => http::serve1(worker, stream, app(worker, address)).await,
+        Detected::Http2 => http::serve2(worker, stream, app(worker, address)).await,
+        _ => {
+            join(worker, &mut stream, address).await;
+        }
     }
 }
 
-/// Opaque bytes to the app.
-async fn join<S: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, stream: &mut S, address: SocketAddr) {
+/// Opaque bytes to the app. False when they could not be passed on whole.
+async fn join<S: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, stream: &mut S, address: SocketAddr) -> bool {
     let series = worker.inbound_series(address.port());
     add(&series.connections, 1);
     match connect_tcp(address).await {
         Ok(mut app) => {
             add(&series.open_connections, 1);
-            // How it ends is the peers' business; both ends are closed then.
-            let _ = tcp::pump(stream, &mut app).await;
+            let whole = tcp::pump(stream, &mut app).await.is_ok();
             series.open_connections.set(series.open_connections.get() - 1);
+            whole
         }
         Err(error) => {
             tracing::debug!(%error, %address, "app takes no connection");
             worker.counters.refuse(Reason::AppUnreachable);
+            false
         }
     }
 }

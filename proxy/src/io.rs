@@ -26,6 +26,35 @@ impl<S> Prefixed<S> {
     pub fn new(prefix: Bytes, inner: S) -> Self {
         Self { prefix, inner }
     }
+
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+}
+
+/// Up to here, bytes of a vectored write are joined: one plain write of them costs less than describing the pieces.
+const JOIN: usize = 1024;
+
+/// Writes short messages as one piece.
+fn write_joined<S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    cx: &mut Context<'_>,
+    bufs: &[IoSlice<'_>],
+) -> Poll<io::Result<usize>> {
+    if let [only] = bufs {
+        return Pin::new(stream).poll_write(cx, only);
+    }
+    let total: usize = bufs.iter().map(|b| b.len()).sum();
+    if total > JOIN {
+        return Pin::new(stream).poll_write_vectored(cx, bufs);
+    }
+    let mut joined = [0; JOIN];
+    let mut at = 0;
+    for buf in bufs {
+        joined[at..at + buf.len()].copy_from_slice(buf);
+        at += buf.len();
+    }
+    Pin::new(stream).poll_write(cx, &joined[..total])
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
@@ -54,7 +83,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+        write_joined(&mut self.inner, cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -103,7 +132,10 @@ impl AsyncWrite for Wire {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        either!(self, poll_write_vectored, cx, bufs)
+        match self.get_mut() {
+            Wire::Plain(s) => write_joined(s, cx, bufs),
+            Wire::Tls(s) => write_joined(s.as_mut(), cx, bufs),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -5,12 +5,14 @@
 //! It decides with `sluice-traffic`, reads `config`, and never talks to the kernel's control side.
 
 pub mod admin;
+pub mod attempt;
 pub mod body;
 pub mod config;
 pub mod control;
 pub mod discovery;
 pub mod drain;
 pub mod handover;
+pub mod headers;
 pub mod held;
 pub mod http;
 pub mod hub;

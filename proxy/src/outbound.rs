@@ -1,5 +1,5 @@
 //! Connections that the app opened: what was dialled decides. A service's port is split per request where it speaks
-//! HTTP/1.1, else per connection; a meshed pod gets mTLS; anything else passes as it is.
+//! HTTP, else per connection; a meshed pod gets mTLS; anything else passes as it is.
 
 use crate::{
     config::{Destination, Endpoint},
@@ -63,12 +63,14 @@ async fn service(worker: &Rc<Worker>, mut stream: TcpStream, destination: Socket
     let side = Side::Outbound { destination, target: Cell::new((live.config.generation, target)) };
     drop(live);
     match protocol {
-        AppProtocol::Http => http::serve(worker, stream, side).await,
-        AppProtocol::Tcp | AppProtocol::Http2 => opaque(worker, stream, Bytes::new(), destination).await,
+        AppProtocol::Http => http::serve1(worker, Prefixed::new(Bytes::new(), stream), side).await,
+        AppProtocol::Http2 => http::serve2(worker, Prefixed::new(Bytes::new(), stream), side).await,
+        AppProtocol::Tcp => opaque(worker, stream, Bytes::new(), destination).await,
         AppProtocol::Detect => {
             let Ok((bytes, found)) = first_bytes(&mut stream, DETECT_PATIENCE).await else { return };
             match found {
-                Detected::Http1 => http::serve(worker, Prefixed::new(bytes, stream), side).await,
+                Detected::Http1 => http::serve1(worker, Prefixed::new(bytes, stream), side).await,
+                Detected::Http2 => http::serve2(worker, Prefixed::new(bytes, stream), side).await,
                 _ => opaque(worker, stream, bytes, destination).await,
             }
         }

@@ -65,7 +65,7 @@ impl Half {
             if self.ended {
                 ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
                 self.closed = true;
-            } else if let Poll::Pending = SCRATCH.with_borrow_mut(|s| self.read_and_write(cx, from, to, s))? {
+            } else if SCRATCH.with_borrow_mut(|s| self.read_and_write(cx, from, to, s))?.is_pending() {
                 // What was written so far must not wait for the next read.
                 let _ = Pin::new(to).poll_flush(cx)?;
                 return Poll::Pending;

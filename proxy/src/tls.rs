@@ -35,7 +35,7 @@ pub enum TlsError {
     #[error("certificate from the agent: {0}")]
     Rustls(#[from] RustlsError),
     #[error("certificate from the agent is for {got}, this workload is {wanted}")]
-    NotOurs { got: Identity, wanted: Identity },
+    NotOurs { got: Box<Identity>, wanted: Box<Identity> },
 }
 
 /// A certificate with its key, and whom to trust.
@@ -63,7 +63,7 @@ impl Tls {
         let leaf = chain.first().ok_or_else(|| TlsError::Malformed("the chain is empty".into()))?;
         let identity = identity_of(leaf)?;
         if identity != *wanted {
-            return Err(TlsError::NotOurs { got: identity, wanted: wanted.clone() });
+            return Err(TlsError::NotOurs { got: identity.into(), wanted: wanted.clone().into() });
         }
         let (not_before_s, not_after_s) = validity(leaf)?;
         let mut roots = RootCertStore::empty();

@@ -4,12 +4,17 @@
 use crate::{
     body::Outgoing,
     config::Endpoint,
+    http::LocalExecutor,
     io::Wire,
     metrics::{Series, add},
     reason::Reason,
     worker::Worker,
 };
-use hyper::client::conn::http1;
+use http::{Request, Response};
+use hyper::{
+    body::Incoming,
+    client::conn::{TrySendError, http1, http2},
+};
 use hyper_util::rt::TokioIo;
 use std::{
     cell::{Cell, RefCell},
@@ -20,7 +25,27 @@ use std::{
 };
 use tokio::net::TcpStream;
 
-pub type Sender = http1::SendRequest<Outgoing>;
+/// A connection that takes requests.
+#[derive(Debug)]
+pub enum Sender {
+    /// One at a time; goes back to the pool when its answer has ended.
+    Http1(http1::SendRequest<Outgoing>),
+    /// Any number; a handle of the endpoint's one connection.
+    Http2(http2::SendRequest<Outgoing>),
+}
+
+impl Sender {
+    /// Sends a request; one that certainly did not leave comes back with the error.
+    pub async fn try_send(
+        &mut self,
+        request: Request<Outgoing>,
+    ) -> Result<Response<Incoming>, TrySendError<Request<Outgoing>>> {
+        match self {
+            Self::Http1(s) => s.try_send_request(request).await,
+            Self::Http2(s) => s.try_send_request(request).await,
+        }
+    }
+}
 
 /// Most idle connections kept per endpoint and worker; more are closed when their request ends.
 const MAX_IDLE: usize = 256;
@@ -40,11 +65,13 @@ pub struct Upstream {
     pub in_flight: Cell<u32>,
     /// Most recently used last: few connections carry a light load.
     idle: RefCell<Vec<Idle>>,
+    /// The connection for all HTTP/2 requests.
+    http2: RefCell<Option<http2::SendRequest<Outgoing>>>,
 }
 
 #[derive(Debug)]
 struct Idle {
-    sender: Sender,
+    sender: http1::SendRequest<Outgoing>,
     since: Instant,
 }
 
@@ -71,11 +98,11 @@ impl ConnectError {
 
 impl Upstream {
     pub fn new(endpoint: Endpoint) -> Rc<Self> {
-        Rc::new(Self { endpoint, in_flight: Cell::new(0), idle: RefCell::default() })
+        Rc::new(Self { endpoint, in_flight: Cell::new(0), idle: RefCell::default(), http2: RefCell::default() })
     }
 
     /// An idle connection that can take a request now.
-    pub fn take_idle(&self, repeatable: bool, now: Instant) -> Option<Sender> {
+    pub fn take_idle(&self, repeatable: bool, now: Instant) -> Option<http1::SendRequest<Outgoing>> {
         let mut idle = self.idle.borrow_mut();
         while let Some(last) = idle.pop() {
             if !last.sender.is_ready() {
@@ -92,7 +119,7 @@ impl Upstream {
     }
 
     /// Keeps a connection whose answer has ended.
-    fn put_idle(self: &Rc<Self>, sender: Sender, now: Instant) {
+    fn put_idle(self: &Rc<Self>, sender: http1::SendRequest<Outgoing>, now: Instant) {
         if sender.is_closed() {
             return;
         }
@@ -139,7 +166,7 @@ impl Upstream {
     }
 
     /// A new connection for HTTP/1.1 requests.
-    pub async fn connect_http(&self, worker: &Worker) -> Result<Sender, ConnectError> {
+    pub async fn connect_http1(&self, worker: &Worker) -> Result<http1::SendRequest<Outgoing>, ConnectError> {
         let wire = self.connect(worker).await?;
         let address = self.endpoint.address;
         let broken = |e| ConnectError::Tcp { address, source: io::Error::other(e) };
@@ -150,6 +177,28 @@ impl Upstream {
             let _ = connection.with_upgrades().await;
         });
         Ok(sender)
+    }
+}
+
+impl Upstream {
+    /// The endpoint's HTTP/2 connection, and whether it was there before. `fresh` asks for a new one.
+    pub async fn http2(&self, worker: &Worker, fresh: bool) -> Result<(Sender, bool), ConnectError> {
+        let there = self.http2.borrow().as_ref().filter(|s| !fresh && s.is_ready()).cloned();
+        if let Some(sender) = there {
+            return Ok((Sender::Http2(sender), true));
+        }
+        let wire = self.connect(worker).await?;
+        let address = self.endpoint.address;
+        let broken = |e| ConnectError::Tcp { address, source: io::Error::other(e) };
+        let handshake = http2::Builder::new(LocalExecutor).handshake(TokioIo::new(wire)).await;
+        let (sender, connection) = handshake.map_err(broken)?;
+        tokio::task::spawn_local(async move {
+            // The requests on it learn how it ended.
+            let _ = connection.await;
+        });
+        // Of several that connected at once, the last is kept; the others end with their requests.
+        *self.http2.borrow_mut() = Some(sender.clone());
+        Ok((Sender::Http2(sender), false))
     }
 }
 
@@ -192,8 +241,8 @@ impl InFlight {
     }
 
     /// The answer is complete; its connection may be used again.
-    pub fn end(mut self: Box<Self>) {
-        if let (Some(upstream), Some(sender)) = (&self.upstream, self.sender.take()) {
+    pub fn end(mut self) {
+        if let (Some(upstream), Some(Sender::Http1(sender))) = (&self.upstream, self.sender.take()) {
             upstream.put_idle(sender, Instant::now());
         }
     }

@@ -198,7 +198,7 @@ impl Worker {
     }
 
     pub fn random(&self) -> u64 {
-        self.random.borrow_mut().next()
+        self.random.borrow_mut().draw()
     }
 
     pub fn draining(&self) -> bool {

@@ -51,7 +51,7 @@ mod tests {
         let mut random = Random::new(1);
         let mut counts = [0u32; 5];
         for _ in 0..50_000 {
-            counts[pick(5, random.next(), |_| 0, |_| true).expect("usable")] += 1;
+            counts[pick(5, random.draw(), |_| 0, |_| true).expect("usable")] += 1;
         }
         assert!(counts.iter().all(|c| (9_500..10_500).contains(c)), "{counts:?}");
     }

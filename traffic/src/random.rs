@@ -11,7 +11,7 @@ impl Random {
     }
 
     /// The next number, uniform over all of `u64`.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -27,7 +27,7 @@ mod tests {
     #[test]
     fn numbers_follow_the_published_sequence() {
         let mut r = Random::new(1_234_567);
-        let got: Vec<u64> = (0..3).map(|_| r.next()).collect();
+        let got: Vec<u64> = (0..3).map(|_| r.draw()).collect();
         assert_eq!(got, [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]);
     }
 }

@@ -1,0 +1,146 @@
+//! One request to one backend: which endpoint, over which connection, and what may be tried again when that fails.
+//! A request is never sent twice where the first time may have counted.
+
+use crate::{
+    body::{Outgoing, empty},
+    live::LiveCluster,
+    metrics::add,
+    reason::{self, Reason},
+    upstream::{ConnectError, InFlight, Sender, Upstream},
+    worker::Worker,
+};
+use http::{Request, Response, StatusCode, Version};
+use http_body_util::Either;
+use hyper::body::{Body, Incoming};
+use sluice_traffic::balance;
+use std::{rc::Rc, time::Instant};
+
+/// Endpoints tried for one request before it is given up.
+const MAX_ATTEMPTS: u32 = 3;
+/// The answer, and the connection it came by. Tries other endpoints, and once another connection, where that cannot
+/// make a request count twice.
+pub async fn send(
+    worker: &Rc<Worker>,
+    cluster: &Rc<LiveCluster>,
+    request: Request<Incoming>,
+    in_flight: &mut InFlight,
+    inbound: bool,
+) -> Result<(Response<Incoming>, Sender), Reason> {
+    if !cluster.known {
+        return Err(Reason::NoBackend);
+    }
+    let empty_body = request.body().is_end_stream();
+    let http2 = request.version() == Version::HTTP_2;
+    let mut request = request.map(Either::Left);
+    let repeatable = empty_body && request.method().is_idempotent();
+    let mut tries = Tries { repeatable, http2, ..Tries::default() };
+    loop {
+        let Some(at) = tries.pick(cluster, worker) else { return Err(tries.failure) };
+        let upstream = &cluster.endpoints[at];
+        in_flight.at(upstream);
+        let (mut sender, reused) = match tries.connection(upstream, worker).await {
+            Ok(got) => got,
+            Err(error) => {
+                tracing::debug!(%error, "no connection");
+                tries.failure = if inbound { Reason::AppUnreachable } else { error.reason() };
+                tries.next_endpoint(at, worker);
+                continue;
+            }
+        };
+        let spare = empty_body.then(|| copy_head(&request));
+        match sender.try_send(request).await {
+            Ok(response) => match spare {
+                Some(spare) if never_reached_app(&response) && tries.another_endpoint(at, cluster, worker) => {
+                    request = spare;
+                }
+                _ => return Ok((response, sender)),
+            },
+            Err(mut failed) => {
+                let unsent = failed.take_message();
+                let again = unsent.or(spare.filter(|_| tries.repeatable && reused));
+                tracing::debug!(error = %failed.error(), reused, "request failed");
+                let closed = if failed.error().is_parse() { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
+                request = again.filter(|_| tries.another_connection(worker)).ok_or(closed)?;
+            }
+        }
+    }
+}
+
+/// What was tried for one request.
+struct Tries {
+    /// May be sent again after a connection broke before any byte of the answer (RFC 9110 §9.2.2).
+    repeatable: bool,
+    http2: bool,
+    /// Endpoints not to try again, by index; those past 63 are not remembered.
+    tried: u64,
+    attempts: u32,
+    /// No pooled connection any more.
+    fresh: bool,
+    failure: Reason,
+}
+
+impl Default for Tries {
+    fn default() -> Self {
+        Self { repeatable: false, http2: false, tried: 0, attempts: 0, fresh: false, failure: Reason::NoEndpoints }
+    }
+}
+
+impl Tries {
+    fn pick(&self, cluster: &LiveCluster, worker: &Worker) -> Option<usize> {
+        if self.attempts >= MAX_ATTEMPTS {
+            return None;
+        }
+        let endpoints = &cluster.endpoints;
+        let random = if endpoints.len() > 1 { worker.random() } else { 0 };
+        let untried = |i: usize| i > 63 || self.tried & (1 << i) == 0;
+        balance::pick(endpoints.len(), random, |i| endpoints[i].in_flight.get(), untried)
+    }
+
+    async fn connection(&self, upstream: &Upstream, worker: &Worker) -> Result<(Sender, bool), ConnectError> {
+        if self.http2 {
+            return upstream.http2(worker, self.fresh).await;
+        }
+        if !self.fresh
+            && let Some(sender) = upstream.take_idle(self.repeatable, Instant::now())
+        {
+            return Ok((Sender::Http1(sender), true));
+        }
+        Ok((Sender::Http1(upstream.connect_http1(worker).await?), false))
+    }
+
+    fn next_endpoint(&mut self, at: usize, worker: &Worker) {
+        self.tried |= 1u64.checked_shl(at as u32).unwrap_or(0);
+        self.attempts += 1;
+        add(&worker.counters.retries, 1);
+    }
+
+    /// Whether another endpoint is left to try after `at`.
+    fn another_endpoint(&mut self, at: usize, cluster: &LiveCluster, worker: &Worker) -> bool {
+        self.next_endpoint(at, worker);
+        self.pick(cluster, worker).is_some()
+    }
+
+    /// Whether a fresh connection may be tried: once.
+    fn another_connection(&mut self, worker: &Worker) -> bool {
+        add(&worker.counters.retries, 1);
+        !std::mem::replace(&mut self.fresh, true)
+    }
+}
+
+/// The sidecar of the endpoint says that its app took no connection: nothing has happened yet.
+fn never_reached_app(response: &Response<Incoming>) -> bool {
+    response.status() == StatusCode::SERVICE_UNAVAILABLE
+        && response.headers().get(reason::HEADER).is_some_and(|r| r == Reason::AppUnreachable.label())
+}
+
+fn copy_head(request: &Request<Outgoing>) -> Request<Outgoing> {
+    let mut copy = Request::new(empty());
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    if let Some(upgrade) = request.extensions().get::<hyper::ext::Protocol>() {
+        copy.extensions_mut().insert(upgrade.clone());
+    }
+    copy
+}
