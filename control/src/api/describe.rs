@@ -17,6 +17,14 @@ const MINOR: &str = "32";
 /// Content type of aggregated discovery.
 pub const AGGREGATED: &str = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
 
+/// Content type of `/openapi/v2`, whose document is empty: an empty protobuf message. Everything is in v3.
+pub const OPENAPI_V2: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
+
+/// There are no custom resource definitions: the kinds are those of the table.
+pub fn no_custom_resources() -> Value {
+    json!({"kind": "CustomResourceDefinitionList", "apiVersion": "apiextensions.k8s.io/v1", "metadata": {}, "items": []})
+}
+
 /// `/version`.
 pub fn version() -> Value {
     json!({
@@ -208,6 +216,7 @@ pub fn openapi(group: &str, version: &str) -> Option<Value> {
         return None;
     }
     roots.insert("io.k8s.apimachinery.pkg.apis.meta.v1.DeleteOptions".to_owned());
+    roots.insert("io.k8s.apimachinery.pkg.apis.meta.v1.Status".to_owned());
     let mut schemas = reachable(&roots);
     for kind in kinds_of(group, version) {
         let gvk = json!([{"group": kind.group, "version": kind.version, "kind": kind.kind}]);

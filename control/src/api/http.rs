@@ -155,6 +155,9 @@ fn documents(api: &Api, path: &str, request: &Request<Incoming>) -> Result<Respo
         ["openapi", "v3"] => Some(describe::openapi_index()),
         ["openapi", "v3", "api", version] => describe::openapi("", version),
         ["openapi", "v3", "apis", group, version] => describe::openapi(group, version),
+        // kubectl asks these two about a kind it does not know, and says so more clearly when they answer.
+        ["openapi", "v2"] => return Ok(full(200, describe::OPENAPI_V2, Bytes::new())),
+        ["apis", "apiextensions.k8s.io", "v1", "customresourcedefinitions"] => Some(describe::no_custom_resources()),
         ["metrics"] => return Ok(text_response(&api.metrics.render(api.registry.store().revision()))),
         _ => api.extra.get(path),
     };

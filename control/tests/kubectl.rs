@@ -1,0 +1,235 @@
+//! The unmodified kubectl against a real service.
+
+mod support;
+
+use support::{Cluster, eventually};
+
+const DEPLOYMENT: &str = "
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: nginx-deployment, labels: {app: nginx}}
+spec:
+  replicas: 3
+  selector: {matchLabels: {app: nginx}}
+  template:
+    metadata: {labels: {app: nginx}}
+    spec:
+      containers:
+      - name: nginx
+        image: nginx:1.14.2
+        ports: [{containerPort: 80, name: http}]
+        resources: {requests: {cpu: 100m}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec:
+  selector: {app: nginx}
+  ports: [{port: 80, targetPort: http}]
+";
+
+async fn three_nodes() -> Cluster {
+    let mut cluster = Cluster::start().await;
+    for name in ["n1", "n2", "n3"] {
+        cluster.add_node(name, "4").await;
+    }
+    cluster
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deploys_changes_and_undoes() {
+    let cluster = three_nodes().await;
+    let applied = cluster.apply(DEPLOYMENT).await;
+    assert!(applied.contains("deployment.apps/nginx-deployment created"), "{applied}");
+    cluster.kubectl(&["rollout", "status", "deploy/nginx-deployment", "--timeout=20s"]).await;
+    let nodes =
+        cluster.kubectl(&["get", "pods", "-o", "jsonpath={range .items[*]}{.spec.nodeName}{\"\\n\"}{end}"]).await;
+    let distinct: std::collections::HashSet<&str> = nodes.lines().collect();
+    assert_eq!((nodes.lines().count(), distinct.len()), (3, 3), "{nodes}");
+
+    let version = ["get", "deploy,svc", "-o", "jsonpath={.items[*].metadata.resourceVersion}"];
+    let before = cluster.kubectl(&version).await;
+    let again = cluster.apply(DEPLOYMENT).await;
+    assert!(again.lines().all(|line| line.ends_with("unchanged")), "{again}");
+    assert_eq!(cluster.kubectl(&version).await, before);
+
+    let wide = cluster.kubectl(&["get", "pods", "-o", "wide"]).await;
+    for want in ["READY", "RESTARTS", "1/1", "Running", "10.244.", "n1"] {
+        assert!(wide.contains(want), "{wide}");
+    }
+    eventually("endpoints", || async {
+        let slices = cluster
+            .kubectl(&[
+                "get",
+                "endpointslices",
+                "-l",
+                "kubernetes.io/service-name=web",
+                "-o",
+                "jsonpath={.items[*].endpoints[*].addresses[0]}",
+            ])
+            .await;
+        slices.split_whitespace().count() == 3
+    })
+    .await;
+    let described = cluster.kubectl(&["describe", "deploy", "nginx-deployment"]).await;
+    for want in
+        ["3 desired | 3 updated | 3 total | 3 available | 0 unavailable", "ScalingReplicaSet", "NewReplicaSetAvailable"]
+    {
+        assert!(described.contains(want), "{described}");
+    }
+    assert!(cluster.kubectl(&["describe", "svc", "web"]).await.contains("TargetPort:"));
+    assert!(cluster.kubectl(&["describe", "node", "n1"]).await.contains("PodCIDR:"));
+    let pod = cluster.kubectl(&["get", "pods", "-o", "name"]).await;
+    let described = cluster.kubectl(&["describe", pod.lines().next().expect("a pod")]).await;
+    assert!(described.contains("Successfully assigned default/"), "{described}");
+
+    cluster.kubectl(&["scale", "deploy/nginx-deployment", "--replicas=5"]).await;
+    cluster
+        .kubectl(&["wait", "deploy/nginx-deployment", "--for=jsonpath={.status.availableReplicas}=5", "--timeout=20s"])
+        .await;
+    cluster.kubectl(&["set", "image", "deploy/nginx-deployment", "nginx=nginx:1.16.1"]).await;
+    cluster.kubectl(&["rollout", "status", "deploy/nginx-deployment", "--timeout=20s"]).await;
+    let history = cluster.kubectl(&["rollout", "history", "deploy/nginx-deployment"]).await;
+    assert!(history.contains("\n1 ") && history.contains("\n2 "), "{history}");
+    cluster.kubectl(&["rollout", "undo", "deploy/nginx-deployment"]).await;
+    cluster.kubectl(&["rollout", "status", "deploy/nginx-deployment", "--timeout=20s"]).await;
+    let image = cluster
+        .kubectl(&["get", "deploy", "nginx-deployment", "-o", "jsonpath={.spec.template.spec.containers[0].image}"])
+        .await;
+    assert_eq!(image, "nginx:1.14.2");
+
+    cluster.kubectl(&["label", "deploy", "nginx-deployment", "tier=front"]).await;
+    cluster.kubectl(&["patch", "deploy", "nginx-deployment", "-p", "{\"spec\":{\"replicas\":2}}"]).await;
+    cluster.kubectl(&["wait", "deploy/nginx-deployment", "--for=condition=Available", "--timeout=20s"]).await;
+    assert!(cluster.kubectl(&["get", "deploy", "-l", "tier=front", "-o", "name"]).await.contains("nginx-deployment"));
+    cluster.kubectl(&["delete", "deploy,svc", "-l", "app=nginx", "--timeout=20s"]).await;
+    eventually("pods are collected", || async { cluster.kubectl(&["get", "pods", "-o", "name"]).await.is_empty() })
+        .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tells_what_is_wrong() {
+    let cluster = Cluster::start().await;
+    cluster.apply(DEPLOYMENT).await;
+    for wrong in ["replicas: \"three\"", "replicaz: 3"] {
+        let ran = cluster.kubectl_with(&["apply", "-f", "-"], &DEPLOYMENT.replace("replicas: 3", wrong)).await;
+        let field = wrong.split(':').next().expect("a field");
+        assert!(!ran.ok && ran.err.contains(&format!("spec.{field}")), "{}", ran.err);
+        let fresh = DEPLOYMENT.replace("replicas: 3", wrong).replace("nginx-deployment", "other");
+        let ran = cluster.kubectl_with(&["apply", "-f", "-"], &fresh).await;
+        assert!(!ran.ok && ran.err.contains(&format!("spec.{field}")), "{}", ran.err);
+    }
+    let unknown = "apiVersion: example.com/v1\nkind: Widget\nmetadata: {name: w}\n";
+    let ran = cluster.kubectl_with(&["apply", "-f", "-"], unknown).await;
+    assert!(ran.err.contains("no matches for kind \"Widget\""), "{}", ran.err);
+    let ran = cluster.kubectl_with(&["get", "widgets"], "").await;
+    assert!(ran.err.contains("the server doesn't have a resource type \"widgets\""), "{}", ran.err);
+    let ran = cluster.kubectl_with(&["get", "pod", "nope"], "").await;
+    assert!(ran.err.contains("pods \"nope\" not found"), "{}", ran.err);
+    let resources = cluster.kubectl(&["api-resources", "-o", "name"]).await;
+    for want in ["pods", "deployments.apps", "httproutes.gateway.networking.k8s.io", "endpointslices.discovery.k8s.io"]
+    {
+        assert!(resources.lines().any(|line| line == want), "{resources}");
+    }
+    assert!(cluster.kubectl(&["explain", "deployment.spec.strategy"]).await.contains("rollingUpdate"));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fills_nodes_and_says_what_is_missing() {
+    let mut cluster = three_nodes().await;
+    let one_cpu = DEPLOYMENT.replace("100m", "\"1\"").replace("replicas: 3", "replicas: 13");
+    cluster.apply(&one_cpu).await;
+    eventually("12 run", || async {
+        let running = cluster.kubectl(&["get", "pods", "--field-selector=status.phase=Running", "-o", "name"]).await;
+        running.lines().count() == 12
+    })
+    .await;
+    let waiting = [
+        "get",
+        "pods",
+        "--field-selector=status.phase=Pending",
+        "-o",
+        "jsonpath={.items[*].status.conditions[0].message}",
+    ];
+    eventually("the 13th says why", || async {
+        cluster.kubectl(&waiting).await == "0/3 nodes are available: 3 Insufficient cpu."
+    })
+    .await;
+    let events = cluster.kubectl(&["get", "events", "--field-selector=reason=FailedScheduling"]).await;
+    assert!(events.contains("3 Insufficient cpu"), "{events}");
+    for node in ["n1", "n2", "n3"] {
+        let pods = cluster
+            .kubectl(&["get", "pods", "-A", &format!("--field-selector=spec.nodeName={node}"), "-o", "name"])
+            .await;
+        assert_eq!(pods.lines().count(), 4, "{node}: {pods}");
+    }
+    cluster.add_node("n4", "4").await;
+    eventually("13 run", || async { cluster.kubectl(&waiting).await.is_empty() }).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_node_loses_its_pods() {
+    let cluster = three_nodes().await;
+    cluster.apply(DEPLOYMENT).await;
+    cluster.kubectl(&["rollout", "status", "deploy/nginx-deployment", "--timeout=20s"]).await;
+    cluster.silence(0);
+    cluster.kubectl(&["wait", "node/n1", "--for=condition=Ready=Unknown", "--timeout=20s"]).await;
+    let endpoints = [
+        "get",
+        "endpointslices",
+        "-o",
+        "jsonpath={range .items[*].endpoints[?(@.conditions.ready==true)]}{.nodeName}{\" \"}{end}",
+    ];
+    eventually("its endpoints are withdrawn", || async { !cluster.kubectl(&endpoints).await.contains("n1") }).await;
+    eventually("its pods run elsewhere", || async {
+        let nodes = cluster.kubectl(&endpoints).await;
+        nodes.split_whitespace().count() == 3 && !nodes.contains("n1")
+    })
+    .await;
+    assert!(cluster.kubectl(&["get", "nodes"]).await.contains("NotReady"));
+    cluster.kubectl(&["delete", "node", "n1"]).await;
+    eventually("its pods are gone", || async {
+        !cluster.kubectl(&["get", "pods", "-o", "jsonpath={.items[*].spec.nodeName}"]).await.contains("n1")
+    })
+    .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn creates_and_deletes_a_namespace_with_what_is_in_it() {
+    let cluster = three_nodes().await;
+    let made = cluster.kubectl(&["create", "namespace", "shop"]).await;
+    assert!(made.contains("namespace/shop created"), "{made}");
+    cluster.kubectl(&["-n", "shop", "create", "configmap", "settings", "--from-literal=a=b"]).await;
+    cluster.kubectl(&["-n", "shop", "create", "secret", "generic", "password", "--from-literal=a=b"]).await;
+    cluster.kubectl(&["-n", "shop", "create", "deployment", "web", "--image=web:1", "--replicas=2"]).await;
+    cluster.kubectl(&["-n", "shop", "rollout", "status", "deploy/web", "--timeout=20s"]).await;
+    eventually("an account", || async {
+        cluster.kubectl_with(&["-n", "shop", "get", "serviceaccount", "default"], "").await.ok
+    })
+    .await;
+    cluster.kubectl(&["delete", "namespace", "shop", "--timeout=20s"]).await;
+    assert!(cluster.kubectl(&["get", "pods", "-A", "-o", "name"]).await.is_empty());
+    cluster.kubectl(&["drain", "n1", "--force", "--timeout=20s"]).await;
+    assert!(cluster.kubectl(&["get", "nodes"]).await.contains("Ready,SchedulingDisabled"));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn applies_server_side() {
+    let cluster = Cluster::start().await;
+    let ssa = ["apply", "--server-side", "-f", "-"];
+    let ran = cluster.kubectl_with(&ssa, DEPLOYMENT).await;
+    assert!(ran.ok, "{}", ran.err);
+    cluster.kubectl(&["scale", "deploy/nginx-deployment", "--replicas=4"]).await;
+    let ran = cluster.kubectl_with(&ssa, DEPLOYMENT).await;
+    assert!(!ran.ok && ran.err.contains(".spec.replicas"), "{}", ran.err);
+    let ran = cluster.kubectl_with(&["apply", "--server-side", "--force-conflicts", "-f", "-"], DEPLOYMENT).await;
+    assert!(ran.ok, "{}", ran.err);
+    let replicas = cluster.kubectl(&["get", "deploy", "nginx-deployment", "-o", "jsonpath={.spec.replicas}"]).await;
+    assert_eq!(replicas, "3");
+    cluster.stop().await;
+}
