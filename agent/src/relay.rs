@@ -115,8 +115,7 @@ impl Relay {
 
     fn forget_gone(&self, view: &View) {
         let live: std::collections::BTreeSet<&str> = view.snapshot.workloads().map(|w| w.uid.as_str()).collect();
-        let gone: Vec<String> =
-            self.lock().holders.uids().filter(|u| !live.contains(u)).map(str::to_owned).collect();
+        let gone: Vec<String> = self.lock().holders.uids().filter(|u| !live.contains(u)).map(str::to_owned).collect();
         gone.iter().for_each(|uid| self.forget(uid));
     }
 

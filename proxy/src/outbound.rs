@@ -39,6 +39,7 @@ pub async fn serve(worker: &Rc<Worker>, stream: TcpStream, destination: SocketAd
         worker.counters.refuse(Reason::Loop);
         return reset(&stream);
     }
+    let _dialled = worker.dial(destination);
     match worker.resolve(destination).await {
         Some(Destination::Service(target)) => service(worker, stream, destination, target).await,
         Some(Destination::Pod(identity)) => pass(worker, stream, destination, Some(identity)).await,
@@ -84,7 +85,7 @@ async fn opaque(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, destinatio
     let choice = live.choose_tcp(*target);
     drop(live);
     match choice {
-        Ok(choice) => join(worker, stream, bytes, choice, destination).await,
+        Ok(choice) => join(worker, stream, bytes, choice).await,
         Err(reason) => {
             worker.counters.refuse(reason);
             reset(&stream);
@@ -92,7 +93,7 @@ async fn opaque(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, destinatio
     }
 }
 
-async fn join(worker: &Rc<Worker>, mut stream: TcpStream, bytes: Bytes, choice: Choice, destination: SocketAddr) {
+async fn join(worker: &Rc<Worker>, mut stream: TcpStream, bytes: Bytes, choice: Choice) {
     let series = &choice.series;
     add(&series.connections, 1);
     let (upstream, mut wire) = match connect_any(worker, &choice).await {
@@ -107,7 +108,6 @@ async fn join(worker: &Rc<Worker>, mut stream: TcpStream, bytes: Bytes, choice: 
     let failed = pump_from(&mut stream, bytes, &mut wire).await.is_err();
     upstream.in_flight.set(upstream.in_flight.get() - 1);
     series.open_connections.set(series.open_connections.get() - 1);
-    worker.touch(destination);
     if failed {
         reset(&stream);
     }
@@ -154,7 +154,6 @@ async fn pass(worker: &Rc<Worker>, mut stream: TcpStream, address: SocketAddr, i
             if tcp::pump(&mut stream, &mut wire).await.is_err() {
                 reset(&stream);
             }
-            worker.touch(address);
         }
         Err(error) => {
             tracing::debug!(%error, "pass through");
@@ -180,7 +179,6 @@ pub fn choose_http(
         };
         at = *found;
         target.set((live.config.generation, at));
-        worker.touch(destination);
     }
     let host = host(request);
     let asked = route::Request {

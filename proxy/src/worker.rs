@@ -37,6 +37,10 @@ const MAX_SERIES: usize = 4096;
 const MAX_INBOUND: usize = 1024;
 /// How long a first dial waits for the meaning of its address before it passes through.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// For how long a destination whose meaning did not come in time passes through without waiting again.
+const UNANSWERED_FOR: Duration = Duration::from_secs(10);
+/// Most of those remembered; the others wait each time.
+const MAX_UNANSWERED: usize = 4096;
 /// How often idle connections are looked at and used destinations reported.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
 
@@ -64,7 +68,10 @@ pub struct Worker {
     inbound: RefCell<HashMap<SocketAddr, Rc<LiveCluster>>>,
     /// Connectors per identity, of the certificate now in use.
     connectors: RefCell<HashMap<Arc<Identity>, TlsConnector>>,
-    used: RefCell<HashSet<SocketAddr>>,
+    /// Open connections per destination; those with none stay until they are reported as used.
+    dialled: RefCell<HashMap<SocketAddr, u64>>,
+    /// Destinations whose meaning did not come in time, and when that was.
+    unanswered: RefCell<HashMap<SocketAddr, Instant>>,
     pub phase: watch::Receiver<Phase>,
     connections: Cell<u64>,
     connection_ended: Notify,
@@ -89,7 +96,8 @@ async fn serve(start: Start) -> std::io::Result<()> {
         upstreams: RefCell::default(),
         inbound: RefCell::default(),
         connectors: RefCell::default(),
-        used: RefCell::default(),
+        dialled: RefCell::default(),
+        unanswered: RefCell::default(),
         phase: phase.clone(),
         connections: Cell::new(0),
         connection_ended: Notify::new(),
@@ -184,7 +192,9 @@ async fn housekeeping(worker: Rc<Worker>) {
         let now = Instant::now();
         worker.upstreams.borrow().values().for_each(|u| u.reap(now));
         worker.inbound.borrow().values().flat_map(|c| &c.endpoints).for_each(|u| u.reap(now));
-        let used: Vec<SocketAddr> = worker.used.take().into_iter().collect();
+        let used: Vec<SocketAddr> = worker.dialled.borrow().keys().copied().collect();
+        worker.dialled.borrow_mut().retain(|_, open| *open > 0);
+        worker.unanswered.borrow_mut().retain(|_, since| now - *since < UNANSWERED_FOR);
         if !used.is_empty() {
             // A full queue loses a report of use, which the next one makes good.
             let _ = worker.to_hub.try_send(FromWorker::Used(used));
@@ -280,6 +290,10 @@ impl Worker {
         if let Some(known) = self.known(address) {
             return Some(known);
         }
+        let lately = |since: &Instant| since.elapsed() < UNANSWERED_FOR;
+        if self.unanswered.borrow().get(&address).is_some_and(lately) {
+            return None;
+        }
         let asked = self.to_hub.send(FromWorker::Dialled(address));
         let answered = async {
             asked.await.ok()?;
@@ -291,19 +305,32 @@ impl Worker {
                 changed.await;
             }
         };
-        tokio::time::timeout(RESOLVE_TIMEOUT, answered).await.ok().flatten()
+        let answer = tokio::time::timeout(RESOLVE_TIMEOUT, answered).await.ok().flatten();
+        let mut unanswered = self.unanswered.borrow_mut();
+        if answer.is_none() && unanswered.len() < MAX_UNANSWERED {
+            unanswered.insert(address, Instant::now());
+        }
+        answer
     }
 
     fn known(&self, address: SocketAddr) -> Option<Destination> {
-        let known = self.live.borrow().config.destinations.get(&address).cloned();
-        if known.is_some() {
-            self.used.borrow_mut().insert(address);
-        }
-        known
+        self.live.borrow().config.destinations.get(&address).cloned()
     }
 
-    /// Notes that a connection to `address` is in use.
-    pub fn touch(&self, address: SocketAddr) {
-        self.used.borrow_mut().insert(address);
+    /// A connection to `address` has begun; it counts as use until the answer is dropped.
+    pub fn dial(self: &Rc<Self>, address: SocketAddr) -> Dialled {
+        *self.dialled.borrow_mut().entry(address).or_default() += 1;
+        Dialled(self.clone(), address)
+    }
+}
+
+/// See [`Worker::dial`].
+pub struct Dialled(Rc<Worker>, SocketAddr);
+
+impl Drop for Dialled {
+    fn drop(&mut self) {
+        if let Some(open) = self.0.dialled.borrow_mut().get_mut(&self.1) {
+            *open -= 1;
+        }
     }
 }

@@ -76,10 +76,10 @@ impl Scope {
             changed: part.iter().map(|r| resource_to_wire(r, revision)).collect(),
             ..empty()
         });
-        let removed = delta.removed.chunks(CHUNK_RESOURCES).map(|part| v1::Update {
-            removed: part.iter().map(key_to_wire).collect(),
-            ..empty()
-        });
+        let removed = delta
+            .removed
+            .chunks(CHUNK_RESOURCES)
+            .map(|part| v1::Update { removed: part.iter().map(key_to_wire).collect(), ..empty() });
         let resolutions = resolved.chunks(CHUNK_RESOURCES).map(|part| v1::Update {
             resolutions: part.iter().map(|(d, r)| resolution_to_wire(**d, r)).collect(),
             ..empty()
@@ -114,12 +114,8 @@ pub(super) mod tests {
     }
 
     pub(crate) fn service(name: &str, ip: &str) -> [Resource; 2] {
-        let port = ServicePort {
-            name: "http".into(),
-            protocol: Protocol::Tcp,
-            port: 80,
-            app_protocol: AppProtocol::Detect,
-        };
+        let port =
+            ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, app_protocol: AppProtocol::Detect };
         let name = Name::new("shop", name);
         [
             Resource::Service(Service {
@@ -148,7 +144,8 @@ pub(super) mod tests {
     }
 
     pub(crate) fn snapshot(revision: u64, canary: u32) -> Snapshot {
-        let mut all = vec![workload("client"), workload("other"), route("web", &[("web", 100 - canary), ("v2", canary)])];
+        let mut all =
+            vec![workload("client"), workload("other"), route("web", &[("web", 100 - canary), ("v2", canary)])];
         all.extend(service("web", "10.96.0.1"));
         all.extend(service("v2", "10.96.0.2"));
         all.extend(service("unused", "10.96.0.3"));
@@ -175,14 +172,7 @@ pub(super) mod tests {
         let web = scope(&s, &["10.96.0.1:80"]);
         assert_eq!(
             keys(&web),
-            [
-                "Service v2",
-                "Service web",
-                "EndpointSet v2",
-                "EndpointSet web",
-                "Route web-route",
-                "Workload client"
-            ]
+            ["Service v2", "Service web", "EndpointSet v2", "EndpointSet web", "Route web-route", "Workload client"]
         );
         assert_eq!(web.routes(), [Name::new("shop", "web-route")]);
         assert_eq!(keys(&scope(&s, &["10.96.0.3:80"])).len(), 3);
@@ -210,9 +200,8 @@ pub(super) mod tests {
 
     #[test]
     fn large_scopes_come_in_chunks() {
-        let many = (0..CHUNK_RESOURCES + 1).map(|i| {
-            Resource::EndpointSet(EndpointSet { name: Name::new("a", i.to_string()), endpoints: vec![] })
-        });
+        let many = (0..CHUNK_RESOURCES + 1)
+            .map(|i| Resource::EndpointSet(EndpointSet { name: Name::new("a", i.to_string()), endpoints: vec![] }));
         let scope = Scope { resources: Snapshot::new(Revision(1), many), ..Scope::default() };
         let updates = scope.updates(None, "e");
         assert_eq!(updates.iter().map(|u| u.changed.len()).collect::<Vec<_>>(), [CHUNK_RESOURCES, 1]);

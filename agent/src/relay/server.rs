@@ -46,10 +46,7 @@ struct PodService {
 impl Discovery for PodService {
     type StreamStream = ReceiverStream<Result<ServerMessage, Status>>;
 
-    async fn stream(
-        &self,
-        request: Request<Streaming<ClientMessage>>,
-    ) -> Result<Response<Self::StreamStream>, Status> {
+    async fn stream(&self, request: Request<Streaming<ClientMessage>>) -> Result<Response<Self::StreamStream>, Status> {
         let mut incoming = request.into_inner();
         let hello = match incoming.message().await?.and_then(|m| m.kind) {
             Some(Kind::Hello(hello)) => hello,
