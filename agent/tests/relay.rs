@@ -383,3 +383,60 @@ fn the_interval_of_reports_is_passed_on() {
     eventually("acknowledged", || agent.in_force("client", 1));
     running.stop();
 }
+
+/// One server pod of a rolling update: an app and its sidecar.
+fn start_server(pod: &str, socket: &str) -> (Backend, Running) {
+    let app = start(pod);
+    let sidecar = start_sidecar(pod, socket, &[], &[app.address]);
+    (app, sidecar)
+}
+
+/// The view with these servers as the endpoints of `web`, each proving its own identity.
+fn with_endpoints(revision: u64, servers: &[(&str, SocketAddr)]) -> View {
+    let addresses: Vec<_> = servers.iter().map(|(_, a)| *a).collect();
+    let mut web = service("web", "10.96.0.1", AppProtocol::Detect, &addresses);
+    if let Resource::EndpointSet(set) = &mut web[1] {
+        for (endpoint, (name, _)) in set.endpoints.iter_mut().zip(servers) {
+            endpoint.mesh = Mesh::Mtls(identity(name));
+        }
+    }
+    view(revision, [vec![pod("client"), pod("old"), pod("new")], web].concat())
+}
+
+#[test]
+fn a_rolling_update_fails_no_request() {
+    let sockets = [socket(), socket(), socket()];
+    let pods = [("client", sockets[0].as_str()), ("old", &sockets[1]), ("new", &sockets[2])];
+    let agent = Agent::start(with_endpoints(1, &[]), Authority::new(3600), &pods);
+    let (old_app, old) = start_server("old", &sockets[1]);
+    let (new_app, new) = start_server("new", &sockets[2]);
+    let client = start_sidecar("client", &sockets[0], &[WEB], &[]);
+    [&old, &new, &client].into_iter().for_each(wait_ready);
+    let (old_at, new_at) = (("old", old.inbound[0]), ("new", new.inbound[0]));
+    agent.views.send_replace(with_endpoints(2, &[old_at]));
+    eventually("the old pod serves", || Client::connect(client.outbound[0]).get("/").version() == "old");
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients = load(client.outbound[0], &stop);
+    agent.views.send_replace(with_endpoints(3, &[old_at, new_at]));
+    eventually("both serve", || new_app.seen() > 200 && old_app.seen() > 200);
+    // The worst order: the app dies under load, then its sidecar ends, and only then the endpoint is withdrawn.
+    drop(old_app);
+    let before = new_app.seen();
+    eventually("the other takes over", || new_app.seen() > before + 500);
+    let draining = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(old.drain());
+    });
+    eventually("the old sidecar has ended", || draining.is_finished());
+    let before = new_app.seen();
+    eventually("requests flow", || new_app.seen() > before + 500);
+    agent.views.send_replace(with_endpoints(4, &[new_at]));
+    eventually("withdrawn", || agent.in_force("client", 4));
+    stop.store(true, Ordering::Relaxed);
+    for client in clients {
+        client.join().expect("no request failed");
+    }
+    draining.join().expect("drained");
+    client.stop();
+    new.stop();
+}
