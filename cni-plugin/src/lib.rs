@@ -7,6 +7,7 @@
 pub mod command;
 mod error;
 pub mod ipam;
+pub mod loopback;
 pub mod spec;
 pub mod store;
 pub mod wiring;

@@ -1,7 +1,7 @@
 //! `sluice-cni`: reads one request, carries it out, answers. See `command`.
 
 use sluice_cni::{
-    command,
+    command, loopback,
     spec::{Config, Environment, Verb, error_result},
 };
 use std::{
@@ -18,7 +18,8 @@ fn main() -> ExitCode {
     let mut stdin = Vec::new();
     // Errors of reading show as an incomplete configuration.
     let _ = std::io::stdin().take(STDIN_MAX).read_to_end(&mut stdin);
-    let (answer, code) = match command::run(&env, &stdin) {
+    let run = if loopback::asked(&stdin) { loopback::run } else { command::run };
+    let (answer, code) = match run(&env, &stdin) {
         Ok(answer) => (answer, ExitCode::SUCCESS),
         Err(error) => {
             let mut answer = error_result(&Config::answer_version(&stdin), &error);

@@ -20,6 +20,7 @@ use std::{
     io::{self, ErrorKind},
     net::IpAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 const LAST: &str = ".last";
@@ -165,6 +166,17 @@ impl Store {
         Ok(held.filter_map(|e| self.read(&e).ok().flatten()).collect())
     }
 
+    /// Held leases that are at least as old: an ADD that is under way has its lease, but not everything else yet.
+    pub fn settled(&self, age: Duration) -> Result<Vec<Lease>> {
+        let old = |e: &Entry| {
+            let modified = fs::metadata(self.dir.join(&e.file)).and_then(|m| m.modified());
+            // A clock that was set back makes a lease look younger; it is settled when the clock has caught up.
+            modified.is_ok_and(|m| m.elapsed().is_ok_and(|a| a >= age))
+        };
+        let held = self.entries()?.into_iter().filter(|e| e.releasing.is_none() && old(e));
+        Ok(held.filter_map(|e| self.read(&e).ok().flatten()).collect())
+    }
+
     /// Addresses for a new lease, none of which any other lease holds or is still releasing.
     pub fn choose(&self, _lock: &Lock, ranges: &[Prefix], entries: &[Entry]) -> Result<Vec<IpAddr>> {
         let used: BTreeSet<IpAddr> = entries.iter().flat_map(|e| e.addresses.iter().copied()).collect();
@@ -268,6 +280,8 @@ mod tests {
         store.write(&lock, &first).expect("write");
         let entries = store.entries().expect("entries");
         assert_eq!(store.read(&entries[0]).expect("read"), Some(first.clone()));
+        assert_eq!(store.settled(Duration::ZERO).expect("settled"), [first]);
+        assert_eq!(store.settled(Duration::from_secs(60)).expect("settled"), [], "it is being made");
         assert_eq!(store.choose(&lock, &ranges, &entries).expect("room")[0].to_string(), "10.0.0.2");
 
         let releasing = Releasing { ifindex: 7, since_s: 100 };
@@ -275,6 +289,7 @@ mod tests {
         let entries = store.entries().expect("entries");
         assert_eq!(entries[0].releasing, Some(releasing));
         assert_eq!(store.held().expect("held"), []);
+        assert_eq!(store.settled(Duration::ZERO).expect("settled"), []);
         assert!(Store::find(&entries, &entries[0].attachment).is_none());
         store.write(&lock, &lease(2, "b")).expect("write");
         let full = store.choose(&lock, &ranges, &store.entries().expect("entries"));

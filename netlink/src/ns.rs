@@ -93,6 +93,8 @@ pub struct Unshare {
     pub net: bool,
     /// Mounts made afterwards are seen by this thread and its children only.
     pub mounts: bool,
+    /// The cgroup that the caller is in becomes the root of what it sees in mounts made afterwards.
+    pub cgroups: bool,
 }
 
 /// Gives the calling thread (and threads and processes it starts from now on) namespaces of its own. For test nodes
@@ -104,6 +106,9 @@ pub fn unshare(what: Unshare) -> Result<()> {
     }
     if what.mounts {
         flags |= libc::CLONE_NEWNS;
+    }
+    if what.cgroups {
+        flags |= libc::CLONE_NEWCGROUP;
     }
     // SAFETY: namespaces only; descriptor tables and memory stay shared.
     if unsafe { libc::unshare(flags) } != 0 {
@@ -122,7 +127,7 @@ pub fn make_named(path: &Path) -> Result<Netns> {
     File::create_new(path).map_err(|e| Error::io("create", path.display(), e))?;
     let target = path.to_owned();
     let made = thread::spawn(move || {
-        unshare(Unshare { net: true, mounts: false })?;
+        unshare(Unshare { net: true, ..Unshare::default() })?;
         rustix::mount::mount_bind("/proc/thread-self/ns/net", &target)
             .map_err(|e| Error::io("keep a network namespace at", target.display(), e.into()))
     });

@@ -8,6 +8,10 @@ use sluice_cni::{
 };
 use sluice_ebpf::{loader, maps::padded};
 use sluice_netlink::link;
+use std::time::Duration;
+
+/// An ADD takes milliseconds; what is missing of a pod after this is drift.
+const SETTLED: Duration = Duration::from_secs(2);
 
 impl Datapath {
     /// Compares the kernel with what is wanted and restores; says what was wrong. Also ends leases whose links have
@@ -47,7 +51,7 @@ impl Datapath {
             command::free_released(&d.store, d.wires.connection(), lock, None).map_err(Error::Leases)?;
             let leases = d.store.held().map_err(Error::Leases)?;
             d.remove_strays(&leases, wrong)?;
-            for lease in &leases {
+            for lease in &d.store.settled(SETTLED).map_err(Error::Leases)? {
                 d.repair_pod(lease, lock, wrong)?;
             }
             Ok(())
@@ -99,7 +103,7 @@ impl Datapath {
         if self.wires.ensure_settings().map_err(Error::Node)? {
             wrong.push("forwarding was off".into());
         }
-        let leases = self.store.held().map_err(Error::Leases)?;
+        let leases = self.store.settled(SETTLED).map_err(Error::Leases)?;
         let operations = self.wires.reconcile(&leases).map_err(Error::Node)?;
         wrong.extend(operations.iter().map(|o| format!("needed: {o}")));
         Ok(())

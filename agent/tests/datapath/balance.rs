@@ -1,0 +1,264 @@
+//! Given services, endpoints and a split, when pods and the node dial virtual addresses, then they reach the right
+//! backends in the right shares, see the address they dialled, and notice nothing of the agent's death.
+
+use crate::{
+    ground::{Ground, NODE, TestPod, until},
+    parts::canonical,
+};
+use sluice_model::{
+    AppProtocol, Backend, Endpoint, EndpointPort, EndpointSet, Mesh, Name, Node, Protocol, Resource, Route, RouteKind,
+    Rule, Service, ServicePort,
+};
+use std::{
+    collections::HashMap,
+    io::{self, Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+pub fn name(n: &str) -> Name {
+    Name::new("shop", n)
+}
+
+pub fn service(n: &str, vips: &[&str]) -> Resource {
+    let port = |protocol| ServicePort { name: "web".into(), protocol, port: 80, app_protocol: AppProtocol::Detect };
+    let virtual_ips = vips.iter().map(|v| v.parse().expect(v)).collect();
+    Resource::Service(Service { name: name(n), virtual_ips, ports: vec![port(Protocol::Tcp), port(Protocol::Udp)] })
+}
+
+pub fn endpoints(n: &str, pods: &[&TestPod]) -> Resource {
+    let port = |protocol| EndpointPort { name: "web".into(), protocol, port: 8080 };
+    let endpoint = |address: IpAddr| Endpoint {
+        address,
+        ready: true,
+        node: NODE.into(),
+        workload: None,
+        hostname: None,
+        mesh: Mesh::Plain,
+        ports: vec![port(Protocol::Tcp), port(Protocol::Udp)],
+    };
+    let endpoints = pods.iter().flat_map(|p| &p.addresses).map(|a| endpoint(*a)).collect();
+    Resource::EndpointSet(EndpointSet { name: name(n), endpoints })
+}
+
+pub fn node() -> Resource {
+    let pod_cidrs = vec!["10.244.1.0/24".to_owned(), "fd00:1::/64".to_owned()];
+    let addresses = vec!["192.168.77.1".parse().expect("address")];
+    Resource::Node(Node { name: Name::cluster(NODE), addresses, pod_cidrs, ready: true })
+}
+
+fn split(parts: &[(&str, u32)]) -> Resource {
+    let backend = |(s, weight): &(&str, u32)| Backend { service: name(s), port: 80, weight: *weight };
+    Resource::Route(Route {
+        name: name("split"),
+        kind: RouteKind::Http,
+        parent: name("web"),
+        parent_port: None,
+        created_s: 1,
+        generation: 1,
+        rules: vec![Rule { matches: vec![], backends: parts.iter().map(backend).collect() }],
+    })
+}
+
+/// Answers every TCP connection and datagram with the pod's name.
+pub fn serve(pod: &TestPod) {
+    for any in ["0.0.0.0:8080", "[::]:8080"] {
+        let bind = || {
+            let v6only = |s: &socket2::Socket| if any.starts_with('[') { s.set_only_v6(true) } else { Ok(()) };
+            let make = |kind| -> io::Result<socket2::Socket> {
+                let address: SocketAddr = any.parse().expect(any);
+                let s = socket2::Socket::new(socket2::Domain::for_address(address), kind, None)?;
+                v6only(&s)?;
+                s.bind(&address.into())?;
+                Ok(s)
+            };
+            let tcp = make(socket2::Type::STREAM)?;
+            tcp.listen(1024)?;
+            Ok::<_, io::Error>((TcpListener::from(tcp), UdpSocket::from(make(socket2::Type::DGRAM)?)))
+        };
+        let (tcp, udp) = pod.netns.run(bind).expect("run").expect("bind");
+        let (a, b) = (pod.name.clone(), pod.name.clone());
+        thread::spawn(move || {
+            for mut c in tcp.incoming().flatten() {
+                let _ = c.write_all(a.as_bytes());
+            }
+        });
+        thread::spawn(move || {
+            let mut buffer = [0; 64];
+            while let Ok((_, from)) = udp.recv_from(&mut buffer) {
+                let _ = udp.send_to(b.as_bytes(), from);
+            }
+        });
+    }
+}
+
+/// The answer of whoever is reached, which must look like the address that was dialled.
+pub fn ask(to: SocketAddr) -> io::Result<String> {
+    let mut c = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
+    assert_eq!(canonical(c.peer_addr()?), canonical(to), "the peer is shown as it was dialled");
+    c.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut answer = String::new();
+    c.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+fn ask_udp(to: SocketAddr, connected: bool) -> io::Result<String> {
+    let s = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
+    s.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut buffer = [0; 64];
+    let (n, from) = if connected {
+        s.connect(to)?;
+        assert_eq!(canonical(s.peer_addr()?), canonical(to));
+        s.send(b"?")?;
+        (s.recv(&mut buffer)?, to)
+    } else {
+        s.send_to(b"?", to)?;
+        s.recv_from(&mut buffer)?
+    };
+    assert_eq!(canonical(from), canonical(to), "the answer comes from where the question went");
+    Ok(String::from_utf8_lossy(&buffer[..n]).into_owned())
+}
+
+/// AF_INET, AF_INET6 with a mapped address, and IPv6.
+const DIALS: [&str; 3] = ["10.96.0.1:80", "[::ffff:10.96.0.1]:80", "[fd00:96::1]:80"];
+const NOBODY: &str = "10.96.0.3:80";
+
+pub fn story(ground: &Ground) {
+    let [b1, b2, b3, client] = ["b1", "b2", "b3", "client"].map(|n| ground.pod(n));
+    [&b1, &b2, &b3].into_iter().for_each(serve);
+    let mut all = vec![
+        node(),
+        service("web", &["10.96.0.1", "fd00:96::1"]),
+        endpoints("web", &[&b1, &b2]),
+        service("web-2", &["10.96.0.2"]),
+        endpoints("web-2", &[&b3]),
+        service("nobody", &["10.96.0.3"]),
+    ];
+    ground.apply(all.clone());
+    every_kind_of_socket(&client, &["b1", "b2"]);
+    nobody_refuses(&client);
+    resolver_on_the_gateway(&client);
+
+    all.push(split(&[("web", 3), ("web-2", 1), ("nobody", 9)]));
+    ground.apply(all.clone());
+    shares(&client, &[("b1", 0.375), ("b2", 0.375), ("b3", 0.25)]);
+    agent_dies_under_load(ground, &client);
+
+    all.pop();
+    all.push(split(&[("web", 0), ("web-2", 1)]));
+    ground.apply(all.clone());
+    shares(&client, &[("b3", 1.0)]);
+    drift_is_repaired(&client);
+    [b1, b2, b3, client].into_iter().for_each(|p| ground.end_pod(p));
+    ground.apply(vec![node()]);
+}
+
+fn every_kind_of_socket(client: &TestPod, expected: &[&str]) {
+    for dial in DIALS {
+        let to: SocketAddr = dial.parse().expect(dial);
+        let from_pod = || (ask(to), ask_udp(to, true), ask_udp(to, false));
+        let (tcp, udp, unconnected) = client.netns.run(from_pod).expect("run");
+        let from_node = (ask(to), ask_udp(to, true), ask_udp(to, false));
+        for answer in [tcp, udp, unconnected, from_node.0, from_node.1, from_node.2] {
+            let answer = answer.unwrap_or_else(|e| panic!("{dial}: {e}"));
+            assert!(expected.contains(&answer.as_str()), "{dial} reached {answer}");
+        }
+    }
+}
+
+fn nobody_refuses(client: &TestPod) {
+    let to: SocketAddr = NOBODY.parse().expect("address");
+    let refused =
+        client.netns.run(|| (TcpStream::connect(to).err(), ask_udp(to, true).err(), ask_udp(to, false).err()));
+    let (tcp, udp, unconnected) = refused.expect("run");
+    for e in [tcp, udp, unconnected] {
+        assert_eq!(e.expect("no backend").kind(), io::ErrorKind::ConnectionRefused);
+    }
+}
+
+fn resolver_on_the_gateway(client: &TestPod) {
+    let resolver = UdpSocket::bind("169.254.1.1:53").expect("bind the gateway address");
+    thread::spawn(move || {
+        let mut buffer = [0; 64];
+        let (_, from) = resolver.recv_from(&mut buffer).expect("a question");
+        resolver.send_to(b"resolver", from).expect("answer");
+    });
+    let answer = client.netns.run(|| ask_udp("10.96.0.10:53".parse().expect("address"), false));
+    assert_eq!(answer.expect("run").expect("an answer"), "resolver");
+}
+
+/// Five standard deviations: wrong by chance once in some million runs.
+fn shares(client: &TestPod, expected: &[(&str, f64)]) {
+    const N: u32 = 4000;
+    let to: SocketAddr = DIALS[0].parse().expect("address");
+    let seen = client.netns.run(|| {
+        let mut seen = HashMap::<String, u32>::new();
+        (0..N).for_each(|_| *seen.entry(ask(to).expect("answered")).or_default() += 1);
+        seen
+    });
+    let seen = seen.expect("run");
+    println!("shares of {N}: {seen:?}, wanted {expected:?}");
+    assert_eq!(seen.len(), expected.len());
+    for (pod, share) in expected {
+        let (mean, deviation) = (f64::from(N) * share, (f64::from(N) * share * (1.0 - share)).sqrt());
+        let got = f64::from(seen[*pod]);
+        assert!((got - mean).abs() <= 5.0 * deviation, "{pod}: {got} of {N}, expected {mean} ± {deviation}");
+    }
+}
+
+fn agent_dies_under_load(ground: &Ground, client: &TestPod) {
+    let (stop, made, failed) = (AtomicBool::new(false), AtomicU32::new(0), Arc::new(AtomicU32::new(0)));
+    let to: SocketAddr = DIALS[0].parse().expect("address");
+    thread::scope(|s| {
+        s.spawn(|| {
+            let load = || {
+                while !stop.load(Ordering::Relaxed) {
+                    match ask(to) {
+                        Ok(_) => made.fetch_add(1, Ordering::Relaxed),
+                        Err(_) => failed.fetch_add(1, Ordering::Relaxed),
+                    };
+                }
+            };
+            client.netns.run(load).expect("run");
+        });
+        for _ in 0..5 {
+            let before = made.load(Ordering::Relaxed);
+            ground.kill_agent();
+            until("connections go on without an agent", || made.load(Ordering::Relaxed) > before + 200);
+            ground.start_agent();
+            until("the agent is back", || std::path::Path::new(crate::ground::ACK).exists());
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    println!("agent killed 5 times: {made:?} connections, {failed:?} failed");
+    assert_eq!(failed.load(Ordering::Relaxed), 0);
+}
+
+fn drift_is_repaired(client: &TestPod) {
+    use sluice_ebpf::maps::{PodMaps, ServiceMaps, pin_dir};
+    use sluice_netlink::{Connection, kernel, plan};
+    let dir = pin_dir(std::path::Path::new("/sys/fs/bpf"));
+    let services = ServiceMaps::open(&dir).expect("maps").services;
+    let (key, value) = services.entries().expect("entries")[0];
+    services.remove(&key).expect("damage");
+    until("the service entry is back", || services.get(&key).expect("read").is_some_and(|v| v.groups == value.groups));
+    let pods = PodMaps::open(&dir).expect("maps").pods;
+    let cookie = client.netns.cookie().expect("cookie");
+    pods.remove(&cookie).expect("damage");
+    until("the pod's entry is back", || pods.get(&cookie).expect("read").is_some());
+    let mut connection = Connection::open().expect("connection");
+    let to = plan::Prefix::host(client.ip());
+    let find =
+        |c: &mut Connection| kernel::read_routes(c).expect("routes").into_iter().find(|r| r.to == to && r.table == 254);
+    let route = find(&mut connection).expect("the pod's route");
+    kernel::apply(&mut connection, &[plan::Operation::RemoveRoute(route)]).expect("damage");
+    until("the pod's route is back", || find(&mut connection).is_some());
+    std::fs::remove_file("/sys/fs/bpf/sluice/v1/links/connect4").expect("damage");
+    let to: SocketAddr = DIALS[0].parse().expect("address");
+    until("connect is translated again", || client.netns.run(|| ask(to)).expect("run").is_ok());
+}

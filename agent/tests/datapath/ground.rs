@@ -1,0 +1,248 @@
+//! The node under test: its namespaces and mounts, its agent, its pods.
+
+use crate::parts;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use serde_json::{Value, json};
+use sluice_model::{Resource, Revision, Snapshot};
+use sluice_netlink::{
+    Connection, Netns, kernel,
+    ns::{self, Unshare},
+    plan::{Address, LO, Prefix, State},
+};
+use std::{
+    cell::{Cell, RefCell},
+    fs,
+    io::Write,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+pub const NODE: &str = "n1";
+pub const SNAPSHOT: &str = "/run/sluice-test/snapshot.json";
+pub const ACK: &str = "/run/sluice-test/ack";
+pub const EARLY: &str = "/run/sluice-test/early";
+/// Bound of every wait in these stories.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub struct Ground {
+    plugin: PathBuf,
+    /// Seen from the machine: the cgroup that is the node's root, and where this process came from.
+    outer_cgroup: PathBuf,
+    home_cgroup: PathBuf,
+    cgroup_mount: PathBuf,
+    agent: RefCell<Option<Child>>,
+    sidecars: RefCell<Vec<Child>>,
+    revision: Cell<u64>,
+    pods: RefCell<Vec<PathBuf>>,
+}
+
+pub struct TestPod {
+    pub name: String,
+    pub netns: Netns,
+    pub addresses: Vec<IpAddr>,
+}
+
+impl TestPod {
+    pub fn ip(&self) -> IpAddr {
+        self.addresses[0]
+    }
+
+    pub fn uid(&self) -> String {
+        uid(&self.name)
+    }
+}
+
+pub fn uid(name: &str) -> String {
+    format!("00000000-0000-0000-0000-{name:0>12}")
+}
+
+/// The plugin's binary beside this test's, built if it is not there or old.
+pub fn build_plugin() -> PathBuf {
+    let exe = std::env::current_exe().expect("own path");
+    let folder = exe.parent().and_then(Path::parent).expect("target/<profile>/deps");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "-p", "sluice-cni"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    if folder.ends_with("release") {
+        cargo.arg("--release");
+    }
+    assert!(cargo.status().expect("cargo").success(), "build the plugin");
+    folder.join("sluice-cni")
+}
+
+fn tmpfs(path: &str) {
+    mount("tmpfs", path, "tmpfs", MountFlags::empty(), Some(c"mode=755")).expect("mount tmpfs");
+}
+
+impl Ground {
+    pub fn new(plugin: PathBuf) -> Self {
+        let cgroup_mount = sluice_agent::attest::cgroup_root().expect("cgroup2");
+        let own = fs::read_to_string("/proc/self/cgroup").expect("own cgroup");
+        let own = own.lines().find_map(|l| l.strip_prefix("0::/")).expect("a cgroup2 line").to_owned();
+        let home_cgroup = cgroup_mount.join(own);
+        let outer_cgroup = cgroup_mount.join(format!("sluice-test-datapath-{}", std::process::id()));
+        fs::create_dir(&outer_cgroup).expect("cgroup (root is needed)");
+        let ground = Self {
+            plugin,
+            outer_cgroup,
+            home_cgroup,
+            cgroup_mount,
+            agent: RefCell::default(),
+            sidecars: RefCell::default(),
+            revision: Cell::new(0),
+            pods: RefCell::default(),
+        };
+        fs::write(ground.outer_cgroup.join("cgroup.procs"), "0").expect("enter the cgroup");
+        ns::unshare(Unshare { net: true, mounts: true, cgroups: true }).expect("namespaces");
+        let root = ground.cgroup_mount.to_str().expect("UTF-8");
+        tmpfs(root); // the same file system is not mounted over itself
+        mount("cgroup2", root, "cgroup2", MountFlags::empty(), None).expect("mount cgroup2");
+        mount("bpf", "/sys/fs/bpf", "bpf", MountFlags::empty(), None).expect("mount bpffs");
+        tmpfs("/run");
+        tmpfs("/var/lib");
+        fs::create_dir_all("/run/sluice-test/pods").expect("folder");
+        // The node's own addresses: something to send from.
+        let mut wanted = State { up: [LO].into(), ..State::default() };
+        for text in ["192.168.77.1", "fd00:77::1"] {
+            let prefix = Prefix::host(text.parse().expect(text));
+            wanted.addresses.insert(Address { link: LO, prefix });
+        }
+        kernel::reconcile(&mut Connection::open().expect("rtnetlink"), &wanted, None).expect("addresses");
+        ground.start_agent();
+        ground
+    }
+
+    pub fn start_agent(&self) {
+        let _ = fs::remove_file(ACK);
+        let child = self.child("agent", &[]).spawn().expect("agent");
+        *self.agent.borrow_mut() = Some(child);
+        until("the agent has loaded the data path", || Path::new("/sys/fs/bpf/sluice/v1/steer_pod").exists());
+    }
+
+    /// kill -9.
+    pub fn kill_agent(&self) {
+        if let Some(mut agent) = self.agent.borrow_mut().take() {
+            agent.kill().expect("kill");
+            agent.wait().expect("reap");
+        }
+    }
+
+    fn child(&self, part: &str, env: &[(&str, &str)]) -> Command {
+        let mut command = Command::new(std::env::current_exe().expect("own path"));
+        command.env(parts::PART, part).envs(env.iter().copied()).stdin(Stdio::piped());
+        command
+    }
+
+    /// Gives the agent a snapshot and waits until it is in force.
+    pub fn apply(&self, resources: Vec<Resource>) {
+        self.publish(resources);
+        let revision = self.revision.get().to_string();
+        until("the snapshot is in force", || fs::read_to_string(ACK).is_ok_and(|a| a == revision));
+    }
+
+    pub fn publish(&self, resources: Vec<Resource>) {
+        self.revision.set(self.revision.get() + 1);
+        let snapshot = Snapshot::new(Revision(self.revision.get()), resources);
+        let next = format!("{SNAPSHOT}.next");
+        fs::write(&next, serde_json::to_vec(&snapshot).expect("encodes")).expect("write");
+        fs::rename(next, SNAPSHOT).expect("publish");
+    }
+
+    /// A pod made by the real plugin.
+    pub fn pod(&self, name: &str) -> TestPod {
+        let path = PathBuf::from(format!("/run/sluice-test/pods/{name}"));
+        let netns = ns::make_named(&path).expect("namespace");
+        self.pods.borrow_mut().push(path);
+        let answer = self.cni("ADD", name, &netns);
+        let ips = answer["ips"].as_array().expect("ips");
+        let address = |ip: &Value| ip["address"].as_str()?.split('/').next()?.parse().ok();
+        let addresses = ips.iter().map(|ip| address(ip).expect("an address")).collect();
+        TestPod { name: name.to_owned(), netns, addresses }
+    }
+
+    pub fn end_pod(&self, pod: TestPod) {
+        self.cni("DEL", &pod.name, &pod.netns);
+        let path = pod.netns.path().to_owned();
+        drop(pod);
+        self.pods.borrow_mut().retain(|p| *p != path);
+        ns::remove_named(&path).expect("remove");
+    }
+
+    fn cni(&self, verb: &str, name: &str, netns: &Netns) -> Value {
+        let config = json!({
+            "cniVersion": "1.0.0", "name": "sluice", "type": "sluice-cni", "ranges": ["10.244.1.0/24", "fd00:1::/64"],
+        });
+        let mut child = Command::new(&self.plugin)
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", name)
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_NETNS", netns.path())
+            .env("CNI_ARGS", format!("K8S_POD_NAMESPACE=shop;K8S_POD_NAME={name};K8S_POD_UID={}", uid(name)))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("plugin");
+        child.stdin.take().expect("piped").write_all(config.to_string().as_bytes()).expect("write");
+        let output = child.wait_with_output().expect("wait");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{verb} {name}: {text}");
+        serde_json::from_str(&text).unwrap_or(Value::Null)
+    }
+
+    /// A sidecar in the pod: its own cgroup, an ordinary user, no capability. Ends when killed.
+    pub fn sidecar(&self, pod: &TestPod) -> u32 {
+        use std::os::unix::process::CommandExt;
+        let cgroup = self.cgroup_mount.join(format!("sidecar-{}", pod.name));
+        fs::create_dir_all(&cgroup).expect("sidecar's cgroup");
+        let env = [("SLUICE_TEST_POD", pod.name.as_str())];
+        let mut command = self.child("sidecar", &env);
+        command.uid(1337).gid(1337);
+        let mut child = pod.netns.run(move || command.spawn()).expect("run").expect("sidecar");
+        fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).expect("move the sidecar");
+        // It waits for this line, so that it never runs outside its cgroup.
+        child.stdin.take().expect("piped").write_all(b"go\n").expect("start the sidecar");
+        let pid = child.id();
+        self.sidecars.borrow_mut().push(child);
+        pid
+    }
+
+    pub fn kill_sidecar(&self, pid: u32) {
+        let mut all = self.sidecars.borrow_mut();
+        let at = all.iter().position(|c| c.id() == pid).expect("a sidecar of ours");
+        let mut child = all.remove(at);
+        child.kill().expect("kill");
+        child.wait().expect("reap");
+    }
+}
+
+impl Drop for Ground {
+    fn drop(&mut self) {
+        let children = self.sidecars.get_mut().drain(..).chain(self.agent.get_mut().take());
+        for mut child in children {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for pod in self.pods.get_mut().drain(..) {
+            let _ = ns::remove_named(&pod);
+        }
+        let subs = fs::read_dir(&self.cgroup_mount).into_iter().flatten().flatten();
+        for sub in subs.filter(|s| s.file_name().to_string_lossy().starts_with("sidecar-")) {
+            let _ = fs::remove_dir(sub.path());
+        }
+        for _ in ["cgroup2", "tmpfs"] {
+            let _ = unmount(&self.cgroup_mount, UnmountFlags::DETACH);
+        }
+        let _ = fs::write(self.home_cgroup.join("cgroup.procs"), std::process::id().to_string());
+        let _ = fs::remove_dir(&self.outer_cgroup);
+    }
+}
+
+/// Waits for a condition, not for a time.
+pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,31 @@
+//! The data path end to end: a node with real pods, an agent that is killed and comes back, real connections.
+//!
+//! The test process makes itself a node (namespaces, cgroup root, BPF file system) before its first thread, so it has
+//! a `main` of its own. Children of it play the other parts, chosen by an environment variable. Needs root.
+
+mod balance;
+mod capture;
+mod ground;
+mod parts;
+
+use ground::Ground;
+
+fn main() {
+    if let Ok(part) = std::env::var(parts::PART) {
+        return parts::play(&part);
+    }
+    let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    if std::env::args().any(|a| a == "--list") {
+        return;
+    }
+    let stories: [(&str, fn(&Ground)); 2] = [("balance", balance::story), ("capture", capture::story)];
+    let plugin = ground::build_plugin();
+    let ground = Ground::new(plugin);
+    for (name, story) in stories {
+        if filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())) {
+            let begun = std::time::Instant::now();
+            story(&ground);
+            println!("test {name} ... ok ({:.1} s)", begun.elapsed().as_secs_f64());
+        }
+    }
+}
