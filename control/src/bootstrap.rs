@@ -1,6 +1,8 @@
 //! The objects every cluster has: namespaces, the API's own service and the cluster DNS service. Made at every start if
 //! they are not there; what is there is left alone.
 
+use std::net::SocketAddr;
+
 use serde_json::{Value, json};
 
 use crate::api::client::Client;
@@ -25,6 +27,7 @@ pub async fn run(client: &Client, config: &Config) -> Result<(), ApiError> {
         },
     });
     ensure(client, "services", "default", api).await?;
+    publish_api(client, config).await?;
     let dns = json!({
         "metadata": {"name": "kube-dns", "namespace": "kube-system",
             "labels": {"k8s-app": "kube-dns", "kubernetes.io/name": "CoreDNS"}},
@@ -37,6 +40,28 @@ pub async fn run(client: &Client, config: &Config) -> Result<(), ApiError> {
         },
     });
     ensure(client, "services", "kube-system", dns).await
+}
+
+/// Where the API's own service leads: the advertised address, if pods can reach it.
+async fn publish_api(client: &Client, config: &Config) -> Result<(), ApiError> {
+    let url = config.advertise_url.as_deref().and_then(|url| url.strip_prefix("https://"));
+    let address: Option<SocketAddr> = url.and_then(|rest| rest.split('/').next()).and_then(|host| host.parse().ok());
+    let Some(address) = address.filter(|address| !address.ip().is_loopback()) else { return Ok(()) };
+    let kind = kinds::find("discovery.k8s.io", "v1", "endpointslices").expect("slices are in the table");
+    let mut body = json!({
+        "metadata": {"name": "kubernetes", "namespace": "default", "labels": {"kubernetes.io/service-name": "kubernetes"}},
+        "addressType": if address.is_ipv4() { "IPv4" } else { "IPv6" },
+        "endpoints": [{"addresses": [address.ip().to_string()], "conditions": {"ready": true, "serving": true, "terminating": false}}],
+        "ports": [{"name": "https", "port": address.port(), "protocol": "TCP"}],
+    });
+    let (ctx, registry) = (Context::internal("bootstrap"), client.registry());
+    match registry.create(&ctx, kind, "default", body.clone()).await {
+        Err(error) if error.reason == "AlreadyExists" => {
+            body["metadata"]["resourceVersion"] = json!("");
+            registry.update(&ctx, kind, ("default", "kubernetes"), "", body).await.map(drop)
+        }
+        other => other.map(drop),
+    }
 }
 
 async fn ensure(client: &Client, plural: &str, namespace: &str, body: Value) -> Result<(), ApiError> {

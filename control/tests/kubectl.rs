@@ -231,5 +231,10 @@ async fn applies_server_side() {
     assert!(ran.ok, "{}", ran.err);
     let replicas = cluster.kubectl(&["get", "deploy", "nginx-deployment", "-o", "jsonpath={.spec.replicas}"]).await;
     assert_eq!(replicas, "3");
+    // From client-side to server-side apply without a conflict.
+    let other = DEPLOYMENT.replace("nginx-deployment", "other").replace("name: web", "name: other");
+    cluster.apply(&other).await;
+    let ran = cluster.kubectl_with(&ssa, &other.replace("1.14.2", "1.16.1")).await;
+    assert!(ran.ok, "{}", ran.err);
     cluster.stop().await;
 }

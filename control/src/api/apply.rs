@@ -16,6 +16,8 @@ const MAX_MANAGERS: usize = 32;
 /// Deepest field followed.
 const MAX_DEPTH: usize = 64;
 
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+
 /// One step of a path, in FieldsV1's own notation (`f:spec`, `k:{"name":"a"}`, `v:"x"`).
 type Step = String;
 type Path = Vec<Step>;
@@ -83,8 +85,7 @@ pub fn apply(
     };
     let mut managers = read_managers(live);
     if managers.is_empty() {
-        let first = Writer { manager: "before-first-apply", ..writer.clone() };
-        managers.push(entry(&first, "Update", leaves(shape, live).into_keys().collect()));
+        managers = first_managers(shape, live, writer);
     }
     let own = |m: &Manager| m.name == writer.manager && m.operation == "Apply" && m.subresource == writer.subresource;
     let before = managers.iter().find(|m| own(m)).map(|m| m.fields.clone()).unwrap_or_default();
@@ -102,6 +103,24 @@ pub fn apply(
     managers.push(entry(writer, "Apply", applied));
     set_managers(&mut merged, managers);
     Ok(merged)
+}
+
+/// Managers of an object that was never applied server-side. What kubectl applied client-side is kubectl's own, as its
+/// annotation says; the rest was there before.
+fn first_managers(shape: &Shape, live: &Value, writer: &Writer<'_>) -> Vec<Manager> {
+    let mut before: FieldSet = leaves(shape, live).into_keys().collect();
+    let mut managers = Vec::new();
+    let applied = live["metadata"]["annotations"].get(LAST_APPLIED).and_then(Value::as_str);
+    let applied: Option<Value> = applied.and_then(|text| serde_json::from_str(text).ok());
+    if let Some(applied) = applied.filter(|_| writer.manager == "kubectl" && writer.subresource.is_empty()) {
+        let mut own: FieldSet = leaves(shape, &applied).into_keys().collect();
+        own.insert(vec!["f:metadata".to_owned(), "f:annotations".to_owned(), format!("f:{LAST_APPLIED}")]);
+        before.retain(|path| !own.contains(path));
+        own.retain(|path| path.last().is_some_and(|step| !step.ends_with(LAST_APPLIED)));
+        managers.push(entry(writer, "Apply", own));
+    }
+    managers.push(entry(&Writer { manager: "before-first-apply", ..writer.clone() }, "Update", before));
+    managers
 }
 
 /// Finds conflicts; with `force` takes the fields away from the others instead.

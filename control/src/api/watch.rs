@@ -42,7 +42,7 @@ struct State {
     ready: VecDeque<Bytes>,
     first: bool,
     bookmarks: bool,
-    /// Last revision told in a bookmark or seen.
+    /// Revision of the last bookmark.
     told: u64,
     deadline: Instant,
     stop: CancellationToken,
@@ -128,7 +128,6 @@ async fn next(mut state: State) -> Option<(Bytes, State)> {
         };
         match item {
             Ok(WatchItem::Event(event)) => {
-                state.told = event.revision;
                 if let Some(line) = event_line(&state.request, &event, &mut state.first) {
                     state.ready.push_back(line);
                 }
