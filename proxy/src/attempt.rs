@@ -9,7 +9,7 @@ use crate::{
     upstream::{ConnectError, InFlight, Sender, Upstream},
     worker::Worker,
 };
-use http::{Request, Response, StatusCode, Version};
+use http::{Request, Response, Version};
 use http_body_util::Either;
 use hyper::body::{Body, Incoming};
 use sluice_traffic::balance;
@@ -50,17 +50,18 @@ pub async fn send(
         let spare = empty_body.then(|| copy_head(&request));
         match sender.try_send(request).await {
             Ok(response) => match spare {
-                Some(spare) if never_reached_app(&response) && tries.another_endpoint(at, cluster, worker) => {
+                Some(spare) if tries.says_again(&response) && tries.another_endpoint(at, cluster, worker) => {
                     request = spare;
                 }
                 _ => return Ok((response, sender)),
             },
             Err(mut failed) => {
                 let unsent = failed.take_message();
-                let again = unsent.or(spare.filter(|_| tries.repeatable && reused));
                 tracing::debug!(error = %failed.error(), reused, "request failed");
-                let closed = if failed.error().is_parse() { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
-                request = again.filter(|_| tries.another_connection(worker)).ok_or(closed)?;
+                let malformed = failed.error().is_parse();
+                let again = unsent.or(spare.filter(|_| tries.repeatable && !malformed));
+                let reason = if malformed { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
+                request = again.filter(|_| tries.another_connection(at, cluster, worker)).ok_or(reason)?;
             }
         }
     }
@@ -68,7 +69,8 @@ pub async fn send(
 
 /// What was tried for one request.
 struct Tries {
-    /// May be sent again after a connection broke before any byte of the answer (RFC 9110 §9.2.2).
+    /// Idempotent and without body: may be sent again, once, after a connection broke before any byte of the answer
+    /// (RFC 9110 §9.2.2). A server that is ending resets what waits in its backlog, so fresh connections break, too.
     repeatable: bool,
     http2: bool,
     /// Endpoints not to try again, by index; those past 63 are not remembered.
@@ -120,17 +122,26 @@ impl Tries {
         self.pick(cluster, worker).is_some()
     }
 
-    /// Whether a fresh connection may be tried: once.
-    fn another_connection(&mut self, worker: &Worker) -> bool {
+    /// Whether a fresh connection may be tried: once, and to another endpoint where there is one.
+    fn another_connection(&mut self, at: usize, cluster: &LiveCluster, worker: &Worker) -> bool {
         add(&worker.counters.retries, 1);
+        if cluster.endpoints.len() > 1 {
+            self.tried |= 1u64.checked_shl(at as u32).unwrap_or(0);
+        }
         !std::mem::replace(&mut self.fresh, true)
     }
-}
 
-/// The sidecar of the endpoint says that its app took no connection: nothing has happened yet.
-fn never_reached_app(response: &Response<Incoming>) -> bool {
-    response.status() == StatusCode::SERVICE_UNAVAILABLE
-        && response.headers().get(reason::HEADER).is_some_and(|r| r == Reason::AppUnreachable.label())
+    /// The endpoint's own sidecar made this answer, and what it says allows another try.
+    fn says_again(&mut self, response: &Response<Incoming>) -> bool {
+        let said = |reason: Reason| {
+            response.status() == reason.status()
+                && response.headers().get(reason::HEADER).is_some_and(|r| r == reason.label())
+        };
+        // The app took no connection: nothing has happened yet, whatever the method.
+        said(Reason::AppUnreachable)
+            // The app closed on its sidecar as it might have on us: once, as there.
+            || (self.repeatable && said(Reason::UpstreamClosed) && !std::mem::replace(&mut self.fresh, true))
+    }
 }
 
 fn copy_head(request: &Request<Outgoing>) -> Request<Outgoing> {
