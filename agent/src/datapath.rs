@@ -139,11 +139,10 @@ impl Datapath {
         let compiled = compile(snapshot, &self.config.node, self.overlay());
         let mut applied =
             Applied { problems: compiled.problems.iter().map(ToString::to_string).collect(), ..Applied::default() };
-        let (services, pods) = (&compiled.services, &compiled.pods);
-        let table = self.table.apply(services).map_err(Error::Services);
-        let pods = self.locked(|d, _| d.pod_table.apply(pods, &mut d.overrides).map_err(Error::Pods));
-        self.wires.want(snapshot, &self.config.node, &mut applied.problems);
+        let table = self.table.apply(&compiled.services).map_err(Error::Services);
         self.compiled = Some(compiled);
+        let pods = self.locked(|d, _| d.apply_pods());
+        self.wires.want(snapshot, &self.config.node, &mut applied.problems);
         applied.services = table?;
         applied.pods = pods?;
         let leases = self.store.held().map_err(Error::Leases)?;
@@ -157,10 +156,7 @@ impl Datapath {
     pub fn set_pod_mesh(&mut self, uid: &str, meshed: bool, excluded_ports: &[u16]) -> Result<(), Error> {
         let ports: BTreeSet<u16> = excluded_ports.iter().copied().collect();
         self.overrides.set(uid, meshed, ports);
-        self.locked(|d, _| {
-            let wanted = d.compiled.as_ref().map(|c| c.pods.clone()).unwrap_or_default();
-            d.pod_table.apply(&wanted, &mut d.overrides).map(drop).map_err(Error::Pods)
-        })
+        self.locked(|d, _| d.apply_pods().map(drop))
     }
 
     /// The pods that the plugin has made and not yet been told to remove.
@@ -171,6 +167,12 @@ impl Datapath {
     /// The programs' counters with their labels, since boot.
     pub fn counters(&self) -> Result<Vec<(&'static str, u64)>, Error> {
         self.counters.all().map_err(Error::Load)
+    }
+
+    /// Under the lock. The number of flags and ports that changed.
+    fn apply_pods(&mut self) -> Result<usize, Error> {
+        let snapshot = self.compiled.as_ref().map(|c| &c.pods);
+        self.pod_table.apply(snapshot, &mut self.overrides).map_err(Error::Pods)
     }
 
     fn overlay(&self) -> Option<DnsOverlay> {

@@ -1,6 +1,7 @@
 //! The node's HTTPS server for control: container logs. Only a client certificate of the cluster's CA for control or an
 //! administrator opens it.
 
+use crate::identity::NodeIdentity;
 use crate::pods::{
     convert,
     cri::Cri,
@@ -18,6 +19,7 @@ use futures::future::BoxFuture;
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use std::{path::PathBuf, sync::Arc};
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_rustls::TlsAcceptor;
@@ -42,6 +44,9 @@ pub async fn serve(listener: TcpListener, tls: Arc<rustls::ServerConfig>, logs: 
         let (acceptor, app) = (acceptor.clone(), app.clone());
         tokio::spawn(async move {
             let Ok(tls) = acceptor.accept(stream).await else { return };
+            if !administrator(tls.get_ref().1) {
+                return tracing::warn!("log request without an administrator's certificate refused");
+            }
             let service = TowerToHyperService::new(app);
             let http = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
             if let Err(error) = http.serve_connection(TokioIo::new(tls), service).await {
@@ -49,6 +54,31 @@ pub async fn serve(listener: TcpListener, tls: Arc<rustls::ServerConfig>, logs: 
             }
         });
     }
+}
+
+/// Control and administrators carry `O=system:masters`; workloads' certificates of the same CA do not.
+fn administrator(c: &rustls::ServerConnection) -> bool {
+    let Some(leaf) = c.peer_certificates().and_then(|c| c.first()) else { return false };
+    let Ok((_, cert)) = x509_parser::parse_x509_certificate(leaf) else { return false };
+    cert.subject().iter_organization().any(|o| o.as_str() == Ok("system:masters"))
+}
+
+/// The node's own certificate; clients must show one of the cluster's CA.
+pub fn tls(id: &NodeIdentity) -> anyhow::Result<Arc<rustls::ServerConfig>> {
+    let mut roots = rustls::RootCertStore::empty();
+    for cert in CertificateDer::pem_slice_iter(id.bundle_pem.as_bytes()) {
+        roots.add(cert?)?;
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier =
+        rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build()?;
+    let chain = CertificateDer::pem_slice_iter(id.certificate_pem.as_bytes()).collect::<Result<Vec<_>, _>>()?;
+    let key = PrivateKeyDer::from_pem_slice(id.key_pem.as_bytes())?;
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)?;
+    Ok(Arc::new(config))
 }
 
 async fn container_logs(

@@ -16,6 +16,9 @@ const ROOT: &str = "/var/lib/sluice-local";
 pub const API_PORT: u16 = 6443;
 const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
 const CNI_CONF: &str = "/run/cni/net.d";
+const CNI_BIN: &str = "/var/lib/sluice/cni-bin";
+/// What the runtime looks for in [`CNI_BIN`]: the plugin, and the loopback plugin that it also is.
+pub const CNI_NAMES: [&str; 2] = ["sluice-cni", "loopback"];
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Cluster {
@@ -181,7 +184,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   restrict_oom_score_adj = true
   max_concurrent_downloads = 3
 [plugins."io.containerd.grpc.v1.cri".cni]
-  bin_dir = "{bin}"
+  bin_dir = "{CNI_BIN}"
   conf_dir = "{CNI_CONF}"
   max_conf_num = 1
 [plugins."io.containerd.grpc.v1.cri".containerd]
@@ -193,8 +196,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   BinaryName = "runc"
   Root = "/run/runc"
   SystemdCgroup = false
-"#,
-            bin = self.bin.display()
+"#
         )
     }
 }

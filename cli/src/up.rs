@@ -1,6 +1,9 @@
 //! `sluice up`: a local cluster of simulated machines with the canary example in it. Repeating it is harmless.
 
-use crate::{cluster::Cluster, down, kubeconfig, kubectl, preflight, status, wiring};
+use crate::{
+    cluster::{CNI_NAMES, Cluster},
+    down, kubeconfig, kubectl, preflight, status, wiring,
+};
 use anyhow::{Context, Result, bail};
 use std::{
     fs,
@@ -108,6 +111,14 @@ pub fn start_node(c: &Cluster, i: u8) -> Result<()> {
     let mut f = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(join.join("token"))?;
     f.write_all(token.as_bytes())?;
     fs::write(node.disk().join("containerd.toml"), c.containerd_toml())?;
+    let plugins = node.disk().join("cni-bin");
+    fs::create_dir_all(&plugins)?;
+    for name in CNI_NAMES {
+        let link = plugins.join(name);
+        let _ = fs::remove_file(&link);
+        std::os::unix::fs::symlink(c.bin.join("sluice-cni"), &link)
+            .with_context(|| format!("link {}", link.display()))?;
+    }
     node.start(None)?;
     wiring::connect(&c.control(), &node, i, Cluster::node_ip(i)).with_context(|| format!("connect {}", node.name))
 }

@@ -38,8 +38,8 @@ impl Image {
         ] {
             image.dir(dir, mode);
         }
-        image.file("etc/passwd", b"root:x:0:0:root:/:/sbin/nologin\nwww-data:x:33:33:www-data:/:/sbin/nologin\nsluice:x:1337:1337:sluice:/:/sbin/nologin\n", 0o644);
-        image.file("etc/group", b"root:x:0:\nwww-data:x:33:\nsluice:x:1337:\n", 0o644);
+        image.file("etc/passwd", b"root:x:0:0:root:/:/sbin/nologin\nwww-data:x:33:33:www-data:/:/sbin/nologin\nsluice:x:1337:1337:sluice:/:/sbin/nologin\nnobody:x:65534:65534:nobody:/:/sbin/nologin\n", 0o644);
+        image.file("etc/group", b"root:x:0:\nwww-data:x:33:\nsluice:x:1337:\nnogroup:x:65534:\n", 0o644);
         image.file("etc/nsswitch.conf", b"hosts: files dns\n", 0o644);
         image
     }

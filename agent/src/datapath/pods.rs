@@ -94,19 +94,25 @@ impl PodTable {
         Ok(Self { maps: PodMaps::open(dir)? })
     }
 
-    /// Under the lock: the plugin writes the same entries. The number of entries that changed.
+    /// Under the lock: the plugin writes the same entries. The number of flags and ports that changed. Without a
+    /// snapshot, after a restart, what the agent before us announced stays announced.
     pub(super) fn apply(
         &mut self,
-        snapshot: &BTreeMap<String, WantedPod>,
+        snapshot: Option<&BTreeMap<String, WantedPod>>,
         overrides: &mut Overrides,
     ) -> Result<usize, sluice_ebpf::Error> {
-        overrides.forget(snapshot);
         let mut wanted = overrides.by_uid.clone();
-        wanted.extend(snapshot.iter().map(|(uid, w)| (uid.clone(), w.clone())));
+        if let Some(snapshot) = snapshot {
+            overrides.forget(snapshot);
+            wanted.extend(snapshot.iter().map(|(uid, w)| (uid.clone(), w.clone())));
+        }
         let pods = self.maps.pods.entries()?;
         let ports = self.maps.ports.entries()?.into_iter().map(|(k, _)| k).collect();
         let intents = self.maps.intents.entries()?.into_iter().collect();
-        let changes = plan(&wanted, &pods, &ports, &intents);
+        let mut changes = plan(&wanted, &pods, &ports, &intents);
+        if snapshot.is_none() {
+            changes.remove_intents.clear();
+        }
         self.write(&changes)?;
         Ok(changes.flags.len() + changes.ports.len() + changes.remove_ports.len())
     }

@@ -56,8 +56,7 @@ impl Datapath {
             }
             Ok(())
         });
-        let wanted = self.compiled.as_ref().map(|c| c.pods.clone()).unwrap_or_default();
-        let changed = self.locked(|d, _| d.pod_table.apply(&wanted, &mut d.overrides).map_err(Error::Pods))?;
+        let changed = self.locked(|d, _| d.apply_pods())?;
         if changed > 0 {
             wrong.push(format!("{changed} pod flags or ports"));
         }
@@ -76,8 +75,8 @@ impl Datapath {
             maps.addrs.remove(&addr).map_err(Error::Pods)?;
         }
         let attached = loader::attached_pods(&self.place.bpffs).map_err(Error::Pods)?;
-        let stray = attached.into_iter().filter(|c| !known(*c));
-        stray.map(|c| loader::detach_pod(&self.place.bpffs, c).map_err(Error::Pods)).collect()
+        let mut stray = attached.into_iter().filter(|c| !known(*c));
+        stray.try_for_each(|c| loader::detach_pod(&self.place.bpffs, c).map_err(Error::Pods))
     }
 
     /// Puts a pod back into the maps. One whose link is not there yet is the plugin's to finish; one whose namespace

@@ -18,7 +18,8 @@ fn main() {
     if std::env::args().any(|a| a == "--list") {
         return;
     }
-    let stories: [(&str, fn(&Ground)); 2] = [("balance", balance::story), ("capture", capture::story)];
+    type Story = fn(&Ground);
+    let stories: [(&str, Story); 2] = [("balance", balance::story), ("capture", capture::story)];
     let plugin = ground::build_plugin();
     let ground = Ground::new(plugin);
     for (name, story) in stories {

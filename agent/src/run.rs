@@ -1,0 +1,283 @@
+//! The agent put together, in the order in which its parts need each other; and what its command line says.
+
+use crate::{
+    cni_config,
+    datapath::{Datapath, DatapathConfig},
+    handover::Handover,
+    identity::{self, NodeIdentity},
+    network::Network,
+    node::{self, Facts, NotReady},
+    pods::{Deps, Manager, convert, cri::Cri, events::Events, volumes::Dirs},
+    relay::{Relay, Signer},
+    server,
+    uplink::{Ends, Uplink},
+    view::{Store, View},
+};
+use anyhow::{Context, Result};
+use clap::Parser;
+use kube::Client;
+use sluice_dns::{server::Resolver, zone::Zone};
+use sluice_wire::v1::{SignRequest, SignResponse, WorkloadRef, identity_client::IdentityClient};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    net::{TcpListener, UdpSocket},
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tonic::{Status, transport::Channel};
+
+#[derive(Clone, Debug, Parser)]
+#[command(name = "sluice-agent", version, about = "The node agent of a Sluice cluster")]
+pub struct Options {
+    #[arg(long)]
+    pub node_name: String,
+    /// Address of this node in the network between the nodes
+    #[arg(long)]
+    pub node_ip: IpAddr,
+    /// URL of the API
+    #[arg(long)]
+    pub api: String,
+    /// URL of control's discovery port
+    #[arg(long)]
+    pub discovery: String,
+    /// The cluster's CA, for joining
+    #[arg(long)]
+    pub ca_file: PathBuf,
+    /// One-time token, for joining
+    #[arg(long)]
+    pub token_file: PathBuf,
+    #[arg(long, default_value = "/var/lib/sluice/agent")]
+    pub data_dir: PathBuf,
+    #[arg(long, default_value = "/run/sluice")]
+    pub run_dir: PathBuf,
+    /// Socket of the container runtime
+    #[arg(long, default_value = "/run/containerd/containerd.sock")]
+    pub cri: PathBuf,
+    /// Folder that the runtime reads network configurations from
+    #[arg(long, default_value = "/etc/cni/net.d")]
+    pub cni_conf_dir: PathBuf,
+    #[arg(long, default_value = "/sys/fs/bpf")]
+    pub bpffs: PathBuf,
+    /// CPUs offered to pods (default: all)
+    #[arg(long)]
+    pub cpus: Option<u32>,
+    /// Memory offered to pods (default: all)
+    #[arg(long)]
+    pub memory_mib: Option<u64>,
+    #[arg(long, default_value_t = 110)]
+    pub max_pods: u32,
+    #[arg(long)]
+    pub zone: Option<String>,
+    #[arg(long, default_value = "10.96.0.10")]
+    pub cluster_dns: IpAddr,
+    #[arg(long, default_value = "cluster.local")]
+    pub cluster_domain: String,
+    /// Servers for names outside the cluster
+    #[arg(long)]
+    pub upstream_dns: Vec<SocketAddr>,
+    /// Port of the log server
+    #[arg(long, default_value_t = 10250)]
+    pub log_port: u16,
+}
+
+const DNS_PORT: u16 = 53;
+const RENEW_RETRY: Duration = Duration::from_secs(30);
+
+/// Until SIGTERM. Everything in the kernel stays as it is: traffic goes on without the agent.
+pub async fn run(o: Options) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let main = start(o);
+    tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        ended = main => ended,
+    }
+}
+
+async fn start(o: Options) -> Result<()> {
+    // First what needs nobody: the kernel, from the last known view, so that traffic is right before control answers.
+    let (channel_tx, channel) = watch::channel(placeholder_channel(&o)?);
+    let (uplink, ends) = Uplink::new(o.node_name.clone(), Store::new(o.data_dir.join("view.json")), channel.clone());
+    let Ends { views, verdicts, holders, metrics, metrics_interval } = ends;
+    let datapath = Datapath::open(&DatapathConfig {
+        bpffs: o.bpffs.clone(),
+        cgroup: None,
+        node: o.node_name.clone(),
+        dns: Some(o.cluster_dns),
+    })
+    .context("open the data path")?;
+    let handover = Handover::new(&o.bpffs)?;
+    let relay = Relay::new(views.clone(), metrics_interval, holders, Arc::new(Signing { channel: channel.clone() }));
+    let network = Network::new(o.node_name.clone(), datapath, handover, relay.clone(), views.clone());
+    tokio::spawn(network.clone().run(verdicts));
+    start_dns(&o, views.clone()).await?;
+    // Then control.
+    let id = identity::obtain(&o.data_dir, &o.node_name, &o.discovery, &o.ca_file, &o.token_file).await?;
+    channel_tx.send_replace(identity::channel(&o.discovery, &id.bundle_pem, Some(&id))?);
+    tokio::spawn(uplink.run());
+    tokio::spawn(relay.report(metrics));
+    let client = api_client(&o, &id)?;
+    start_pods(&o, &id, client, network).await?;
+    renewed(&o, &id, channel).await
+}
+
+/// Before the node has joined nothing can be asked; the channel is replaced then.
+fn placeholder_channel(o: &Options) -> Result<Channel> {
+    let endpoint = tonic::transport::Endpoint::from_shared(o.discovery.clone())?;
+    Ok(endpoint.connect_lazy())
+}
+
+struct Signing {
+    channel: watch::Receiver<Channel>,
+}
+
+#[tonic::async_trait]
+impl Signer for Signing {
+    async fn sign(&self, workload: WorkloadRef, csr_pem: String) -> Result<SignResponse, Status> {
+        let channel = self.channel.borrow().clone();
+        let request = SignRequest { csr_pem, workload: Some(workload) };
+        Ok(IdentityClient::new(channel).sign(request).await?.into_inner())
+    }
+}
+
+async fn start_dns(o: &Options, mut views: watch::Receiver<View>) -> Result<()> {
+    let address = SocketAddr::new(IpAddr::V4(sluice_netlink::plan::GATEWAY4), DNS_PORT);
+    let listen = || format!("listen for DNS on {address}; does another server hold it?");
+    let udp = Arc::new(UdpSocket::bind(address).await.with_context(listen)?);
+    let tcp = TcpListener::bind(address).await.with_context(listen)?;
+    let domain = o.cluster_domain.clone();
+    let resolver = Resolver::new(Zone::new(&domain, &views.borrow().snapshot), o.upstream_dns.clone());
+    tokio::spawn(sluice_dns::server::serve_udp(resolver.clone(), udp));
+    tokio::spawn(sluice_dns::server::serve_tcp(resolver.clone(), tcp));
+    tokio::spawn(async move {
+        while views.changed().await.is_ok() {
+            let view = views.borrow_and_update().clone();
+            resolver.set_zone(Zone::new(&domain, &view.snapshot));
+        }
+    });
+    Ok(())
+}
+
+fn api_client(o: &Options, id: &NodeIdentity) -> Result<Client> {
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    let mut config = kube::Config::new(o.api.parse().with_context(|| format!("API address {:?}", o.api))?);
+    config.root_cert = Some(rustls_pemfile(&id.bundle_pem)?);
+    config.auth_info.client_certificate_data = Some(STANDARD.encode(&id.certificate_pem));
+    config.auth_info.client_key_data = Some(STANDARD.encode(&id.key_pem).into());
+    config.connect_timeout = Some(Duration::from_secs(3));
+    Ok(Client::try_from(config)?)
+}
+
+fn rustls_pemfile(pem: &str) -> Result<Vec<Vec<u8>>> {
+    use rustls::pki_types::{CertificateDer, pem::PemObject};
+    let certs = CertificateDer::pem_slice_iter(pem.as_bytes()).map(|c| Ok(c?.to_vec()));
+    certs.collect::<Result<_>>().context("read the cluster's CA")
+}
+
+async fn start_pods(o: &Options, id: &NodeIdentity, client: Client, network: Arc<Network>) -> Result<()> {
+    let cri = Cri::new(o.cri.clone())?;
+    let facts = facts(o, &cri).await;
+    let node = convert::Node {
+        name: o.node_name.clone(),
+        host_ip: o.node_ip.to_string(),
+        cluster_dns: Some(o.cluster_dns.to_string()),
+        cluster_domain: o.cluster_domain.clone(),
+        log_dir: o.data_dir.join("logs").to_string_lossy().into_owned(),
+        cpu_milli: facts.cpu_milli,
+        memory_bytes: facts.memory_bytes,
+    };
+    let deps = Arc::new(Deps {
+        events: Events::start(client.clone(), o.node_name.clone()),
+        client: client.clone(),
+        cri: cri.clone(),
+        dirs: Dirs { data: o.data_dir.clone(), run: o.run_dir.clone() },
+        node: node.clone(),
+        network,
+    });
+    let (ready, not_ready) = watch::channel(Some("the node is starting".to_owned()));
+    tokio::spawn(node::heartbeat(client.clone(), facts.clone(), not_ready));
+    tokio::spawn(readiness(o.clone(), client.clone(), facts, cri.clone(), ready));
+    tokio::spawn(Manager::new(deps).run());
+    let listener = TcpListener::bind(SocketAddr::new(o.node_ip, o.log_port))
+        .await
+        .with_context(|| format!("listen for log requests on port {}", o.log_port))?;
+    let tls = server::tls(id)?;
+    tokio::spawn(async move {
+        if let Err(error) = server::serve(listener, tls, server::Logs { client, cri, node }).await {
+            tracing::error!(%error, "log server ended");
+        }
+    });
+    Ok(())
+}
+
+/// Configures the network plugin once the node has its range, then watches the runtime: the node is ready when the
+/// runtime says that its network is.
+async fn readiness(o: Options, client: Client, facts: Facts, cri: Cri, ready: watch::Sender<NotReady>) {
+    let ranges = node::pod_cidrs(&client, &facts).await;
+    loop {
+        let state = match cni_config::install(&o.run_dir, &o.cni_conf_dir, &ranges) {
+            Err(e) => Some(format!("network plugin not configured: {e}")),
+            Ok(()) => match cri.ready().await {
+                Ok(Ok(())) => None,
+                Ok(Err(why)) => Some(why),
+                Err(e) => Some(e.to_string()),
+            },
+        };
+        let pause = Duration::from_millis(if state.is_none() { 2000 } else { 100 });
+        ready.send_if_modified(|now| {
+            let changed = *now != state;
+            *now = state;
+            changed
+        });
+        tokio::time::sleep(pause).await;
+    }
+}
+
+async fn facts(o: &Options, cri: &Cri) -> Facts {
+    let read = |p: &str| std::fs::read_to_string(p).unwrap_or_default();
+    let meminfo = read("/proc/meminfo");
+    let kib = meminfo
+        .lines()
+        .find_map(|l| l.strip_prefix("MemTotal:"))
+        .and_then(|v| v.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let disk = rustix::fs::statvfs(o.data_dir.parent().unwrap_or(&o.data_dir)).map_or(0, |s| s.f_blocks * s.f_frsize);
+    let os = read("/etc/os-release");
+    let pretty = os.lines().find_map(|l| l.strip_prefix("PRETTY_NAME=")).unwrap_or("Linux");
+    Facts {
+        name: o.node_name.clone(),
+        ip: o.node_ip.to_string(),
+        cpu_milli: o.cpus.map_or(cpus as u64, u64::from) * 1000,
+        memory_bytes: o.memory_mib.map_or(kib.unwrap_or(0) * 1024, |m| m << 20),
+        disk_bytes: disk,
+        pods: o.max_pods,
+        zone: o.zone.clone(),
+        kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        os_image: pretty.trim_matches('"').to_owned(),
+        runtime: cri.version().await.unwrap_or_default(),
+        boot_id: read("/proc/sys/kernel/random/boot_id").trim().to_owned(),
+        log_port: o.log_port,
+    }
+}
+
+/// Ends the agent when its certificate has been renewed: it starts again with the new one, and nothing in the kernel
+/// notices.
+async fn renewed(o: &Options, id: &NodeIdentity, channel: watch::Receiver<Channel>) -> Result<()> {
+    let due = identity::life(&id.certificate_pem).context("read the node's certificate")?.renew_in();
+    tokio::time::sleep(due).await;
+    loop {
+        let current = channel.borrow().clone();
+        match identity::renew(&o.data_dir, &o.node_name, current).await {
+            Ok(_) => {
+                tracing::info!("certificate renewed, starting again with it");
+                return Ok(());
+            }
+            Err(error) => tracing::warn!(error = format!("{error:#}"), "certificate not renewed, trying again"),
+        }
+        tokio::time::sleep(RENEW_RETRY).await;
+    }
+}
