@@ -45,6 +45,8 @@ mod tests {
         }
         let loopback = |t: &str| addr(t.parse().expect(t)).is_loopback();
         assert!(loopback("127.1.2.3") && loopback("::1") && !loopback("10.0.0.1") && !loopback("fd00::1"));
+        let none = |t: &str| addr(t.parse().expect(t)).is_unspecified();
+        assert!(none("0.0.0.0") && none("::") && !none("0.0.0.1") && !none("::1") && !none("fd00::"));
         let local = |t: &str| addr(t.parse().expect(t)).is_link_local();
         assert!(local("169.254.1.1") && local("fe80::1") && !local("169.253.0.1") && !local("fd00::1"));
     }

@@ -56,18 +56,23 @@ pub struct Loaded {
     pub pods: usize,
 }
 
-/// Loads everything and puts it in force; after it, the pins are complete.
+/// Loads everything and puts it in force; after it, the pins are complete. Falls back where the kernel lacks a feature.
 pub fn load(place: &Place) -> Result<Loaded> {
+    match load_with(place, true) {
+        Err(Error::Program { .. }) => load_with(place, false),
+        other => other,
+    }
+}
+
+/// [`load`] with the fallback for kernels before 5.18 forced or forbidden.
+pub fn load_with(place: &Place, set_retval: bool) -> Result<Loaded> {
     check_bpffs(&place.bpffs)?;
     let dir = pin_dir(&place.bpffs);
     for folder in [dir.clone(), links(&dir), pods(&dir)] {
         fs::create_dir_all(&folder).map_err(|e| Error::syscall("create", folder.display(), e))?;
     }
     let cgroup = File::open(&place.cgroup).map_err(|e| Error::syscall("open cgroup", place.cgroup.display(), e))?;
-    let (mut object, set_retval) = match open_object(&dir, true) {
-        Err(Error::Program { .. }) => (open_object(&dir, false)?, false),
-        other => (other?, true),
-    };
+    let mut object = open_object(&dir, set_retval)?;
     for (name, hook) in CGROUP_PROGRAMS {
         attach_cgroup(&dir, program(&mut object, name)?, name, hook, &cgroup)?;
     }

@@ -67,6 +67,14 @@ fn loads_twice_repairs_and_unloads() {
     assert!(!dir.exists());
 }
 
+/// The call that old kernels do not know is in a branch that their verifier drops.
+#[test]
+fn the_fallback_for_old_kernels_loads_over_the_other() {
+    let ground = Ground::new("fallback");
+    assert!(loader::load(&ground.place).expect("load").set_retval);
+    assert!(!loader::load_with(&ground.place, false).expect("load the fallback").set_retval);
+}
+
 #[test]
 fn a_folder_that_is_no_bpf_file_system_is_named() {
     let place = Place { bpffs: std::env::temp_dir(), cgroup: "/sys/fs/cgroup".into() };

@@ -82,3 +82,43 @@ fn a_pod_is_wired_and_reached_in_both_families() {
     assert!(link::delete(&mut host, outer.index).expect("delete"));
     assert!(!link::delete(&mut host, outer.index).expect("delete again"));
 }
+
+/// Two nodes on one wire, a pod on each: routes as a snapshot of two nodes asks for them.
+#[test]
+fn pods_of_two_nodes_reach_each_other_by_routes() {
+    let named: Vec<(Named, Netns)> = ["na", "nb", "pa", "pb"].map(Named::new).into_iter().collect();
+    let ns = |n: usize| &named[n].1;
+    let ip = |text: &str| -> IpAddr { text.parse().expect(text) };
+    let mut nodes = [0, 1].map(|n| Connection::open_in(ns(n)).expect("connection"));
+    let wire = Veth { host: "up0", pod: "up0", pod_mac: [2, 0, 0, 0, 0, 2], mtu: None };
+    link::make_veth(&mut nodes[0], ns(1), &wire).expect("wire");
+    let ranges = ["10.244.1.0/24", "10.244.2.0/24"].map(|r| r.parse::<Prefix>().expect(r));
+    let others = [(ip("192.168.5.2"), ranges[1]), (ip("192.168.5.1"), ranges[0])];
+    let pods = [ip("10.244.1.2"), ip("10.244.2.2")];
+    for n in [0, 1] {
+        let up = link::find(&mut nodes[n], "up0").expect("find").expect("made").index;
+        let veth = Veth { host: "slctwo", pod: "eth0", pod_mac: [2, 0, 0, 0, 1, n as u8], mtu: None };
+        link::make_veth(&mut nodes[n], ns(2 + n), &veth).expect("pod's link");
+        let mut inside = Connection::open_in(ns(2 + n)).expect("connection");
+        let (eth0, slc) = (link::find(&mut inside, "eth0"), link::find(&mut nodes[n], "slctwo"));
+        let (eth0, slc) = (eth0.expect("find").expect("made").index, slc.expect("find").expect("made").index);
+        let capture = Capture { mark: 1, table: 2, priority: 3 };
+        kernel::reconcile(&mut inside, &pod_state(eth0, &[pods[n]], capture), None).expect("pod");
+        let mut wanted = node_state(&[ranges[n]], &others[n..=n]);
+        let own = if n == 0 { "192.168.5.1" } else { "192.168.5.2" };
+        wanted.addresses.insert(Address { link: up, prefix: Prefix { address: ip(own), len: 24 } });
+        let pod = host_state(slc, veth.pod_mac, &[pods[n]]);
+        wanted.up.extend(pod.up.into_iter().chain([up]));
+        wanted.routes.extend(pod.routes);
+        wanted.neighbours.extend(pod.neighbours);
+        kernel::reconcile(&mut nodes[n], &wanted, Some(93)).expect("node");
+        ns(n).run(|| sluice_netlink::sysctl::ensure("ipv4/ip_forward", "1")).expect("run").expect("forwarding");
+        let left = plan(&wanted, &kernel::read(&mut nodes[n]).expect("read"), Some(93));
+        assert_eq!(left, [], "reads back as wanted");
+    }
+    let _server = ns(3).run(|| TcpListener::bind((pods[1], 80))).expect("run").expect("bind");
+    let dial = |to: IpAddr| TcpStream::connect_timeout(&(to, 80).into(), std::time::Duration::from_secs(5));
+    ns(2).run(|| dial(pods[1])).expect("run").expect("pod to pod across nodes");
+    let nobody = ns(2).run(|| dial(ip("10.244.2.99"))).expect("run").expect_err("no such pod");
+    assert_eq!(nobody.kind(), std::io::ErrorKind::HostUnreachable, "answered, not lost");
+}

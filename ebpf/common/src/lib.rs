@@ -81,6 +81,13 @@ impl Addr {
         self.words[0] == 0 && self.words[1] == 0 && self.words[2] == 0 && self.words[3] == 1_u32.to_be()
     }
 
+    /// 0.0.0.0 or ::, which a connection takes for loopback.
+    #[inline(always)]
+    pub const fn is_unspecified(&self) -> bool {
+        let high = self.words[0] | self.words[1] | self.words[3];
+        high == 0 && (self.words[2] == 0 || self.words[2] == MAPPED)
+    }
+
     #[inline(always)]
     pub const fn is_link_local(&self) -> bool {
         if self.is_v4() {

@@ -52,7 +52,7 @@ fn path(ctx: &SockAddrContext, dial: &Dial) -> Path {
     }
     if dial.addr.is_loopback()
         || dial.addr.is_link_local()
-        || dial.addr.same(&Addr::UNSET)
+        || dial.addr.is_unspecified()
         || dial.addr.same(&pod.addr4)
         || dial.addr.same(&pod.addr6)
         || balance::is_node_local(dial, TCP)
