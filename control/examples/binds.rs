@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::json;
-use sluice_control::api::cache::{Cache, Heard};
+use sluice_control::api::cache::Cache;
 use sluice_control::api::kinds;
 use sluice_control::api::registry::Context;
 use sluice_control::service::{Config, Service};
@@ -32,6 +32,7 @@ async fn run(nodes: usize, pods: usize) -> anyhow::Result<()> {
         node_grace: Duration::from_secs(3_600),
         eviction: Duration::from_secs(300),
     };
+    let began = Instant::now();
     let service = Service::start(&config, Vec::new(), None).await.context("start")?;
     let (registry, ctx) = (service.parts.client.registry(), Context::internal("bench"));
     let kind = kinds::find("", "v1", "nodes").context("nodes")?;
@@ -42,9 +43,9 @@ async fn run(nodes: usize, pods: usize) -> anyhow::Result<()> {
     };
     let made: Vec<_> = futures::stream::iter(0..nodes).map(node).buffer_unordered(256).collect().await;
     made.into_iter().collect::<Result<Vec<_>, _>>()?;
+    println!("{nodes} nodes after {:.2?}", began.elapsed());
     let cache = Cache::<Pod>::start(service.parts.store.clone(), service.parts.stop.clone());
     cache.synced().await;
-    let mut changes = cache.listen();
     let kind = kinds::find("", "v1", "pods").context("pods")?;
     let started = Instant::now();
     let pod = |index: usize| {
@@ -59,7 +60,8 @@ async fn run(nodes: usize, pods: usize) -> anyhow::Result<()> {
         cache.all().iter().filter(|pod| pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some())).count()
     };
     while bound(&cache) < pods {
-        if let Heard::Everything = changes.next().await {}
+        // A look at everything costs time that is not the scheduler's.
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let took = started.elapsed();
     println!("{nodes} nodes, {pods} pods: created in {created:.2?}, all bound after {took:.2?}");

@@ -15,7 +15,7 @@ use super::client::Object;
 use crate::store::{Event, ListQuery, Store, StoreError, WatchItem};
 
 /// Changes a listener may be behind before it has to look at everything.
-const LISTENER_BUFFER: usize = 16_384;
+const LISTENER_BUFFER: usize = 4_096;
 /// Pause before listing again after the store failed.
 const RETRY: Duration = Duration::from_millis(200);
 
@@ -56,6 +56,11 @@ pub struct Listener<T> {
 }
 
 impl<T: Object> Listener<T> {
+    /// Forgets what has happened so far, for a listener that is about to look at everything.
+    pub fn skip(&mut self) {
+        self.receiver = self.receiver.resubscribe();
+    }
+
     /// The next change; pends for ever once the cache has stopped.
     pub async fn next(&mut self) -> Heard<T> {
         match self.receiver.recv().await {

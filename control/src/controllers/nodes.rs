@@ -5,6 +5,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -13,7 +15,6 @@ use tokio::time::Instant;
 
 use super::{Shared, pod_over};
 use crate::api::addresses::Cidr;
-use crate::api::cache::Heard;
 use crate::api::client::{Notice, Object};
 use crate::api::registry::{DeleteOptions, Patch};
 use crate::api::status::ApiError;
@@ -21,6 +22,10 @@ use crate::api::value::rfc3339;
 
 /// How often clocks are looked at.
 const TICK: Duration = Duration::from_secs(1);
+/// Changes of nodes that come within this are looked at together.
+const GATHER: Duration = Duration::from_millis(50);
+/// Writes at a time: they share the store's syncs.
+const PARALLEL: usize = 64;
 /// Finished pods kept for a look at their logs; beyond it the oldest go.
 const FINISHED_KEPT: usize = 1_000;
 const NOT_READY: &str = "node.kubernetes.io/not-ready";
@@ -38,26 +43,19 @@ struct Heartbeat {
 /// Runs for ever.
 pub(super) async fn run(shared: Shared) {
     let mut heartbeats: HashMap<String, Heartbeat> = HashMap::new();
-    let (mut nodes, mut pods) = (shared.caches.nodes.listen(), shared.caches.pods.listen());
-    let mut leases = shared.caches.leases.listen();
-    let mut tick = tokio::time::interval(TICK);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut nodes = shared.caches.nodes.listen();
+    let mut next_tick = Instant::now();
     loop {
-        let pods_too = tokio::select! {
-            _ = tick.tick() => true,
-            _ = nodes.next() => true,
-            heard = pods.next() => match heard {
-                // Only the end of a pod, or its binding to a node that is gone, is of interest at once.
-                Heard::Change(_) => continue,
-                Heard::Everything => true,
-            },
-            heard = leases.next() => match heard {
-                Heard::Change(change) if change.object().namespace() == "kube-node-lease" => false,
-                Heard::Change(_) => continue,
-                Heard::Everything => false,
-            },
-        };
-        if let Err(error) = look(&shared, &mut heartbeats, pods_too).await {
+        tokio::select! {
+            () = tokio::time::sleep_until(next_tick) => {}
+            _ = nodes.next() => tokio::time::sleep(GATHER).await,
+        }
+        nodes.skip();
+        let tick = Instant::now() >= next_tick;
+        if tick {
+            next_tick = Instant::now() + TICK;
+        }
+        if let Err(error) = look(&shared, &mut heartbeats, tick).await {
             tracing::warn!(%error, "node controller; tried again");
         }
     }
@@ -93,24 +91,34 @@ fn silent(shared: &Shared, heartbeats: &mut HashMap<String, Heartbeat>, node: &N
     now.duration_since(heartbeat.seen) > shared.config.node_grace
 }
 
-/// PURE: the lowest free /24 of the pods' range; the first is left to the cluster itself.
-fn free_range(range: Cidr, taken: &HashSet<String>) -> Option<String> {
-    (1..range.size() / 256).map(|n| format!("{}/24", range.nth(n * 256))).find(|candidate| !taken.contains(candidate))
+/// PURE: the free /24s of the pods' range, lowest first; the first of all is left to the cluster itself.
+fn free_ranges(range: Cidr, taken: &HashSet<String>) -> impl Iterator<Item = String> {
+    let candidate = move |n: u32| format!("{}/24", range.nth(n * 256));
+    (1..range.size() / 256).map(candidate).filter(move |candidate| !taken.contains(candidate))
 }
 
 async fn give_ranges(shared: &Shared, nodes: &[Arc<Node>]) -> Result<(), ApiError> {
     let range_of = |node: &Node| node.spec.as_ref().and_then(|spec| spec.pod_cidr.clone());
-    let mut taken: HashSet<String> = nodes.iter().filter_map(|node| range_of(node)).collect();
-    for node in nodes.iter().filter(|node| range_of(node).is_none() && !node.deleting()) {
-        let Some(range) = free_range(shared.config.pod_cidr, &taken) else {
+    let lacking = |node: &&Arc<Node>| range_of(node).is_none() && !node.deleting();
+    if !nodes.iter().any(|node| lacking(&node)) {
+        return Ok(());
+    }
+    let taken: HashSet<String> = nodes.iter().filter_map(|node| range_of(node)).collect();
+    let mut free = free_ranges(shared.config.pod_cidr, &taken);
+    let mut writes: Vec<BoxFuture<'_, Result<Node, ApiError>>> = Vec::new();
+    for node in nodes.iter().filter(lacking) {
+        let Some(range) = free.next() else {
             let message = format!("no free range left in {}", shared.config.pod_cidr);
             shared.client.notice(&**node, &Notice { kind: "Warning", reason: "CIDRNotAvailable", message: &message });
             continue;
         };
         let change = json!({"metadata": {"uid": node.uid()}, "spec": {"podCIDR": range, "podCIDRs": [range]}});
-        taken.insert(range);
-        let written = shared.client.merge::<Node>("", node.name(), "", change).await?;
-        shared.caches.nodes.wait_for(written.revision()).await;
+        writes.push(Box::pin(shared.client.merge::<Node>("", node.name(), "", change)));
+    }
+    let written: Vec<_> = futures::stream::iter(writes).buffer_unordered(PARALLEL).collect().await;
+    for node in written {
+        // The next look must see what this one gave.
+        shared.caches.nodes.wait_for(node?.revision()).await;
     }
     Ok(())
 }
@@ -262,9 +270,10 @@ mod tests {
     fn ranges_are_given_from_the_low_end() {
         let range: Cidr = "10.244.0.0/16".parse().expect("a range");
         let taken = HashSet::from(["10.244.1.0/24".to_owned(), "10.244.3.0/24".to_owned()]);
-        assert_eq!(free_range(range, &taken).as_deref(), Some("10.244.2.0/24"));
+        let free: Vec<String> = free_ranges(range, &taken).take(2).collect();
+        assert_eq!(free, ["10.244.2.0/24", "10.244.4.0/24"]);
         let all = (1..256).map(|n| format!("10.244.{n}.0/24")).collect();
-        assert_eq!(free_range(range, &all), None);
+        assert_eq!(free_ranges(range, &all).next(), None);
     }
 
     #[test]

@@ -1,24 +1,26 @@
 //! The scheduler's shell: keeps the scheduler's view of the cluster current, takes waiting pods in order, binds what was
 //! decided, and says why when nothing can be.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::{Shared, pod_over};
 use crate::api::cache::{Change, Heard};
 use crate::api::client::{Notice, Object};
 use crate::api::registry::Patch;
+use crate::api::status::ApiError;
 use crate::api::value::rfc3339;
 use crate::schedule::{Cluster, NodeInfo, PodInfo};
 
-/// Pods decided before their binds are awaited: they share the store's syncs.
-const BATCH: usize = 256;
+/// Binds in flight: they share the store's syncs.
+const IN_FLIGHT: usize = 512;
 /// Pods that found no node are looked at again this long after something changed.
 const RETRY: Duration = Duration::from_millis(100);
 const SCHEDULER: &str = "default-scheduler";
@@ -26,24 +28,50 @@ const SCHEDULER: &str = "default-scheduler";
 /// Priority (higher first), creation time, key.
 type Place = (std::cmp::Reverse<i32>, Timestamp, String, String);
 
+/// A bind that has ended: the pod, its node, and how.
+struct Bind {
+    pod: Arc<Pod>,
+    node: String,
+    result: Result<u64, ApiError>,
+}
+
+/// A decision.
+struct Decided {
+    at: (String, String),
+    info: PodInfo,
+    node: String,
+}
+
 struct Scheduler {
     shared: Shared,
+    /// Where binds tell how they ended; never more than [`IN_FLIGHT`] are on their way.
+    bound: mpsc::UnboundedSender<Bind>,
+    in_flight: usize,
+    /// Decisions that the copy of the pods does not show yet, by uid.
+    decided: HashMap<String, Decided>,
     cluster: Cluster,
     waiting: BTreeMap<Place, Arc<Pod>>,
     /// Looked at since the cluster last changed, and found no node.
     stuck: BTreeSet<Place>,
     retry_at: Option<Instant>,
+    /// At which node to begin to look.
+    start: usize,
 }
 
 /// Runs for ever.
 pub(super) async fn run(shared: Shared) {
     let (mut pods, mut nodes) = (shared.caches.pods.listen(), shared.caches.nodes.listen());
+    let (bound, mut results) = mpsc::unbounded_channel();
     let mut scheduler = Scheduler {
         shared,
+        bound,
+        in_flight: 0,
+        decided: HashMap::new(),
         cluster: Cluster::default(),
         waiting: BTreeMap::new(),
         stuck: BTreeSet::new(),
         retry_at: None,
+        start: 0,
     };
     scheduler.look_at_everything();
     loop {
@@ -58,6 +86,7 @@ pub(super) async fn run(shared: Shared) {
                 Heard::Change(change) => scheduler.node_changed(&change),
                 Heard::Everything => scheduler.look_at_everything(),
             },
+            Some(bind) = results.recv() => scheduler.bind_ended(bind),
             () = tokio::time::sleep_until(retry) => {
                 scheduler.retry_at = None;
                 scheduler.stuck.clear();
@@ -73,6 +102,15 @@ impl Scheduler {
         self.stuck.clear();
         for node in self.shared.caches.nodes.all() {
             self.cluster.set_node(NodeInfo::new(&node));
+        }
+        // What was decided and is not in view yet counts; what has gone meanwhile does not.
+        let pods = &self.shared.caches.pods;
+        self.decided.retain(|uid, decided| {
+            let (namespace, name) = &decided.at;
+            pods.get(namespace, name).is_some_and(|pod| pod.uid() == uid)
+        });
+        for decided in self.decided.values() {
+            self.cluster.place(&decided.info, &decided.node);
         }
         for pod in self.shared.caches.pods.all() {
             self.pod_changed(&Change { old: None, new: Some(pod) });
@@ -92,6 +130,7 @@ impl Scheduler {
             self.waiting.remove(&place_of(old));
             let replaced = change.new.as_ref().is_none_or(|new| new.uid() != old.uid());
             if replaced {
+                self.decided.remove(old.uid());
                 self.cluster.remove(old.uid());
                 self.retry_soon();
             }
@@ -102,6 +141,7 @@ impl Scheduler {
             self.cluster.remove(pod.uid());
             self.retry_soon();
         } else if !node.is_empty() {
+            self.decided.remove(pod.uid());
             if self.cluster.node_of(pod.uid()) != Some(node.as_str()) {
                 self.cluster.place(&PodInfo::new(pod), &node);
             }
@@ -121,11 +161,11 @@ impl Scheduler {
         }
     }
 
-    /// Decides and binds all pods that have not been looked at.
+    /// Decides on pods that have not been looked at, as many as may be on their way.
     async fn work(&mut self) {
         let all = self.waiting.iter().filter(|(place, _)| !self.stuck.contains(place));
-        let batch: Vec<(Place, Arc<Pod>)> = all.take(BATCH).map(|(place, pod)| (place.clone(), pod.clone())).collect();
-        let mut binds = Vec::new();
+        let room = IN_FLIGHT - self.in_flight;
+        let batch: Vec<(Place, Arc<Pod>)> = all.take(room).map(|(place, pod)| (place.clone(), pod.clone())).collect();
         for (place, pod) in batch {
             if self.cluster.node_of(pod.uid()).is_some() {
                 // Bound, and the cache will say so soon.
@@ -133,15 +173,15 @@ impl Scheduler {
                 continue;
             }
             let info = PodInfo::new(&pod);
-            match self.cluster.choose(&info) {
+            // A step that shares no factor with usual cluster sizes visits all nodes.
+            self.start = self.start.wrapping_add(101);
+            match self.cluster.choose(&info, self.start) {
                 Ok(node) => {
                     self.cluster.place(&info, &node);
                     self.waiting.remove(&place);
-                    let client = self.shared.client.clone();
-                    binds.push(tokio::spawn(async move {
-                        let result = client.bind(&pod, &node).await;
-                        (pod, node, result)
-                    }));
+                    let at = (pod.namespace().to_owned(), pod.name().to_owned());
+                    self.decided.insert(pod.uid().to_owned(), Decided { at, info, node: node.clone() });
+                    self.bind(pod, node);
                 }
                 Err(why) => {
                     self.stuck.insert(place);
@@ -149,21 +189,33 @@ impl Scheduler {
                 }
             }
         }
-        for bind in binds {
-            match bind.await {
-                Ok((pod, node, Ok(_))) => {
-                    let message = format!("Successfully assigned {}/{} to {node}", pod.namespace(), pod.name());
-                    self.tell(&pod, "Normal", "Scheduled", &message);
+    }
+
+    fn bind(&mut self, pod: Arc<Pod>, node: String) {
+        let (client, bound) = (self.shared.client.clone(), self.bound.clone());
+        self.in_flight += 1;
+        tokio::spawn(async move {
+            let result = client.bind(&pod, &node).await;
+            // Nobody waits for it any more when the service stops.
+            let _ = bound.send(Bind { pod, node, result });
+        });
+    }
+
+    fn bind_ended(&mut self, Bind { pod, node, result }: Bind) {
+        self.in_flight -= 1;
+        match result {
+            Ok(_) => {
+                let message = format!("Successfully assigned {}/{} to {node}", pod.namespace(), pod.name());
+                self.tell(&pod, "Normal", "Scheduled", &message);
+            }
+            Err(error) => {
+                tracing::debug!(pod = pod.name(), node, %error, "bind");
+                self.decided.remove(pod.uid());
+                self.cluster.remove(pod.uid());
+                // It changed meanwhile; what it is now comes, or has come, through the cache.
+                if let Some(now) = self.shared.caches.pods.get(pod.namespace(), pod.name()) {
+                    self.pod_changed(&Change { old: None, new: Some(now) });
                 }
-                Ok((pod, node, Err(error))) => {
-                    tracing::debug!(pod = pod.name(), node, %error, "bind");
-                    self.cluster.remove(pod.uid());
-                    // It changed meanwhile; what it is now comes, or has come, through the cache.
-                    if let Some(now) = self.shared.caches.pods.get(pod.namespace(), pod.name()) {
-                        self.pod_changed(&Change { old: None, new: Some(now) });
-                    }
-                }
-                Err(error) => tracing::error!(%error, "bind task"),
             }
         }
     }

@@ -90,7 +90,6 @@ impl PodInfo {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Taken {
     pub(super) resources: Resources,
-    pub(super) owners: HashMap<String, u32>,
     pub(super) host_ports: HashSet<(String, i32)>,
 }
 
@@ -108,6 +107,8 @@ pub struct Cluster {
     nodes: BTreeMap<String, NodeInfo>,
     taken: HashMap<String, Taken>,
     placed: HashMap<String, Placed>,
+    /// Pods per node of each owner.
+    by_owner: HashMap<String, HashMap<String, u32>>,
 }
 
 impl Cluster {
@@ -131,10 +132,10 @@ impl Cluster {
         self.remove(&pod.uid);
         let taken = self.taken.entry(node.to_owned()).or_default();
         taken.resources.add(&pod.requests);
-        if let Some(owner) = &pod.owner {
-            *taken.owners.entry(owner.clone()).or_default() += 1;
-        }
         taken.host_ports.extend(pod.host_ports.iter().cloned());
+        if let Some(owner) = &pod.owner {
+            *self.by_owner.entry(owner.clone()).or_default().entry(node.to_owned()).or_default() += 1;
+        }
         let placed = Placed {
             node: node.to_owned(),
             requests: pod.requests.clone(),
@@ -147,14 +148,11 @@ impl Cluster {
     /// Stops counting a pod.
     pub fn remove(&mut self, uid: &str) {
         let Some(pod) = self.placed.remove(uid) else { return };
+        if let Some(owner) = &pod.owner {
+            self.forget_owner(owner, &pod.node);
+        }
         let Some(taken) = self.taken.get_mut(&pod.node) else { return };
         taken.resources.subtract(&pod.requests);
-        if let Some(count) = pod.owner.as_ref().and_then(|owner| taken.owners.get_mut(owner)) {
-            *count = count.saturating_sub(1);
-        }
-        if let Some(owner) = pod.owner.filter(|owner| taken.owners.get(owner) == Some(&0)) {
-            taken.owners.remove(&owner);
-        }
         for port in &pod.host_ports {
             taken.host_ports.remove(port);
         }
@@ -163,28 +161,49 @@ impl Cluster {
         }
     }
 
+    fn forget_owner(&mut self, owner: &str, node: &str) {
+        let Some(nodes) = self.by_owner.get_mut(owner) else { return };
+        if let Some(count) = nodes.get_mut(node) {
+            *count -= 1;
+            if *count == 0 {
+                nodes.remove(node);
+            }
+        }
+        if nodes.is_empty() {
+            self.by_owner.remove(owner);
+        }
+    }
+
     /// Where a pod is counted.
     pub fn node_of(&self, uid: &str) -> Option<&str> {
         self.placed.get(uid).map(|placed| placed.node.as_str())
     }
 
-    /// The best node for a pod, or why there is none.
-    pub fn choose(&self, pod: &PodInfo) -> Result<String, String> {
+    /// The best node for a pod, or why there is none. In a large cluster the best of enough nodes, as kube-scheduler
+    /// does; `start` says where to begin, so that all nodes get their turn.
+    pub fn choose(&self, pod: &PodInfo, start: usize) -> Result<String, String> {
         let empty = Taken::default();
+        let no_pods = HashMap::new();
+        let siblings = pod.owner.as_ref().and_then(|owner| self.by_owner.get(owner)).unwrap_or(&no_pods);
+        let most = siblings.values().max().copied().unwrap_or(0);
         let mut reasons: BTreeMap<String, usize> = BTreeMap::new();
         let mut best: Option<(i64, i64, &str)> = None;
-        let most = pod.owner.as_ref().map_or(0, |owner| {
-            self.nodes.keys().filter_map(|node| self.taken.get(node)?.owners.get(owner)).max().copied().unwrap_or(0)
-        });
-        for node in self.nodes.values() {
+        let mut enough = enough(self.nodes.len());
+        let start = start.checked_rem(self.nodes.len()).unwrap_or(0);
+        for node in self.nodes.values().skip(start).chain(self.nodes.values().take(start)) {
             let taken = self.taken.get(&node.name).unwrap_or(&empty);
             let refused = filter::refusals(pod, node, taken);
             if refused.is_empty() {
-                let score = score(pod, node, taken, most);
-                // Equal scores: the emptier node, then the first by name.
+                let same = siblings.get(&node.name).copied().unwrap_or(0);
+                let score = score(pod, node, taken, same, most);
+                // Equal scores: the emptier node, then the first.
                 let candidate = (score, -taken.resources.pods, node.name.as_str());
                 if best.is_none_or(|best| (candidate.0, candidate.1) > (best.0, best.1)) {
                     best = Some(candidate);
+                }
+                enough -= 1;
+                if enough == 0 {
+                    break;
                 }
             }
             for reason in refused {
@@ -199,7 +218,7 @@ impl Cluster {
 
     /// Nothing is counted anywhere.
     pub fn taken_is_empty(&self) -> bool {
-        self.taken.is_empty() && self.placed.is_empty()
+        self.taken.is_empty() && self.placed.is_empty() && self.by_owner.is_empty()
     }
 
     /// A node that has more taken than it has, if any.
@@ -215,15 +234,20 @@ impl Cluster {
     }
 }
 
+/// How many nodes that fit are compared: all of up to a hundred, then a share that falls to 5 %.
+fn enough(nodes: usize) -> usize {
+    let percent = 50_usize.saturating_sub(nodes / 125).max(5);
+    (nodes * percent / 100).max(100)
+}
+
 /// 0..=300: up to 100 for what is left of CPU and memory, up to 200 for holding few pods of the same owner.
-fn score(pod: &PodInfo, node: &NodeInfo, taken: &Taken, most: u32) -> i64 {
+fn score(pod: &PodInfo, node: &NodeInfo, taken: &Taken, same: u32, most: u32) -> i64 {
     let left = |have: i64, used: i64, want: i64| {
         if have <= 0 { 0 } else { (have.saturating_sub(used).saturating_sub(want)).max(0).saturating_mul(100) / have }
     };
     let (have, used, want) = (&node.allocatable, &taken.resources, &pod.requests);
     let cpu = left(have.cpu_milli, used.cpu_milli, want.cpu_milli);
     let memory = left(have.memory, used.memory, want.memory);
-    let same = pod.owner.as_ref().and_then(|owner| taken.owners.get(owner)).copied().unwrap_or(0);
     let spread = if most == 0 { 200 } else { 200 * i64::from(most - same.min(most)) / i64::from(most) };
     (cpu + memory) / 2 + spread
 }

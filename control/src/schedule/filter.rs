@@ -130,15 +130,15 @@ mod tests {
         let mut counts: BTreeMap<String, usize> = BTreeMap::new();
         for index in 0..12 {
             let pod = pod(&index.to_string(), json!({}));
-            let node = cluster.choose(&pod).expect("fits");
+            let node = cluster.choose(&pod, 0).expect("fits");
             *counts.entry(node.clone()).or_default() += 1;
             cluster.place(&pod, &node);
         }
         assert_eq!(counts.values().copied().collect::<Vec<_>>(), [4, 4, 4]);
-        let error = cluster.choose(&pod("13", json!({}))).expect_err("full");
+        let error = cluster.choose(&pod("13", json!({})), 0).expect_err("full");
         assert_eq!(error, "0/3 nodes are available: 3 Insufficient cpu.");
         cluster.set_node(node("d", json!({})));
-        assert_eq!(cluster.choose(&pod("13", json!({}))), Ok("d".to_owned()));
+        assert_eq!(cluster.choose(&pod("13", json!({})), 0), Ok("d".to_owned()));
     }
 
     #[test]
@@ -158,15 +158,15 @@ mod tests {
         for (change, spec, want) in cases {
             let mut cluster = Cluster::default();
             cluster.set_node(node("a", change));
-            let error = cluster.choose(&pod("p", spec)).expect_err(want);
+            let error = cluster.choose(&pod("p", spec), 0).expect_err(want);
             assert_eq!(error, format!("0/1 nodes are available: {want}."));
         }
         let mut cluster = Cluster::default();
         cluster.set_node(node("a", tainted));
         let tolerant = json!({"tolerations": [{"key": "k", "operator": "Exists"}]});
-        assert!(cluster.choose(&pod("p", tolerant)).is_ok());
+        assert!(cluster.choose(&pod("p", tolerant), 0).is_ok());
         assert_eq!(
-            Cluster::default().choose(&pod("p", json!({}))),
+            Cluster::default().choose(&pod("p", json!({})), 0),
             Err("no nodes available to schedule pods".to_owned())
         );
     }
@@ -176,14 +176,14 @@ mod tests {
         let mut cluster = three();
         let affine = json!({"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution":
             {"nodeSelectorTerms": [{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["b"]}]}]}}}});
-        assert_eq!(cluster.choose(&pod("p", affine)), Ok("b".to_owned()));
+        assert_eq!(cluster.choose(&pod("p", affine), 0), Ok("b".to_owned()));
         let port = json!({"containers": [{"name": "c", "ports": [{"containerPort": 1, "hostPort": 80}]}]});
         for index in 0..3 {
             let pod = pod(&index.to_string(), port.clone());
-            let node = cluster.choose(&pod).expect("a port is free");
+            let node = cluster.choose(&pod, 0).expect("a port is free");
             cluster.place(&pod, &node);
         }
-        assert!(cluster.choose(&pod("4", port)).expect_err("taken").contains("free ports"));
+        assert!(cluster.choose(&pod("4", port), 0).expect_err("taken").contains("free ports"));
     }
 
     #[test]
@@ -208,7 +208,7 @@ mod tests {
                 pods: 1,
                 ..Resources::default()
             };
-            if let Ok(node) = cluster.choose(&pod) {
+            if let Ok(node) = cluster.choose(&pod, 0) {
                 cluster.place(&pod, &node);
                 alive.push(pod.uid);
             }
