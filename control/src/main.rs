@@ -23,7 +23,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Serve the API and run the cluster.
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Print the token with which nodes join.
     Token {
         /// The service's data directory.
@@ -112,7 +112,7 @@ fn main() -> anyhow::Result<()> {
         Command::Serve(serve) => {
             let runtime =
                 tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
-            runtime.block_on(run(serve))
+            runtime.block_on(run(*serve))
         }
     }
 }

@@ -394,3 +394,60 @@ async fn survives_being_killed() {
         }
     }
 }
+
+/// A node's log server, as far as one request goes: TLS as the node, and it insists on the caller's certificate.
+async fn log_server(cluster: &Cluster, node: &str) -> u16 {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let authority = &cluster.service.parts.authority;
+    let pair = authority.serving(&[node.to_owned()]).expect("a certificate");
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let roots = Arc::new(authority.roots().expect("roots"));
+    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(roots, provider.clone()).build();
+    let (chain, key) = pair.to_rustls().expect("parses");
+    let tls = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_client_cert_verifier(verifier.expect("a verifier"))
+        .with_single_cert(chain, key)
+        .expect("a certificate");
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("listens");
+    let port = listener.local_addr().expect("an address").port();
+    tokio::spawn(async move {
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(tls));
+        while let Ok((stream, _)) = listener.accept().await {
+            let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+            let mut head = vec![0; 4_096];
+            let length = stream.read(&mut head).await.unwrap_or(0);
+            let head = String::from_utf8_lossy(&head[..length]).into_owned();
+            let line = head.lines().next().unwrap_or_default().to_owned();
+            let answer = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: {}\r\n\r\n{line}\n",
+                line.len() + 1
+            );
+            let _ = stream.write_all(answer.as_bytes()).await;
+            let _ = stream.shutdown().await;
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_come_from_the_node() {
+    let cluster = Cluster::start().await;
+    let http = Http::admin(&cluster);
+    let port = log_server(&cluster, "n1").await;
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}, "status": {
+        "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}], "daemonEndpoints": {"kubeletEndpoint": {"Port": port}}}});
+    assert_eq!(http.json("POST", "/api/v1/nodes", &node).await.0, 201);
+    let pods = "/api/v1/namespaces/default/pods";
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {"nodeName": "n1",
+        "containers": [{"name": "a", "image": "i"}, {"name": "b", "image": "i"}]}});
+    assert_eq!(http.json("POST", pods, &pod).await.0, 201);
+    let (code, log) = http.get(&format!("{pods}/p/log?container=b&follow=true&tailLines=5")).await;
+    let line = "GET /containerLogs/default/p/b?container=b&follow=true&tailLines=5 HTTP/1.1\n";
+    assert_eq!((code, log), (200, json!(line)));
+    let (code, status) = http.get(&format!("{pods}/p/log")).await;
+    let message = "a container name must be specified for pod p, choose one of: [a b]";
+    assert_eq!((code, status["message"].as_str()), (400, Some(message)));
+    cluster.stop().await;
+}

@@ -73,7 +73,9 @@ fn evict_tolerations(spec: &mut Value) {
         if !tolerated {
             let toleration = json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300});
             default(spec, "tolerations", json!([]));
-            spec["tolerations"].as_array_mut().map(|all| all.push(toleration));
+            if let Some(all) = spec["tolerations"].as_array_mut() {
+                all.push(toleration);
+            }
         }
     }
 }

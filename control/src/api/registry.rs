@@ -127,6 +127,9 @@ pub struct DeleteOptions {
 /// Sees every new pod before it is checked, with its namespace's object; sidecars are injected here.
 pub type PodHook = Box<dyn Fn(&mut Value, &Value) + Send + Sync>;
 
+/// Makes the next state of an object from the present one.
+type ChangeFn<'a> = dyn Fn(&Value) -> Result<(Value, Origin), ApiError> + Sync + 'a;
+
 /// The objects of the cluster.
 pub struct Registry {
     store: Arc<dyn Store>,
@@ -347,7 +350,7 @@ impl Registry {
         (ns, object_name): (&str, &str),
         subresource: &str,
         fenced: bool,
-        change: &(dyn Fn(&Value) -> Result<(Value, Origin), ApiError> + Sync),
+        change: &ChangeFn<'_>,
     ) -> Result<Written, ApiError> {
         let key = kind.key(ns, object_name);
         for _ in 0..RETRIES {

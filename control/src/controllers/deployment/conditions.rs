@@ -38,7 +38,6 @@ pub(super) fn status(
         unavailable_replicas: unless_zero((wanted_total - up).max(0)),
         collision_count: old.collision_count,
         conditions: old.conditions.clone(),
-        ..DeploymentStatus::default()
     };
     let enough = up >= limits.wanted - limits.unavailable;
     let (truth, reason, message) = if enough {
