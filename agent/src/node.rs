@@ -1,5 +1,5 @@
 //! This node's object in the API and its heartbeat: capacity, addresses, whether it can run pods, and a Lease renewed
-//! every ten seconds (Kubernetes: node-lease renewal).
+//! every ten seconds by default (Kubernetes: node-lease renewal).
 
 use k8s_openapi::{
     api::{
@@ -21,7 +21,6 @@ use tokio::sync::watch;
 
 const LEASE_NAMESPACE: &str = "kube-node-lease";
 const LEASE_SECONDS: i32 = 40;
-const RENEW_EVERY: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Debug)]
 pub struct Facts {
@@ -135,11 +134,11 @@ pub async fn pod_cidrs(client: &Client, f: &Facts) -> Vec<String> {
     }
 }
 
-/// Reports for ever: at once when readiness changes, else every ten seconds.
-pub async fn heartbeat(client: Client, f: Facts, mut not_ready: watch::Receiver<NotReady>) {
+/// Reports for ever: at once when readiness changes, else in this interval.
+pub async fn heartbeat(client: Client, f: Facts, every: Duration, mut not_ready: watch::Receiver<NotReady>) {
     loop {
         let wrong = not_ready.borrow_and_update().clone();
-        let mut pause = RENEW_EVERY;
+        let mut pause = every;
         if let Err(error) = report(&client, &f, &wrong).await {
             tracing::info!(%error, "heartbeat not delivered, trying again");
             pause = Duration::from_secs(1);

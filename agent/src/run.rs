@@ -80,6 +80,9 @@ pub struct Options {
     /// Servers for names outside the cluster
     #[arg(long)]
     pub upstream_dns: Vec<SocketAddr>,
+    /// Seconds between heartbeats; control's grace period must be a few of them
+    #[arg(long, default_value_t = 10)]
+    pub heartbeat_s: u64,
     /// Port of the log server
     #[arg(long, default_value_t = 10250)]
     pub log_port: u16,
@@ -199,7 +202,8 @@ async fn start_pods(o: &Options, id: &NodeIdentity, client: Client, network: Arc
         network,
     });
     let (ready, not_ready) = watch::channel(Some("the node is starting".to_owned()));
-    tokio::spawn(node::heartbeat(client.clone(), facts.clone(), not_ready));
+    let every = Duration::from_secs(o.heartbeat_s.max(1));
+    tokio::spawn(node::heartbeat(client.clone(), facts.clone(), every, not_ready));
     tokio::spawn(readiness(o.clone(), client.clone(), facts, cri.clone(), ready));
     tokio::spawn(Manager::new(deps).run());
     let listener = TcpListener::bind(SocketAddr::new(o.node_ip, o.log_port))

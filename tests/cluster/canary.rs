@@ -1,7 +1,7 @@
 //! Rolling updates and canary releases under load: open loop, numbered requests, the backends' logs as the proof.
 
 use crate::{
-    cluster::{Cluster, ready},
+    cluster::Cluster,
     load::{Load, echo, prove_exactly_once, service, split_service, version},
 };
 use anyhow::{Context, Result, ensure};
@@ -35,7 +35,8 @@ fn start_canary(c: &Cluster, namespace: &str, v1: u32, v2: u32) -> Result<()> {
 /// Mission rows 9 and 15: 90/10 over 10,000 requests is exact; headers pin; the very first request works.
 pub fn canary_split_is_exact(c: &Cluster) -> Result<()> {
     start_canary(c, "split", 90, 10)?;
-    let report = Load { rps: 1000, seconds: 10, fresh: false, headers: vec![] }.run(c, "split", "exact", "http://echo/")?;
+    let report =
+        Load { rps: 1000, seconds: 10, fresh: false, headers: vec![] }.run(c, "split", "exact", "http://echo/")?;
     prove_exactly_once(c, "split", "exact", &report)?;
     let (sent, v2) = (report["sent"].as_u64().context("sent")?, version(&report, "v2"));
     eprintln!("of {sent} requests {v2} went to v2");
@@ -43,7 +44,8 @@ pub fn canary_split_is_exact(c: &Cluster) -> Result<()> {
     ensure!(v2.abs_diff(sent / 10) <= 2, "{v2} of {sent} at 10 %");
     // A pod without a sidecar follows the weights too, per connection.
     c.namespace("plain", false)?;
-    let plain = Load { rps: 400, seconds: 10, fresh: true, headers: vec![] }.run(c, "plain", "plain", "http://echo.split/")?;
+    let plain =
+        Load { rps: 400, seconds: 10, fresh: true, headers: vec![] }.run(c, "plain", "plain", "http://echo.split/")?;
     let (sent, v2) = (plain["sent"].as_u64().context("sent")?, version(&plain, "v2"));
     ensure!(plain["failed"] == 0, "{plain}");
     eprintln!("of {sent} connections without a sidecar {v2} went to v2");
@@ -58,7 +60,12 @@ pub fn canary_split_is_exact(c: &Cluster) -> Result<()> {
     }));
     c.apply(&[route])?;
     c.sluice_ok(&["split", "echo", "-n", "split", "v1=100", "v2=0"])?;
-    let pinned = Load { rps: 100, seconds: 3, fresh: false, headers: vec!["x-tester=yes".into()] }.run(c, "split", "pinned", "http://echo/")?;
+    let pinned = Load { rps: 100, seconds: 3, fresh: false, headers: vec!["x-tester=yes".into()] }.run(
+        c,
+        "split",
+        "pinned",
+        "http://echo/",
+    )?;
     ensure!(version(&pinned, "v2") == pinned["sent"].as_u64().context("sent")?, "testers see v2 only: {pinned}");
     c.delete_namespace("split")
 }
@@ -76,7 +83,8 @@ pub fn canary_shifts_under_load(c: &Cluster) -> Result<()> {
         ms.push(words[at - 1].parse::<u64>()?);
     }
     // All is at v2 now and acknowledged: a second client sees nothing else.
-    let after = Load { rps: 200, seconds: 5, fresh: false, headers: vec![] }.run(c, "shift", "after", "http://echo/")?;
+    let after =
+        Load { rps: 200, seconds: 5, fresh: false, headers: vec![] }.run(c, "shift", "after", "http://echo/")?;
     ensure!(version(&after, "v2") == after["sent"].as_u64().context("sent")?, "{after}");
     let report = load.finish(c, "shift", "shift")?;
     prove_exactly_once(c, "shift", "shift", &report)?;
@@ -87,16 +95,20 @@ pub fn canary_shifts_under_load(c: &Cluster) -> Result<()> {
     c.delete_namespace("shift")
 }
 
-/// G5: between sidecars the wire is encrypted; a meshed pod whose sidecar is gone refuses, and comes back.
-pub fn closed_without_sidecar(c: &Cluster) -> Result<()> {
-    c.namespace("closed", true)?;
-    c.apply(&[echo("closed", "echo-v1", "v1", 1), service("closed", "echo", json!({"app": "echo"}))])?;
-    c.rollout("closed", "echo-v1")?;
-    let report = Load { rps: 50, seconds: 3, fresh: true, headers: vec![] }.run(c, "closed", "ask", "http://echo/")?;
-    prove_exactly_once(c, "closed", "ask", &report)?;
-    let pod = c.pods("closed", "app=echo")?.into_iter().find(ready).context("a pod")?;
-    let (ip, node) = (pod["status"]["podIP"].as_str().context("ip")?, pod["spec"]["nodeName"].as_str().context("node")?);
-    let metrics = c.inside(node, &format!("curl -sf http://{ip}:15020/metrics"))?;
-    ensure!(metrics.lines().any(|l| l.contains("mtls") || l.contains("tls=\"true\"")), "the server's sidecar counted mTLS: {metrics}");
-    c.delete_namespace("closed")
+/// G5: a pod that is strict answers callers that prove an identity, so the wire between sidecars is mTLS, and refuses
+/// plain ones.
+pub fn strict_pods_refuse_plain_callers(c: &Cluster) -> Result<()> {
+    c.namespace("strict", true)?;
+    let mut strict = echo("strict", "echo-v1", "v1", 1);
+    strict["spec"]["template"]["metadata"]["annotations"] = json!({"sluice.dev/mtls": "strict"});
+    c.apply(&[strict, service("strict", "echo", json!({"app": "echo"}))])?;
+    c.rollout("strict", "echo-v1")?;
+    let load = || Load { rps: 100, seconds: 5, fresh: true, headers: vec![] };
+    let report = load().run(c, "strict", "meshed", "http://echo/")?;
+    prove_exactly_once(c, "strict", "meshed", &report)?;
+    c.namespace("outside", false)?;
+    let report = load().run(c, "outside", "plain", "http://echo.strict/")?;
+    ensure!(report["ok"] == 0, "a caller without identity got through: {report}");
+    c.delete_namespace("outside")?;
+    c.delete_namespace("strict")
 }

@@ -32,8 +32,15 @@ impl Cluster {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let c = Self { name: format!("test-{}", std::process::id()), bin: bin(), port };
         eprintln!("starting a cluster of three nodes (cluster {})", c.name);
-        let args =
-            ["up", "--nodes=3", "--no-examples", "--no-kubeconfig", "--control-arg=--node-monitor-grace-s=8", "--control-arg=--eviction-s=5"];
+        let args = [
+            "up",
+            "--nodes=3",
+            "--no-examples",
+            "--no-kubeconfig",
+            "--control-arg=--node-monitor-grace-s=8",
+            "--control-arg=--eviction-s=5",
+            "--agent-arg=--heartbeat-s=2",
+        ];
         let out = c.sluice(&args).arg(format!("--api-port={port}")).output()?;
         if !out.status.success() {
             let logs = c.logs();
@@ -163,7 +170,9 @@ impl Cluster {
 
     pub fn namespace(&self, name: &str, meshed: bool) -> Result<()> {
         let labels = if meshed { serde_json::json!({"sluice.dev/inject": "enabled"}) } else { serde_json::json!({}) };
-        self.apply(&[serde_json::json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})])?;
+        self.apply(&[
+            serde_json::json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}),
+        ])?;
         Ok(())
     }
 

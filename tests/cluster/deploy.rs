@@ -16,7 +16,9 @@ pub fn deploy_a_container(c: &Cluster) -> Result<()> {
     let nodes: BTreeSet<_> = pods.iter().map(|p| p["spec"]["nodeName"].to_string()).collect();
     ensure!(pods.len() == 3 && pods.iter().all(ready), "three pods are ready");
     ensure!(nodes.len() >= 2, "on at least two nodes: {nodes:?}");
-    let version = || -> Result<Value> { Ok(c.json(&["get", "deployment", "nginx-deployment"])?["metadata"]["resourceVersion"].clone()) };
+    let version = || -> Result<Value> {
+        Ok(c.json(&["get", "deployment", "nginx-deployment"])?["metadata"]["resourceVersion"].clone())
+    };
     let before = version()?;
     let out = c.apply_text(DEPLOYMENT)?;
     ensure!(out.contains("unchanged") && version()? == before, "{out}");
@@ -53,7 +55,8 @@ fn pod(namespace: &str, name: &str, spec: Value) -> Value {
 }
 
 fn echo_container(extra: Value) -> Value {
-    let mut container = json!({"name": "a", "image": "sluice.local/echo:1", "args": ["serve", "--http=8080", "--quiet"]});
+    let mut container =
+        json!({"name": "a", "image": "sluice.local/echo:1", "args": ["serve", "--http=8080", "--quiet"]});
     for (k, v) in extra.as_object().into_iter().flatten() {
         container[k] = v.clone();
     }
@@ -83,7 +86,9 @@ pub fn pods_spread_and_the_thirteenth_waits(c: &Cluster) -> Result<()> {
         let all = p["status"]["conditions"].as_array().cloned().unwrap_or_default();
         Ok(all.iter().find(|x| x["type"] == "PodScheduled").map(|x| x["message"].to_string()).unwrap_or_default())
     };
-    c.wait("the thirteenth says why it waits", 30, || Ok(message()?.contains("0/3 nodes are available: 3 Insufficient cpu")))?;
+    c.wait("the thirteenth says why it waits", 30, || {
+        Ok(message()?.contains("0/3 nodes are available: 3 Insufficient cpu"))
+    })?;
     c.delete_namespace("fit")
 }
 
@@ -98,10 +103,13 @@ pub fn containers_come_back(c: &Cluster) -> Result<()> {
     c.apply(&[deployment])?;
     c.rollout("back", "web")?;
     let first = c.pods("back", "app=web")?.into_iter().next().context("a pod")?;
-    let (name, node) = (first["metadata"]["name"].as_str().context("name")?, first["spec"]["nodeName"].as_str().context("node")?);
+    let (name, node) =
+        (first["metadata"]["name"].as_str().context("name")?, first["spec"]["nodeName"].as_str().context("node")?);
     c.inside(node, "kill -9 $(pgrep -f 'echo serve' | head -n 1)").ok();
     let restarted = || -> Result<bool> {
-        Ok(c.pods("back", "app=web")?.iter().any(|p| p["status"]["containerStatuses"][0]["restartCount"] == 1 && ready(p)))
+        Ok(c.pods("back", "app=web")?
+            .iter()
+            .any(|p| p["status"]["containerStatuses"][0]["restartCount"] == 1 && ready(p)))
     };
     let took = c.wait("the killed container runs again", 20, restarted)?;
     eprintln!("container back after {took:?}");

@@ -61,7 +61,10 @@ pub fn down_leaves_nothing(c: &Cluster) -> Result<()> {
     }
     ensure!(!c.dir().exists(), "the folder is gone");
     let mine = format!("sluice-{}-", c.name());
-    for h in fs::read_dir("/sys/fs/cgroup")?.flatten().chain(fs::read_dir("/sys/fs/cgroup/unified").into_iter().flatten().flatten()) {
+    for h in fs::read_dir("/sys/fs/cgroup")?
+        .flatten()
+        .chain(fs::read_dir("/sys/fs/cgroup/unified").into_iter().flatten().flatten())
+    {
         ensure!(!h.file_name().to_string_lossy().starts_with(&mine), "cgroup {:?}", h.path());
         for inner in fs::read_dir(h.path()).into_iter().flatten().flatten() {
             ensure!(!inner.file_name().to_string_lossy().starts_with(&mine), "cgroup {:?}", inner.path());

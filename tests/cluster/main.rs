@@ -26,7 +26,7 @@ const TESTS: &[(&str, Test)] = &[
     ("rolling_update_loses_nothing", canary::rolling_update_loses_nothing),
     ("canary_split_is_exact", canary::canary_split_is_exact),
     ("canary_shifts_under_load", canary::canary_shifts_under_load),
-    ("meshed_traffic_is_encrypted_and_closed_without_sidecar", canary::closed_without_sidecar),
+    ("strict_pods_refuse_plain_callers", canary::strict_pods_refuse_plain_callers),
     ("agent_and_control_killed_under_load", failures::agent_and_control_killed_under_load),
     ("a_lost_node_loses_its_pods", failures::a_lost_node_loses_its_pods),
     ("down_leaves_nothing", failures::down_leaves_nothing),

@@ -31,10 +31,18 @@ pub fn services_have_names_and_stable_addresses(c: &Cluster) -> Result<()> {
     c.apply(&[echo("names", "web", "v1", 2), service("names", "web", json!({"app": "echo"})), headless])?;
     c.rollout("names", "web")?;
     let ip = || -> Result<String> {
-        Ok(c.json(&["-n", "names", "get", "service", "web"])?["spec"]["clusterIP"].as_str().unwrap_or_default().to_owned())
+        Ok(c.json(&["-n", "names", "get", "service", "web"])?["spec"]["clusterIP"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned())
     };
     let before = ip()?;
-    let log = script(c, "names", "ask", "nslookup web.names.svc.cluster.local 10.96.0.10; nslookup pods.names.svc.cluster.local 10.96.0.10; nslookup nope.names.svc.cluster.local 10.96.0.10; wget -q -O - http://web/ && wget -q -O - http://web.names/")?;
+    let log = script(
+        c,
+        "names",
+        "ask",
+        "nslookup web.names.svc.cluster.local 10.96.0.10; nslookup pods.names.svc.cluster.local 10.96.0.10; nslookup nope.names.svc.cluster.local 10.96.0.10; wget -q -O - http://web/ && wget -q -O - http://web.names/",
+    )?;
     ensure!(log.contains(&before), "the service's name gives its address {before}: {log}");
     let pods = c.pods("names", "app=echo")?;
     for p in pods.iter().filter(|p| ready(p)) {
