@@ -4,15 +4,13 @@
 //! the namespace's cookie. The process is held by a pidfd while its cgroup is read, so that the answer cannot be about
 //! a later process with the same number.
 
-use sluice_ebpf::{
-    common::{self, map},
-    maps::{HashMap, pin_dir, unpadded},
-};
 use sluice_netlink::sock;
 use std::{
+    collections::HashMap,
     fs, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -30,9 +28,9 @@ pub enum Error {
     },
     #[error("process {pid} is in cgroup {cgroup:?}, which is not below this node's")]
     Foreign { pid: i32, cgroup: String },
-    #[error("no pod has the network namespace with cookie {0}")]
-    NoPod(u64),
-    #[error("ask the data path for the pod")]
+    #[error("process {pid} in cgroup {cgroup:?} is not the pod's sidecar")]
+    NotSidecar { pid: i32, cgroup: String },
+    #[error("ask the kernel for the cgroup")]
     Maps(#[source] sluice_ebpf::Error),
     #[error("neither /sys/fs/cgroup/unified nor /sys/fs/cgroup is a cgroup2 mount; mount one")]
     NoCgroup2,
@@ -46,15 +44,9 @@ pub struct Peer {
     pub pidfd: OwnedFd,
     /// As eBPF programs see it: the inode of the cgroup's folder.
     pub cgroup_id: u64,
+    /// The cgroup's path below the root.
+    pub cgroup: String,
     pub netns_cookie: u64,
-}
-
-/// A pod, as the data path knows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodId {
-    pub uid: String,
-    pub namespace: String,
-    pub name: String,
 }
 
 /// Root of the node's cgroup2 hierarchy, on hybrid machines and on pure ones.
@@ -71,12 +63,12 @@ pub fn peer(stream: BorrowedFd<'_>, cgroup_root: &Path) -> Result<Peer, Error> {
     let netns_cookie = sock::netns_cookie(stream).map_err(Error::Peer)?;
     let pidfd = sock::peer_pidfd(stream).map_err(Error::Peer)?;
     let pid = pid_of(&pidfd)?;
-    let cgroup_id = cgroup_of(pid, cgroup_root)?;
+    let (cgroup_id, cgroup) = cgroup_of(pid, cgroup_root)?;
     // Still the same process: then what was read of its number was its own.
     if pid_of(&pidfd)? != pid {
         return Err(Error::Ended);
     }
-    Ok(Peer { pid, pidfd, cgroup_id, netns_cookie })
+    Ok(Peer { pid, pidfd, cgroup_id, cgroup, netns_cookie })
 }
 
 /// Number of the process that a pidfd stands for.
@@ -91,11 +83,11 @@ fn read(path: &Path) -> Result<String, Error> {
     fs::read_to_string(path).map_err(|cause| Error::Read { operation: "read", path: path.to_owned(), cause })
 }
 
-fn cgroup_of(pid: i32, root: &Path) -> Result<u64, Error> {
+fn cgroup_of(pid: i32, root: &Path) -> Result<(u64, String), Error> {
     let text = read(Path::new(&format!("/proc/{pid}/cgroup")))?;
     let cgroup = unified(&text).ok_or_else(|| Error::Foreign { pid, cgroup: text.clone() })?;
     let path = root.join(cgroup.trim_start_matches('/'));
-    sluice_ebpf::loader::cgroup_id(&path).map_err(Error::Maps)
+    Ok((sluice_ebpf::loader::cgroup_id(&path).map_err(Error::Maps)?, cgroup.to_owned()))
 }
 
 /// The cgroup2 line of /proc/<pid>/cgroup; `None` also for a path that leads out of our cgroup namespace.
@@ -111,27 +103,43 @@ pub fn ended(pidfd: impl AsFd) -> bool {
     poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0)
 }
 
-/// Answers which pod a stream belongs to.
-pub struct Attestor {
+/// Which container of each pod is its sidecar. Only that one may register listeners and ask for certificates: another
+/// process of the pod would get past the capture, or speak in the pod's name.
+pub struct Gate {
     cgroup_root: PathBuf,
-    pods: HashMap<u64, common::Pod>,
+    sidecars: Mutex<HashMap<String, String>>,
 }
 
-impl Attestor {
-    /// The data path must have been opened on this node before.
-    pub fn open(bpffs: &Path) -> Result<Self, Error> {
-        let pods = HashMap::open(&pin_dir(bpffs), map::PODS).map_err(Error::Maps)?;
-        Ok(Self { cgroup_root: cgroup_root()?, pods })
+impl Gate {
+    /// Nobody is admitted yet.
+    pub fn new() -> Result<Self, Error> {
+        Ok(Self { cgroup_root: cgroup_root()?, sidecars: Mutex::default() })
     }
 
-    /// Which pod, and which of its processes.
-    pub fn attest(&self, stream: BorrowedFd<'_>) -> Result<(PodId, Peer), Error> {
-        let peer = peer(stream, &self.cgroup_root)?;
-        let pod = self.pods.get(&peer.netns_cookie).map_err(Error::Maps)?;
-        let pod = pod.ok_or(Error::NoPod(peer.netns_cookie))?;
-        let id = PodId { uid: unpadded(&pod.uid), namespace: unpadded(&pod.namespace), name: unpadded(&pod.name) };
-        Ok((id, peer))
+    fn sidecars(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.sidecars.lock().expect("no holder panics")
     }
+
+    /// The runtime's id of the pod's sidecar, from before it runs.
+    pub fn expect(&self, uid: &str, container: &str) {
+        self.sidecars().insert(uid.to_owned(), container.to_owned());
+    }
+
+    pub fn forget(&self, uid: &str) {
+        self.sidecars().remove(uid);
+    }
+
+    /// The stream's peer is the pod's sidecar.
+    pub fn admits(&self, uid: &str, stream: BorrowedFd<'_>) -> Result<(), Error> {
+        let peer = peer(stream, &self.cgroup_root)?;
+        let known = self.sidecars().get(uid).is_some_and(|id| in_container(&peer.cgroup, id));
+        if known { Ok(()) } else { Err(Error::NotSidecar { pid: peer.pid, cgroup: peer.cgroup }) }
+    }
+}
+
+/// Runtimes name a container's cgroup by its id, with or without decoration (`cri-containerd-<id>.scope`).
+fn in_container(cgroup: &str, id: &str) -> bool {
+    !id.is_empty() && cgroup.split('/').any(|part| part.contains(id))
 }
 
 #[cfg(test)]
@@ -146,6 +154,21 @@ mod tests {
         for bad in ["", "1:cpu:/x\n", "0::/../other\n", "0::relative\n"] {
             assert_eq!(unified(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn only_the_container_that_is_expected_is_admitted() {
+        for (cgroup, id, inside) in [
+            ("/pods/u/abc123", "abc123", true),
+            ("/x.slice/cri-containerd-abc123.scope", "abc123", true),
+            ("/pods/u/def456", "abc123", false),
+            ("/pods/u/abc123", "", false),
+        ] {
+            assert_eq!(in_container(cgroup, id), inside, "{cgroup} {id}");
+        }
+        let gate = Gate::new().expect("cgroup2");
+        let (a, _b) = UnixStream::pair().expect("pair");
+        assert!(gate.admits("u", a.as_fd()).is_err(), "nobody is expected");
     }
 
     #[test]

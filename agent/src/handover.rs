@@ -4,7 +4,7 @@
 //! Per pod there is one registration at a time. It ends [`KEEP_S`] seconds after its stream, or when the pod is gone;
 //! then the pod's listeners leave the maps and are closed: a meshed pod without a sidecar refuses.
 
-use crate::attest::{self, Peer};
+use crate::attest::{self, Gate, Peer};
 use sluice_cni::store::Lock;
 use sluice_ebpf::{
     common::{Addr, INBOUND, ListenKey, OUTBOUND, Pod, map},
@@ -66,6 +66,8 @@ pub enum Error {
 pub struct Handover {
     pods: HashMap<u64, Pod>,
     listeners: Listeners,
+    /// Who may register; without one, any process of the pod (whoever runs the pods then knows no containers).
+    gate: Option<Arc<Gate>>,
     cgroup_root: PathBuf,
     state_dir: PathBuf,
     runtime: Handle,
@@ -91,11 +93,12 @@ struct Served {
 
 impl Handover {
     /// Call inside a tokio runtime, after the data path was opened.
-    pub fn new(bpffs: &Path) -> Result<Arc<Self>, Error> {
+    pub fn new(bpffs: &Path, gate: Option<Arc<Gate>>) -> Result<Arc<Self>, Error> {
         let dir = pin_dir(bpffs);
         Ok(Arc::new(Self {
             pods: HashMap::open(&dir, map::PODS).map_err(Error::Maps)?,
             listeners: Listeners::open(&dir).map_err(Error::Maps)?,
+            gate,
             cgroup_root: attest::cgroup_root()?,
             state_dir: sluice_cni::STATE_DIR.into(),
             runtime: Handle::current(),
@@ -198,6 +201,9 @@ impl Served {
 
     /// Attests the caller, makes its listeners fit and puts them in force.
     fn register(&self, stream: &UnixStream, offered: Vec<(Role, OwnedFd)>) -> Result<u64, Error> {
+        if let Some(gate) = &self.handover.gate {
+            gate.admits(&self.uid, stream.as_fd())?;
+        }
         let peer = attest::peer(stream.as_fd(), &self.handover.cgroup_root)?;
         if offered.is_empty() {
             return Err(Error::Nothing);

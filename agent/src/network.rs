@@ -4,6 +4,7 @@
 //! What is right is decided elsewhere (`ebpf::compile`, `netlink::plan`, `relay::scope`); this is the shell.
 
 use crate::{
+    attest::Gate,
     datapath::Datapath,
     handover::Handover,
     pods::{PodNetwork, convert},
@@ -19,6 +20,7 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::{SocketAddr, TcpStream},
+    os::fd::AsFd,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
@@ -28,6 +30,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::interval,
 };
+use tokio_stream::{StreamExt, wrappers::UnixListenerStream};
 use tokio_util::sync::CancellationToken;
 
 const REPAIR_EVERY: Duration = Duration::from_secs(1);
@@ -38,6 +41,7 @@ pub struct Network {
     node: String,
     datapath: Mutex<Datapath>,
     handover: Arc<Handover>,
+    gate: Arc<Gate>,
     relay: Arc<Relay>,
     views: watch::Receiver<View>,
     /// Pods whose sidecars are served, by UID.
@@ -55,6 +59,7 @@ impl Network {
         node: String,
         datapath: Datapath,
         handover: Arc<Handover>,
+        gate: Arc<Gate>,
         relay: Arc<Relay>,
         views: watch::Receiver<View>,
     ) -> Arc<Self> {
@@ -62,6 +67,7 @@ impl Network {
             node,
             datapath: Mutex::new(datapath),
             handover,
+            gate,
             relay,
             views,
             served: Mutex::default(),
@@ -164,8 +170,16 @@ impl Network {
         let stop = CancellationToken::new();
         let workload = WorkloadRef { namespace: name.namespace.clone(), name: name.name.clone(), uid: uid.to_owned() };
         let (relay, until) = (self.relay.clone(), stop.clone().cancelled_owned());
+        let (gate, of) = (self.gate.clone(), uid.to_owned());
+        let admitted = UnixListenerStream::new(listener).filter(move |accepted| match accepted {
+            Ok(stream) => gate
+                .admits(&of, stream.as_fd())
+                .inspect_err(|error| tracing::warn!(uid = of, %error, "caller is not the pod's sidecar, refused"))
+                .is_ok(),
+            Err(_) => true,
+        });
         self.runtime.spawn(async move {
-            if let Err(error) = relay.serve(listener, workload, until).await {
+            if let Err(error) = relay.serve_admitted(admitted, workload, until).await {
                 tracing::warn!(%error, "relay to a sidecar ended");
             }
         });
@@ -229,7 +243,12 @@ impl PodNetwork for Network {
         !serving.contains(&name)
     }
 
+    fn sidecar(&self, uid: &str, container: &str) {
+        self.gate.expect(uid, container);
+    }
+
     fn gone(&self, uid: &str) {
+        self.gate.forget(uid);
         self.stop(uid);
     }
 }

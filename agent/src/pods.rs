@@ -44,6 +44,8 @@ pub trait PodNetwork: Send + Sync {
     fn tcp_socket(&self, uid: &str, to: SocketAddr) -> io::Result<TcpStream>;
     /// No service of this node's view sends new traffic to the pod.
     fn withdrawn(&self, pod: &Pod) -> bool;
+    /// The runtime's id of the container that is the pod's sidecar: from before it runs, and again whenever it is seen.
+    fn sidecar(&self, uid: &str, container: &str);
     /// The pod is gone from the node.
     fn gone(&self, uid: &str);
 }

@@ -20,6 +20,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Duration, Instant},
 };
+use tokio_stream::wrappers::UnixListenerStream;
 use tonic::Status;
 use totals::Totals;
 
@@ -74,7 +75,17 @@ impl Relay {
         workload: WorkloadRef,
         until: impl Future<Output = ()>,
     ) -> Result<(), tonic::transport::Error> {
-        server::serve(self, listener, workload, until).await
+        server::serve(self, UnixListenerStream::new(listener), workload, until).await
+    }
+
+    /// As [`Self::serve`], over connections that the caller has looked at before.
+    pub async fn serve_admitted(
+        self: Arc<Self>,
+        incoming: impl futures::Stream<Item = std::io::Result<tokio::net::UnixStream>>,
+        workload: WorkloadRef,
+        until: impl Future<Output = ()>,
+    ) -> Result<(), tonic::transport::Error> {
+        server::serve(self, incoming, workload, until).await
     }
 
     /// The pod is gone: nothing waits for its acknowledgement any more.

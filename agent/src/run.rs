@@ -1,6 +1,7 @@
 //! The agent put together, in the order in which its parts need each other; and what its command line says.
 
 use crate::{
+    attest::Gate,
     cni_config,
     datapath::{Datapath, DatapathConfig},
     handover::Handover,
@@ -113,9 +114,10 @@ async fn start(o: Options) -> Result<()> {
         dns: Some(o.cluster_dns),
     })
     .context("open the data path")?;
-    let handover = Handover::new(&o.bpffs)?;
+    let gate = Arc::new(Gate::new()?);
+    let handover = Handover::new(&o.bpffs, Some(gate.clone()))?;
     let relay = Relay::new(views.clone(), metrics_interval, holders, Arc::new(Signing { channel: channel.clone() }));
-    let network = Network::new(o.node_name.clone(), datapath, handover, relay.clone(), views.clone());
+    let network = Network::new(o.node_name.clone(), datapath, handover, gate, relay.clone(), views.clone());
     tokio::spawn(network.clone().run(verdicts));
     start_dns(&o, views.clone()).await?;
     // Then control.

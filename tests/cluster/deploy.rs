@@ -16,6 +16,12 @@ pub fn deploy_a_container(c: &Cluster) -> Result<()> {
     let nodes: BTreeSet<_> = pods.iter().map(|p| p["spec"]["nodeName"].to_string()).collect();
     ensure!(pods.len() == 3 && pods.iter().all(ready), "three pods are ready");
     ensure!(nodes.len() >= 2, "on at least two nodes: {nodes:?}");
+    for p in &pods {
+        let (ip, node) =
+            (p["status"]["podIP"].as_str().context("ip")?, p["spec"]["nodeName"].as_str().context("node")?);
+        let page = c.inside(node, &format!("curl -sf http://{ip}:80/"))?;
+        ensure!(page.contains("nginx"), "pod {ip} serves its page: {page}");
+    }
     let version = || -> Result<Value> {
         Ok(c.json(&["get", "deployment", "nginx-deployment"])?["metadata"]["resourceVersion"].clone())
     };

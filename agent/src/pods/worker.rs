@@ -31,6 +31,8 @@ const WITHDRAW_WAIT: Duration = Duration::from_secs(3);
 const WITHDRAW_SETTLE: Duration = Duration::from_millis(300);
 /// Looks again after a failed step.
 const RETRY: Duration = Duration::from_secs(1);
+/// Name of the injected sidecar's container.
+const SIDECAR: &str = "sluice-proxy";
 /// Steps in one go, before the queue is looked at again.
 const MAX_STEPS: usize = 32;
 
@@ -175,6 +177,9 @@ impl Worker {
                 }
             }
             self.probes.follow(&self.pod, &self.seen, &self.deps);
+            if let Some(sidecar) = self.seen.container(SIDECAR).filter(|c| c.state == plan::State::Running) {
+                self.deps.network.sidecar(convert::uid(&self.pod), &sidecar.id);
+            }
             let plan = self.plan();
             self.report().await;
             if let Some(at) = plan.wake {
@@ -341,6 +346,9 @@ impl Worker {
         let sandbox_config = convert::sandbox(&self.pod, &spec, sandbox.attempt, &self.deps.node);
         let id = self.deps.cri.create_container(&sandbox.id, config, sandbox_config).await?;
         self.event(Type::Normal, "Created", format!("Created container: {name}"));
+        if name == SIDECAR {
+            self.deps.network.sidecar(convert::uid(&self.pod), &id);
+        }
         if let Err(e) = self.deps.cri.start_container(&id).await {
             // A container that never ran is no restart: take it away so that the next attempt starts clean.
             let _ = self.deps.cri.remove_container(&id).await;

@@ -10,8 +10,8 @@ use sluice_wire::v1::{
     server_message,
 };
 use std::sync::Arc;
-use tokio::{net::UnixListener, sync::mpsc};
-use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tokio::{net::UnixStream, sync::mpsc};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
 /// Chunks that may wait for a slow sidecar; beyond them its feed waits, and coalesces.
@@ -23,7 +23,7 @@ const MAX_MESSAGE: usize = 4 << 20;
 
 pub(super) async fn serve(
     relay: Arc<Relay>,
-    listener: UnixListener,
+    incoming: impl futures::Stream<Item = std::io::Result<UnixStream>>,
     workload: WorkloadRef,
     until: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
@@ -32,7 +32,7 @@ pub(super) async fn serve(
         .concurrency_limit_per_connection(STREAMS)
         .add_service(DiscoveryServer::new(service.clone()).max_decoding_message_size(MAX_MESSAGE))
         .add_service(IdentityServer::new(service))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), until)
+        .serve_with_incoming_shutdown(incoming, until)
         .await
 }
 

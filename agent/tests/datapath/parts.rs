@@ -46,7 +46,7 @@ fn agent() {
         dns: Some("10.96.0.10".parse().expect("address")),
     };
     let mut datapath = Datapath::open(&config).expect("open");
-    let handover = Handover::new(&config.bpffs).expect("handover");
+    let handover = Handover::new(&config.bpffs, None).expect("handover");
     let mut served = HashMap::new();
     let (mut snapshot, mut repaired) = (Snapshot::default(), Instant::now());
     loop {
