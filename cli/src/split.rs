@@ -16,6 +16,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Times a change is tried against others' changes.
+const TRIES: usize = 10;
+
 /// `v1=90` → ("v1", 90).
 fn parse(weights: &[String]) -> Result<Vec<(String, i32)>> {
     let one = |w: &String| {
@@ -105,14 +108,7 @@ pub fn run(kubeconfig: &Path, namespace: &str, service: &str, weights: &[String]
                 .with_context(|| format!("no HTTPRoute of service {namespace}/{service} has these backends"))?,
         };
         let name = route.metadata.name.clone().unwrap_or_default();
-        let next = reweigh(&route.spec, service, &weights)?;
-        // The version makes sure that nobody else's change in between is lost.
-        let patch = serde_json::json!({
-            "metadata": {"resourceVersion": route.metadata.resource_version},
-            "spec": {"rules": next.rules},
-        });
-        let changed =
-            api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.context("change the route")?;
+        let changed = change(&api, route, service, &weights).await?;
         let answered = Instant::now();
         let generation = changed.metadata.generation.unwrap_or(0);
         let message = wait(&api, &name, changed, generation, Duration::from_secs(timeout_s)).await?;
@@ -124,6 +120,31 @@ pub fn run(kubeconfig: &Path, namespace: &str, service: &str, weights: &[String]
         );
         Ok(())
     })
+}
+
+/// Changes the weights. The version makes sure that nobody else's change in between is lost; where there was one (a
+/// status, most often) the new object is taken and changed instead.
+async fn change(
+    api: &Api<HttpRoute>,
+    mut route: HttpRoute,
+    service: &str,
+    weights: &[(String, i32)],
+) -> Result<HttpRoute> {
+    let name = route.metadata.name.clone().unwrap_or_default();
+    for _ in 0..TRIES {
+        let next = reweigh(&route.spec, service, weights)?;
+        let patch = serde_json::json!({
+            "metadata": {"resourceVersion": route.metadata.resource_version},
+            "spec": {"rules": next.rules},
+        });
+        match api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await {
+            Err(kube::Error::Api(e)) if e.code == 409 => {
+                route = api.get(&name).await.context("read the route again")?
+            }
+            other => return other.context("change the route"),
+        }
+    }
+    bail!("the route {name} is being changed all the time by somebody else; see its managedFields")
 }
 
 async fn wait(api: &Api<HttpRoute>, name: &str, first: HttpRoute, generation: i64, limit: Duration) -> Result<String> {

@@ -14,7 +14,6 @@ use std::{
 pub struct Cluster {
     name: String,
     bin: PathBuf,
-    pub port: u16,
 }
 
 /// The folder of the built programs: two above the test's own.
@@ -30,7 +29,7 @@ fn text(out: &Output) -> String {
 impl Cluster {
     pub fn start() -> Result<Self> {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let c = Self { name: format!("test-{}", std::process::id()), bin: bin(), port };
+        let c = Self { name: format!("test-{}", std::process::id()), bin: bin() };
         eprintln!("starting a cluster of three nodes (cluster {})", c.name);
         let args = [
             "up",
