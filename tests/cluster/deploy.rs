@@ -176,14 +176,14 @@ pub fn init_containers_volumes_and_logs(c: &Cluster) -> Result<()> {
                "env": [{"name": "GREETING", "valueFrom": {"configMapKeyRef": {"name": "words", "key": "greeting"}}},
                        {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "hidden", "key": "token"}}}]})
     };
-    let mounts = json!([{"name": "work", "mountPath": "/work"}, {"name": "words", "mountPath": "/words"}, {"name": "hidden", "mountPath": "/hidden"}]);
+    let mounts = json!([{"name": "work", "mountPath": "/data"}, {"name": "words", "mountPath": "/words"}, {"name": "hidden", "mountPath": "/hidden"}]);
     c.apply(&[
         json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "words", "namespace": "init"}, "data": {"greeting": "hello"}}),
         json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hidden", "namespace": "init"}, "stringData": {"token": "s3cret"}}),
         pod("init", "p", json!({
             "restartPolicy": "Never",
-            "initContainers": [sh("one", "echo 1 > /work/n", &mounts), sh("two", "echo 2 >> /work/n", &mounts)],
-            "containers": [sh("app", "cat /work/n; echo $GREETING $TOKEN; cat /words/greeting /hidden/token", &mounts)],
+            "initContainers": [sh("one", "echo 1 > /data/n", &mounts), sh("two", "echo 2 >> /data/n", &mounts)],
+            "containers": [sh("app", "cat /data/n; echo $GREETING $TOKEN; cat /words/greeting /hidden/token", &mounts)],
             "volumes": [{"name": "work", "emptyDir": {}}, {"name": "words", "configMap": {"name": "words"}},
                         {"name": "hidden", "secret": {"secretName": "hidden"}}]
         })),

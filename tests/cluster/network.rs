@@ -67,8 +67,8 @@ pub fn containers_of_a_pod_share_localhost(c: &Cluster) -> Result<()> {
         "spec": {"containers": [
             {"name": "server", "image": "sluice.local/echo:1", "args": ["serve", "--http=8080", "--quiet"]},
             {"name": "asker", "image": "sluice.local/echo:1", "command": ["/bin/sh", "-c",
-                "until wget -q -O /work/out http://127.0.0.1:8080/; do sleep 0.1; done; cat /work/out; sleep 1000"],
-             "volumeMounts": [{"name": "work", "mountPath": "/work"}]}
+                "until wget -q -O /data/out http://127.0.0.1:8080/; do sleep 0.1; done; cat /data/out; sleep 1000"],
+             "volumeMounts": [{"name": "work", "mountPath": "/data"}]}
         ], "volumes": [{"name": "work", "emptyDir": {}}]}
     })])?;
     c.wait("one container reaches the other", 60, || {
