@@ -68,8 +68,14 @@ impl Shared {
         })
     }
 
-    fn node(&self, node: &str, change: impl FnOnce(&mut NodeState)) {
-        change(self.tracker.lock().expect("no holder panics").nodes.entry(node.to_owned()).or_default());
+    fn connect(&self, node: &str) -> u64 {
+        let session = self.tracker.lock().expect("no holder panics").connect(node);
+        self.acknowledged.notify_one();
+        session
+    }
+
+    fn node(&self, node: &str, session: u64, change: impl FnOnce(&mut NodeState)) {
+        self.tracker.lock().expect("no holder panics").update(node, session, change);
         self.acknowledged.notify_one();
     }
 }
@@ -129,23 +135,23 @@ async fn serve(
     tx: mpsc::Sender<Result<ServerMessage, Status>>,
 ) {
     tracing::info!(node, version = hello.version, revision = hello.revision, "agent connected");
-    shared.node(&node, |s| *s = NodeState { connected: true, ..NodeState::default() });
+    let session = shared.connect(&node);
     let sender = tokio::spawn(send(shared.published.clone(), node.clone(), hello, tx));
     while let Some(Ok(m)) = messages.next().await {
         if let Some(kind) = m.kind {
-            take(&shared, &node, kind);
+            take(&shared, &node, session, kind);
         }
     }
     sender.abort();
     tracing::info!(node, "agent gone");
-    shared.node(&node, |s| s.connected = false);
+    shared.node(&node, session, |s| s.connected = false);
 }
 
-fn take(shared: &Shared, node: &str, kind: Kind) {
+fn take(shared: &Shared, node: &str, session: u64, kind: Kind) {
     match kind {
         Kind::Ack(a) => {
             if a.epoch == shared.published.borrow().epoch {
-                shared.node(node, |s| {
+                shared.node(node, session, |s| {
                     s.revision = Revision(a.revision);
                     s.nack = None;
                 });
@@ -153,9 +159,9 @@ fn take(shared: &Shared, node: &str, kind: Kind) {
         }
         Kind::Nack(n) => {
             tracing::warn!(node, revision = n.revision, reason = n.reason, "agent refuses an update");
-            shared.node(node, |s| s.nack = Some(n.reason));
+            shared.node(node, session, |s| s.nack = Some(n.reason));
         }
-        Kind::Holders(h) => shared.node(node, |s| s.holders = h.holders.into_iter().map(holder).collect()),
+        Kind::Holders(h) => shared.node(node, session, |s| s.holders = h.holders.into_iter().map(holder).collect()),
         Kind::Metrics(m) => shared.traffic.lock().expect("no holder panics").take(&m),
         Kind::Hello(_) | Kind::Subscribe(_) => {}
     }

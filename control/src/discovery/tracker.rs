@@ -18,6 +18,8 @@ pub struct HolderState {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeState {
     pub connected: bool,
+    /// Which of the node's streams this is about: what an older one still says does not count.
+    pub session: u64,
     pub revision: Revision,
     pub nack: Option<String>,
     pub holders: Vec<HolderState>,
@@ -47,6 +49,20 @@ pub struct Tracker {
 }
 
 impl Tracker {
+    /// A new stream of a node takes the place of an older one; its number.
+    pub fn connect(&mut self, node: &str) -> u64 {
+        let state = self.nodes.entry(node.to_owned()).or_default();
+        *state = NodeState { connected: true, session: state.session + 1, ..NodeState::default() };
+        state.session
+    }
+
+    /// Takes what a stream says, unless another one has taken its place.
+    pub fn update(&mut self, node: &str, session: u64, change: impl FnOnce(&mut NodeState)) {
+        if let Some(state) = self.nodes.get_mut(node).filter(|s| s.session == session) {
+            change(state);
+        }
+    }
+
     /// State of a route that `required` was the first snapshot to carry. `ready` are the nodes whose lease is live.
     pub fn programmed<'a>(
         &self,
@@ -93,7 +109,7 @@ mod tests {
     }
 
     fn node(revision: u64, holders: Vec<HolderState>) -> NodeState {
-        NodeState { connected: true, revision: Revision(revision), nack: None, holders }
+        NodeState { connected: true, session: 1, revision: Revision(revision), nack: None, holders }
     }
 
     fn ask(t: &Tracker, ready: &[&str]) -> Programmed {
@@ -110,6 +126,19 @@ mod tests {
         t.nodes.insert("b".into(), node(6, vec![holder("ns/s", 4, &["r"])]));
         assert_eq!(ask(&t, &["a", "b"]), Programmed::Waiting { missing: vec!["pod ns/s".into()] });
         assert_eq!(ask(&t, &["a", "never-seen"]), Programmed::Waiting { missing: vec!["node never-seen".into()] });
+    }
+
+    #[test]
+    fn the_late_end_of_an_older_stream_changes_nothing() {
+        let mut t = Tracker::default();
+        let old = t.connect("a");
+        let new = t.connect("a");
+        t.update("a", new, |s| s.revision = Revision(5));
+        t.update("a", old, |s| s.revision = Revision(1));
+        t.update("a", old, |s| s.connected = false);
+        assert_eq!(ask(&t, &["a"]), Programmed::InForce { agents: 1, sidecars: 0 });
+        t.update("a", new, |s| s.connected = false);
+        assert_eq!(ask(&t, &["a"]), Programmed::Waiting { missing: vec!["node a".into()] });
     }
 
     #[test]

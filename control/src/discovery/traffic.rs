@@ -5,7 +5,7 @@ use sluice_model::Name;
 use sluice_wire::v1;
 use std::collections::{BTreeMap, HashMap};
 
-/// Reporters whose last counts are remembered one by one; beyond that the oldest are only summed.
+/// Series (reporter, its start, route, backend) whose last counts are remembered; further ones are not counted.
 const MAX_SERIES: usize = 100_000;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -21,11 +21,17 @@ pub struct Row {
 
 type Pair = (Name, Name);
 
-#[derive(Default)]
 pub struct Traffic {
+    max_series: usize,
     sums: BTreeMap<Pair, Row>,
     /// Last report of each (reporter, its epoch, route, backend).
     last: HashMap<(String, String, Pair), v1::RouteCounters>,
+}
+
+impl Default for Traffic {
+    fn default() -> Self {
+        Self { max_series: MAX_SERIES, sums: BTreeMap::new(), last: HashMap::new() }
+    }
 }
 
 impl Traffic {
@@ -33,7 +39,12 @@ impl Traffic {
         for c in &report.routes {
             let pair = (name(&c.route), name(&c.backend));
             let reporter = c.reporter.clone().map(|r| r.uid).unwrap_or_default();
-            let before = self.last.get(&(reporter.clone(), report.epoch.clone(), pair.clone()));
+            let series = (reporter, report.epoch.clone(), pair.clone());
+            let before = self.last.get(&series);
+            // A series without its last report would be added whole each time: rather not counted than counted twice.
+            if before.is_none() && self.last.len() >= self.max_series {
+                continue;
+            }
             let grown = |f: fn(&v1::RouteCounters) -> u64| f(c).saturating_sub(before.map_or(0, f));
             let row = self.sums.entry(pair.clone()).or_insert_with(|| Row {
                 route: pair.0.to_string(),
@@ -44,9 +55,7 @@ impl Traffic {
             row.failures += grown(|c| c.failures);
             row.connections += grown(|c| c.connections);
             row.latency_us_sum += grown(|c| c.latency_us_sum);
-            if self.last.len() < MAX_SERIES {
-                self.last.insert((reporter, report.epoch.clone(), pair), c.clone());
-            }
+            self.last.insert(series, c.clone());
         }
     }
 
@@ -85,5 +94,14 @@ mod tests {
             t.take(&report(epoch, pod, requests));
             assert_eq!(t.rows()[0].requests, sum);
         }
+    }
+
+    #[test]
+    fn beyond_the_bound_nothing_is_counted_twice() {
+        let mut t = Traffic { max_series: 1, ..Traffic::default() };
+        for (pod, requests) in [("a", 10), ("b", 7), ("b", 7), ("a", 12), ("b", 9)] {
+            t.take(&report("1", pod, requests));
+        }
+        assert_eq!(t.rows()[0].requests, 12);
     }
 }
