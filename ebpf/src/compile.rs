@@ -120,7 +120,6 @@ fn wanted(
     let mut groups: Vec<WantedGroup> = takers
         .iter()
         .map(|b| WantedGroup { weight: b.weight, targets: backend_targets(snapshot, &b.service, b.port, v4) })
-        .filter(|g| !g.targets.is_empty())
         .collect();
     if groups.len() > MAX_GROUPS {
         problems.push(Problem::TooManyBackends { route: route.name.clone(), backends: groups.len() });

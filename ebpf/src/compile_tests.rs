@@ -76,7 +76,11 @@ fn own_endpoints_without_a_route_and_split_with_one() {
     ]);
     let c = compile(&Snapshot::new(Revision(2), all), "n1", None);
     let second = vec!["10.244.2.1:8080".to_owned(), "10.244.2.2:8080".to_owned()];
-    assert_eq!(groups(&c, "10.96.0.1"), [(90, vec!["10.244.1.1:8080".to_owned()]), (10, second.clone())]);
+    assert_eq!(
+        groups(&c, "10.96.0.1"),
+        [(90, vec!["10.244.1.1:8080".to_owned()]), (10, second.clone()), (5, vec![])],
+        "a backend without endpoints keeps its share, and refuses it"
+    );
     assert_eq!(groups(&c, "10.96.0.2"), [(1, second)]);
 }
 
@@ -161,7 +165,7 @@ fn reference(s: &Snapshot, service: &str) -> BTreeMap<String, f64> {
             rule.backends.iter().map(|b| (f64::from(b.weight), ready(&b.service))).collect()
         }
     };
-    let total: f64 = parts.iter().filter(|(_, t)| !t.is_empty()).map(|(w, _)| w).sum();
+    let total: f64 = parts.iter().map(|(w, _)| w).sum();
     let mut shares = BTreeMap::new();
     for (weight, targets) in parts.iter().filter(|(w, t)| *w > 0.0 && !t.is_empty()) {
         for t in targets {

@@ -11,7 +11,8 @@ pub struct Target {
     pub port_be: u16,
 }
 
-/// Backends that share one weight evenly. Never empty, and the weight never 0, in what `compile` makes.
+/// Backends that share one weight evenly; the weight is never 0 in what `compile` makes. One without targets refuses
+/// its share of the connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WantedGroup {
     pub weight: u32,
@@ -28,8 +29,11 @@ pub struct Wanted {
 impl Wanted {
     /// At most [`MAX_GROUPS`] groups, weights scaled so that their sum fits; group order is kept.
     pub fn new(node_local: bool, mut groups: Vec<WantedGroup>) -> Self {
-        groups.retain(|g| g.weight > 0 && !g.targets.is_empty());
+        groups.retain(|g| g.weight > 0);
         groups.truncate(MAX_GROUPS);
+        if groups.iter().all(|g| g.targets.is_empty()) {
+            groups.clear();
+        }
         let sum: u64 = groups.iter().map(|g| g.weight as u64).sum();
         let shift = (64 - (sum >> 32).leading_zeros()).min(31);
         for g in &mut groups {
@@ -100,7 +104,7 @@ pub fn lookup(
     let scale = |number: u32, below: u32| ((number as u64 * below as u64) >> 32) as u32;
     let last = service.group[(service.groups as usize).checked_sub(1)?];
     let number = scale(by_weight, last.upto);
-    let group = service.group.iter().find(|g| number < g.upto)?;
+    let group = service.group.iter().find(|g| number < g.upto).filter(|g| g.count > 0)?;
     let b = get(BackendKey { set: service.set, index: group.first + scale(in_group, group.count) })?;
     Some(Target { addr: b.addr, port_be: b.port_be })
 }
@@ -121,6 +125,7 @@ mod tests {
             Wanted::default(),
             Wanted::new(true, vec![group(1, &[1])]),
             Wanted::new(false, vec![group(90, &[1, 2, 3]), group(10, &[4])]),
+            Wanted::new(false, vec![group(90, &[]), group(10, &[4])]),
         ] {
             let (service, backends) = lay_out(&key, &wanted, 7);
             let get = |k| backends.iter().find(|(x, _)| *x == k).map(|(_, b)| *b);
@@ -131,6 +136,16 @@ mod tests {
                 assert_eq!(read_back(&key, &service, |_| None), None, "backends missing");
             }
         }
+    }
+
+    #[test]
+    fn a_group_without_targets_refuses_its_share_only() {
+        let key = ServiceKey::default();
+        let (service, backends) = lay_out(&key, &Wanted::new(false, vec![group(50, &[]), group(50, &[4])]), 1);
+        let get = |k| backends.iter().find(|(x, _)| *x == k).map(|(_, b)| *b);
+        assert_eq!(lookup(&service, get, 0, 0), None);
+        assert_eq!(lookup(&service, get, u32::MAX, 0).map(|t| t.port_be), Some(4));
+        assert!(Wanted::new(false, vec![group(1, &[]), group(2, &[])]).groups.is_empty());
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The discovery protocol `sluice.discovery.v1`: generated messages, their conversions to and from `model`, and the
-//! names and numbers that two programs must agree on.
+//! names, numbers and texts that two programs must agree on.
 //!
 //! It opens no socket; see `proto/` for what each message means and `handover` for the one exchange that is not gRPC.
 
 pub mod convert;
 pub mod handover;
+pub mod join;
+pub mod traffic;
 
 /// Generated from `proto/sluice/discovery/v1/discovery.proto`.
 #[allow(clippy::all, clippy::unwrap_used, unreachable_pub, missing_docs)]

@@ -82,10 +82,10 @@ pub fn choose(dial: &Dial, proto: u8, by_weight: u32, in_group: u32) -> Choice {
     for _ in 0..ATTEMPTS {
         // SAFETY: entries may be replaced while read; `Backend` says for whom it was written and is checked.
         let Some(service) = (unsafe { SERVICES.get(&key) }) else { return Choice::Unknown };
-        if service.groups == 0 {
-            return Choice::None;
-        }
-        if let Some(backend) = pick(service, by_weight, in_group)
+        let Some(group) = group(service, by_weight) else { return Choice::None };
+        let index = group.first + scale(in_group, group.count);
+        // SAFETY: as above.
+        if let Some(backend) = unsafe { BACKENDS.get(BackendKey { set: service.set, index }) }
             && backend.service_port_be == key.port_be
             && backend.service_word == key.addr.words[3]
         {
@@ -97,15 +97,14 @@ pub fn choose(dial: &Dial, proto: u8, by_weight: u32, in_group: u32) -> Choice {
     Choice::None
 }
 
+/// The group that a number falls to; none when the service or that group has no backend.
 #[inline(always)]
-fn pick(service: &Service, by_weight: u32, in_group: u32) -> Option<&'static Backend> {
+fn group(service: &Service, by_weight: u32) -> Option<&Group> {
     let last = (service.groups as usize).checked_sub(1)? & (MAX_GROUPS - 1);
     let number = scale(by_weight, service.group[last].upto);
     for group in &service.group {
         if number < group.upto {
-            let index = group.first + scale(in_group, group.count);
-            // SAFETY: as in `choose`.
-            return unsafe { BACKENDS.get(BackendKey { set: service.set, index }) };
+            return if group.count > 0 { Some(group) } else { None };
         }
     }
     None
