@@ -10,6 +10,7 @@ use serde_json::json;
 use sluice_control::api::cache::Cache;
 use sluice_control::api::kinds;
 use sluice_control::api::registry::Context;
+use sluice_control::ca::PassphraseFile;
 use sluice_control::service::{Config, Service};
 
 fn main() -> anyhow::Result<()> {
@@ -23,6 +24,7 @@ async fn run(nodes: usize, pods: usize) -> anyhow::Result<()> {
     let dir = std::env::temp_dir().join(format!("sluice-binds-{}", std::process::id()));
     let config = Config {
         data_dir: dir.clone(),
+        ca_passphrase: PassphraseFile { path: dir.join("ca-passphrase"), make: true },
         listen: "127.0.0.1:0".parse()?,
         advertise_url: None,
         san: Vec::new(),

@@ -1,7 +1,10 @@
 //! The cluster's certificate authority (ECDSA P-256): made once in the data directory, it signs the API's serving
 //! certificate, the administrator's and each node's client certificate, and workload certificates with SPIFFE names.
 //!
-//! It decides nothing about who may have a certificate: callers check the token or the pod's binding first.
+//! It decides nothing about who may have a certificate: callers check the token or the pod's binding first. How its own
+//! key lies on disk is `ca::keyfile`'s.
+
+mod keyfile;
 
 use std::io::Write;
 use std::net::IpAddr;
@@ -11,10 +14,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use sluice_wire::join::fingerprint;
+
+pub use keyfile::{DEFAULT_PASSPHRASE_FILE, PassphraseFile};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const CA_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -42,6 +48,27 @@ pub enum CaError {
         what: &'static str,
         /// The parser's words.
         cause: String,
+    },
+    /// The passphrase of the authority's key cannot be had.
+    #[error("read the passphrase of {key} from {path}: {cause}")]
+    Passphrase {
+        /// Of which key.
+        key: PathBuf,
+        /// The file it should be in.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        cause: String,
+    },
+    /// The passphrase is not the key's.
+    #[error(
+        "decrypt {key}: the passphrase in {path} is not the one it was encrypted with, or the key is damaged; give the \
+         right one with --ca-passphrase-file, or restore both from their backups (nothing was changed)"
+    )]
+    WrongPassphrase {
+        /// Which key.
+        key: PathBuf,
+        /// Where the passphrase came from.
+        path: PathBuf,
     },
     /// A request is not acceptable.
     #[error("sign request for {subject}: {cause}")]
@@ -80,18 +107,21 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// Loads `ca.crt` and `ca.key` of the data directory, or makes them (key readable by the owner only).
-    pub fn load_or_create(dir: &Path) -> Result<Self, CaError> {
+    /// Loads `ca.crt` and `ca.key` of the data directory, or makes them. The key is encrypted with the passphrase; one
+    /// that lies there in plain, from before keys were, is encrypted now.
+    pub fn load_or_create(dir: &Path, passphrase: &PassphraseFile) -> Result<Self, CaError> {
         let (cert_path, key_path) = (dir.join("ca.crt"), dir.join("ca.key"));
+        // The key goes first: a crash in between leaves a key without certificate, which is made for it at the next start.
+        let key = if cert_path.exists() || key_path.exists() {
+            keyfile::load(&key_path, passphrase)?
+        } else {
+            keyfile::create(&key_path, passphrase)?
+        };
         if !cert_path.exists() {
-            let (certificate_pem, key_pem) = new_root()?;
-            // The key goes first: a crash in between leaves a key without certificate, which is made again.
-            write_private(&key_path, &key_pem)?;
-            write_private(&cert_path, &certificate_pem)?;
+            write_private(&cert_path, &new_root(&key)?)?;
         }
         let bundle_pem = read(&cert_path)?;
         let malformed = |e: rcgen::Error| CaError::Malformed { what: "certificate authority", cause: e.to_string() };
-        let key = KeyPair::from_pem(&read(&key_path)?).map_err(malformed)?;
         let issuer = Issuer::from_ca_cert_pem(&bundle_pem, key).map_err(malformed)?;
         Ok(Authority { issuer, bundle_pem })
     }
@@ -166,15 +196,21 @@ impl Authority {
     }
 }
 
-fn new_root() -> Result<(String, String), CaError> {
+/// Hash of the public key that a request is for; the request must be signed by it.
+pub fn key_fingerprint(csr_pem: &str, subject: &str) -> Result<String, CaError> {
+    let refuse = |e: rcgen::Error| CaError::Request { subject: subject.to_owned(), cause: e.to_string() };
+    let request = CertificateSigningRequestParams::from_pem(csr_pem).map_err(refuse)?;
+    Ok(fingerprint(&request.public_key.subject_public_key_info()))
+}
+
+/// The certificate of a new authority with this key.
+fn new_root(key: &KeyPair) -> Result<String, CaError> {
     let failed = |e: rcgen::Error| CaError::Malformed { what: "new authority", cause: e.to_string() };
     let mut params = leaf("sluice cluster CA", &[], CA_LIFE);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
     params.use_authority_key_identifier_extension = false;
-    let key = KeyPair::generate().map_err(failed)?;
-    let certificate = params.self_signed(&key).map_err(failed)?;
-    Ok((certificate.pem(), key.serialize_pem()))
+    Ok(params.self_signed(key).map_err(failed)?.pem())
 }
 
 fn leaf(user: &str, groups: &[&str], life: Duration) -> CertificateParams {
@@ -204,30 +240,6 @@ fn san(name: &str) -> Result<SanType, CaError> {
     Ok(SanType::DnsName(name.to_owned().try_into().map_err(refuse)?))
 }
 
-/// The token with which a node joins: the file `join-token` of the data directory.
-pub struct JoinToken(String);
-
-impl JoinToken {
-    /// Loads the file, or makes it with 128 random bits.
-    pub fn load_or_create(dir: &Path) -> Result<Self, CaError> {
-        let path = dir.join("join-token");
-        if !path.exists() {
-            write_private(&path, &format!("{}\n", uuid::Uuid::new_v4().simple()))?;
-        }
-        Ok(JoinToken(read(&path)?.trim().to_owned()))
-    }
-
-    /// The token's text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// Compares without telling by its duration where the difference is.
-    pub fn matches(&self, presented: &str) -> bool {
-        same_secret(&self.0, presented)
-    }
-}
-
 /// Equality of two secrets in time that depends on their length only; an empty one equals nothing.
 pub fn same_secret(ours: &str, presented: &str) -> bool {
     let (ours, presented) = (ours.as_bytes(), presented.as_bytes());
@@ -253,7 +265,7 @@ fn read(path: &Path) -> Result<String, CaError> {
     std::fs::read_to_string(path).map_err(|source| CaError::File { operation: "read", path: path.to_owned(), source })
 }
 
-/// Writes a file for the owner only, whole or not at all.
+/// Writes a file for the owner only, whole or not at all; it is on the disk when this returns.
 pub fn write_private(path: &Path, text: &str) -> Result<(), CaError> {
     let failed = |operation| move |source| CaError::File { operation, path: path.to_owned(), source };
     let temporary = path.with_extension("new");
@@ -262,5 +274,7 @@ pub fn write_private(path: &Path, text: &str) -> Result<(), CaError> {
     let mut file = options.open(&temporary).map_err(failed("create"))?;
     file.write_all(text.as_bytes()).map_err(failed("write"))?;
     file.sync_all().map_err(failed("sync"))?;
-    std::fs::rename(&temporary, path).map_err(failed("rename"))
+    std::fs::rename(&temporary, path).map_err(failed("rename"))?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("sync the folder of"))
 }

@@ -4,7 +4,7 @@
 mod endpoints;
 mod routes;
 
-pub use routes::{ParentStatus, RouteStatus, Verdict};
+pub use routes::{ParentStatus, RouteStatus, Unmeshed, Verdict};
 
 use crate::inject;
 use gateway_api::{experimental::tcproutes::TcpRoute, httproutes::HttpRoute};

@@ -19,6 +19,8 @@ const INJECTED: &str = "injected";
 #[derive(Clone, Debug)]
 pub struct Config {
     pub image: String,
+    /// Ranges of services and pods, in CIDR notation with commas between.
+    pub cluster_ranges: String,
 }
 
 /// The pod carries a sidecar of ours.
@@ -71,7 +73,8 @@ fn container(config: &Config) -> Value {
             {"name": "POD_NAME", "valueFrom": field("metadata.name")},
             {"name": "POD_NAMESPACE", "valueFrom": field("metadata.namespace")},
             {"name": "POD_UID", "valueFrom": field("metadata.uid")},
-            {"name": "POD_IP", "valueFrom": field("status.podIP")}
+            {"name": "POD_IP", "valueFrom": field("status.podIP")},
+            {"name": "SLUICE_CLUSTER_RANGES", "value": config.cluster_ranges}
         ],
         "ports": [{"name": "sluice-admin", "containerPort": 15020, "protocol": "TCP"}],
         // Ready in well under a second; half a minute is for a node that is starting everything at once.
@@ -102,7 +105,7 @@ mod tests {
     }
 
     fn config() -> Config {
-        Config { image: "sluice.local/proxy:dev".into() }
+        Config { image: "sluice.local/proxy:dev".into(), cluster_ranges: "10.96.0.0/16,10.244.0.0/16".into() }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use sluice_control::api::addresses::Cidr;
 use sluice_control::api::server;
-use sluice_control::ca::JoinToken;
+use sluice_control::ca::PassphraseFile;
 use sluice_control::mesh;
 use sluice_control::service::{Config, Service};
 use tokio::signal::unix::{SignalKind, signal};
@@ -24,12 +24,6 @@ struct Cli {
 enum Command {
     /// Serve the API and run the cluster.
     Serve(Box<Serve>),
-    /// Print the token with which nodes join.
-    Token {
-        /// The service's data directory.
-        #[arg(long)]
-        data_dir: PathBuf,
-    },
 }
 
 #[derive(Args)]
@@ -37,6 +31,10 @@ struct Serve {
     /// Where the store, the authority and credentials are kept.
     #[arg(long)]
     data_dir: PathBuf,
+    /// File of the passphrase of the authority's key: a systemd credential or a mounted secret. Without it one is made at
+    /// the first start in /etc/sluice/ca-passphrase.
+    #[arg(long)]
+    ca_passphrase_file: Option<PathBuf>,
     /// Address of the API (TLS).
     #[arg(long, default_value = "0.0.0.0:6443")]
     listen: SocketAddr,
@@ -79,6 +77,7 @@ impl Serve {
     fn config(&self) -> Config {
         Config {
             data_dir: self.data_dir.clone(),
+            ca_passphrase: self.ca_passphrase_file.clone().map_or_else(PassphraseFile::default, PassphraseFile::given),
             listen: self.listen,
             advertise_url: self.advertise_url.clone(),
             san: self.san.iter().cloned().chain([mesh::SERVER_NAME.to_owned()]).collect(),
@@ -104,28 +103,25 @@ impl Serve {
 fn main() -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
-    match Cli::parse().command {
-        Command::Token { data_dir } => {
-            println!("{}", JoinToken::load_or_create(&data_dir)?.as_str());
-            Ok(())
-        }
-        Command::Serve(serve) => {
-            let runtime =
-                tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
-            runtime.block_on(run(*serve))
-        }
-    }
+    let Command::Serve(serve) = Cli::parse().command;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    runtime.block_on(run(*serve))
 }
 
 async fn run(serve: Serve) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let inherited = server::inherited().context("take over inherited sockets")?;
-    let hook = mesh::pod_hook(serve.proxy_image.clone());
+    let hook = mesh::pod_hook(serve.proxy_image.clone(), &[serve.service_cidr, serve.pod_cidr]);
     let service = Service::start(&serve.config(), inherited, Some(hook)).await?;
     let (discovery, parts) = mesh::start(&service.parts, &serve.mesh()).await?;
     tracing::info!(%discovery, "serving discovery");
+    let store = service.parts.store.clone();
     tokio::select! {
+        () = store.failed() => {
+            // Whoever keeps this program running starts it again; what was acknowledged is on the disk.
+            anyhow::bail!("the store can no longer be written (is the disk full?), ending so as to be started again");
+        }
         _ = terminate.recv() => tracing::info!("terminating"),
         _ = interrupt.recv() => tracing::info!("interrupted"),
     }

@@ -2,8 +2,8 @@
 //! and what sidecars measured.
 
 use crate::{
-    api::extra::Document,
-    discovery::{Published, Server, Shared, run_feed, run_status},
+    api::{addresses::Cidr, extra::Document},
+    discovery::{Counters, Published, Server, Shared, run_feed, run_status},
     inject,
     service::Parts,
 };
@@ -26,8 +26,9 @@ pub struct Config {
 pub const SERVER_NAME: &str = "sluice-control";
 
 /// Sees every new pod: injects the sidecar where its namespace asks for it.
-pub fn pod_hook(proxy_image: String) -> crate::api::registry::PodHook {
-    let config = inject::Config { image: proxy_image };
+pub fn pod_hook(image: String, ranges: &[Cidr]) -> crate::api::registry::PodHook {
+    let cluster_ranges = ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let config = inject::Config { image, cluster_ranges };
     Box::new(move |pod, namespace| inject::inject(pod, &namespace["metadata"]["labels"], &config))
 }
 
@@ -38,13 +39,14 @@ pub async fn start(parts: &Parts, config: &Config) -> anyhow::Result<(SocketAddr
         .map_err(|e| anyhow::anyhow!("listen on {} for discovery: {e}", config.listen))?;
     let address = listener.local_addr()?;
     let (published, receiver) = watch::channel(Published::default());
-    let shared = Shared::new(receiver);
-    parts.extra.set("/apis/traffic.sluice.dev/v1alpha1/routes", traffic(shared.clone()));
+    let counters = Arc::new(Counters::default());
+    let shared = Shared::new(receiver, counters.clone());
+    parts.extra.set(sluice_wire::traffic::PATH, traffic(shared.clone()));
     let server = Server {
         shared: shared.clone(),
         store: parts.store.clone(),
         authority: parts.authority.clone(),
-        join_token: parts.join_token.clone(),
+        client: parts.client.named("join"),
         trust_domain: config.trust_domain.clone(),
         workload_life: config.workload_life,
     };
@@ -67,8 +69,9 @@ pub async fn start(parts: &Parts, config: &Config) -> anyhow::Result<(SocketAddr
             tracing::error!(%error, "discovery ended");
         }
     };
-    let feed = run_feed(parts.store.clone(), config.trust_domain.clone(), published);
+    let feed = run_feed(parts.store.clone(), config.trust_domain.clone(), published, counters.clone());
     let status = run_status(parts.store.clone(), shared);
+    parts.extra.add_metrics(Box::new(move |out| counters.render(out)));
     Ok((address, vec![tokio::spawn(grpc), abortable(parts, feed), abortable(parts, status)]))
 }
 
@@ -86,13 +89,6 @@ fn abortable(parts: &Parts, part: impl Future<Output = ()> + Send + 'static) -> 
 fn traffic(shared: Arc<Shared>) -> Document {
     Box::new(move || -> Value {
         let items = shared.traffic.lock().expect("no holder panics").rows();
-        let ms: Vec<u64> = {
-            let times = shared.acknowledge_ms.lock().expect("no holder panics");
-            times.iter().map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)).collect()
-        };
-        json!({
-            "apiVersion": "traffic.sluice.dev/v1alpha1", "kind": "RouteTrafficList",
-            "items": items, "acknowledgeMs": ms,
-        })
+        json!({"apiVersion": "traffic.sluice.dev/v1alpha1", "kind": "RouteTrafficList", "items": items})
     })
 }

@@ -18,7 +18,7 @@ use crate::api::http::Api;
 use crate::api::metrics::Metrics;
 use crate::api::registry::{PodHook, Registry};
 use crate::api::server;
-use crate::ca::{Authority, CaError, JoinToken, Pair, kubeconfig, write_private};
+use crate::ca::{Authority, CaError, Pair, PassphraseFile, kubeconfig, write_private};
 use crate::store::{EmbeddedStore, Store, StoreError};
 
 /// How often watchers are told how far they are.
@@ -30,6 +30,8 @@ const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 pub struct Config {
     /// Everything it keeps.
     pub data_dir: PathBuf,
+    /// What the authority's key in it is encrypted with; to be kept elsewhere.
+    pub ca_passphrase: PassphraseFile,
     /// Where the API listens.
     pub listen: SocketAddr,
     /// Where clients reach the API; written into the administrator's kubeconfig.
@@ -87,8 +89,6 @@ pub struct Parts {
     pub client: Client,
     /// The cluster's authority.
     pub authority: Arc<Authority>,
-    /// With which nodes join.
-    pub join_token: Arc<JoinToken>,
     /// Our serving certificate, for further ports.
     pub serving: Arc<Pair>,
     /// Documents that parts add to the API.
@@ -149,8 +149,7 @@ impl Service {
 fn open(config: &Config, pod_hook: Option<PodHook>) -> Result<Parts, StartError> {
     let dir = &config.data_dir;
     std::fs::create_dir_all(dir).map_err(|source| StartError::DataDir { path: dir.clone(), source })?;
-    let authority = Arc::new(Authority::load_or_create(dir)?);
-    let join_token = Arc::new(JoinToken::load_or_create(dir)?);
+    let authority = Arc::new(Authority::load_or_create(dir, &config.ca_passphrase)?);
     let mut names = vec!["localhost".to_owned(), "127.0.0.1".to_owned(), config.service_cidr.nth(1).to_string()];
     names.extend(["", ".default", ".default.svc", ".default.svc.cluster.local"].map(|s| format!("kubernetes{s}")));
     names.extend(config.san.iter().cloned());
@@ -162,7 +161,7 @@ fn open(config: &Config, pod_hook: Option<PodHook>) -> Result<Parts, StartError>
     let registry = Arc::new(Registry::new(store.clone(), config.service_cidr, pod_hook));
     let client = Client::new(registry, "control");
     let (extra, stop) = (Extra::default(), CancellationToken::new());
-    Ok(Parts { store, client, authority, join_token, serving, extra, stop })
+    Ok(Parts { store, client, authority, serving, extra, stop })
 }
 
 /// The host of an URL.

@@ -84,50 +84,55 @@ fn config_map(name: &str) -> Value {
 
 const MAPS: &str = "/api/v1/namespaces/default/configmaps";
 
-#[tokio::test(flavor = "multi_thread")]
-async fn errors_name_what_is_wrong_and_change_nothing() {
-    let cluster = Cluster::start().await;
-    let http = Http::admin(&cluster);
+const DEPLOYMENTS: &str = "/apis/apps/v1/namespaces/default/deployments";
+
+/// Method, path, body; then the code, the reason and a part of the message that come back.
+type Case = (&'static str, String, Value, u16, &'static str, &'static str);
+
+async fn all_are_refused(http: &Http, cases: Vec<Case>) {
+    for (method, path, body, code, reason, message) in cases {
+        let (got, status) = http.json(method, &path, &body).await;
+        assert_eq!((got, status["reason"].as_str()), (code, Some(reason)), "{method} {path}: {status}");
+        assert!(status["message"].as_str().is_some_and(|text| text.contains(message)), "{method} {path}: {status}");
+        assert_eq!((status["kind"].as_str(), status["code"].as_u64()), (Some("Status"), Some(u64::from(code))));
+    }
+}
+
+/// A config map that is there, and the store's revision once the service's own parts have made what every namespace has.
+async fn kept_and_quiet(cluster: &Cluster, http: &Http) -> (Value, u64) {
     let (code, made) = http.json("POST", MAPS, &config_map("kept")).await;
     assert_eq!(code, 201);
-    // The service's own parts make what every namespace has; then it is quiet.
     eventually("accounts", || async {
         http.get("/api/v1/serviceaccounts").await.1["items"].as_array().map(Vec::len) == Some(4)
     })
     .await;
-    let before = cluster.service.parts.store.revision();
-    let big = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "big"}, "data": {"a": "x".repeat(5 << 20)}});
-    let mut stale = made.clone();
-    (stale["metadata"]["resourceVersion"], stale["data"]["a"]) = (json!("1"), json!("c"));
-    let deployment = json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "d"}, "spec": {"replicas": "three",
-        "selector": {"matchLabels": {"a": "b"}}, "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}}}});
-    let mut no_containers = deployment.clone();
-    (no_containers["spec"]["replicas"], no_containers["spec"]["template"]["spec"]["containers"]) =
-        (json!(1), json!([]));
-    let mut misspelt = deployment.clone();
-    (misspelt["spec"]["replicas"], misspelt["spec"]["replicaz"]) = (json!(1), json!(1));
-    let deployments = "/apis/apps/v1/namespaces/default/deployments";
-    let kept = format!("{MAPS}/kept");
-    let cases: Vec<(&str, String, Value, u16, &str, &str)> = vec![
-        (
-            "POST",
-            "/apis/example.com/v1/widgets".into(),
-            json!({}),
-            404,
-            "NotFound",
-            "the server could not find the requested resource",
-        ),
-        ("POST", deployments.into(), deployment, 400, "BadRequest", "of type int32"),
-        ("POST", deployments.into(), no_containers, 422, "Invalid", "spec.template.spec.containers: Required value"),
-        (
-            "POST",
-            format!("{deployments}?fieldValidation=Strict"),
-            misspelt,
-            400,
-            "BadRequest",
-            "unknown field \"spec.replicaz\"",
-        ),
-        ("POST", MAPS.into(), big, 413, "RequestEntityTooLarge", "Request entity too large"),
+    (made, cluster.service.parts.store.revision())
+}
+
+fn deployment() -> Value {
+    json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "d"}, "spec": {"replicas": 1,
+        "selector": {"matchLabels": {"a": "b"}}, "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}}}})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_that_are_wrong_are_refused_by_field() {
+    let cluster = Cluster::start().await;
+    let http = Http::admin(&cluster);
+    let (_, before) = kept_and_quiet(&cluster, &http).await;
+    let with = |change: fn(&mut Value)| {
+        let mut changed = deployment();
+        change(&mut changed["spec"]);
+        changed
+    };
+    let words = with(|spec| spec["replicas"] = json!("three"));
+    let empty = with(|spec| spec["template"]["spec"]["containers"] = json!([]));
+    let misspelt = with(|spec| spec["replicaz"] = json!(1));
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "a"}});
+    let path = || DEPLOYMENTS.to_owned();
+    let cases: Vec<Case> = vec![
+        ("POST", path(), words, 400, "BadRequest", "of type int32"),
+        ("POST", path(), empty, 422, "Invalid", "spec.template.spec.containers: Required value"),
+        ("POST", path() + "?fieldValidation=Strict", misspelt, 400, "BadRequest", "unknown field \"spec.replicaz\""),
         (
             "POST",
             MAPS.into(),
@@ -137,33 +142,32 @@ async fn errors_name_what_is_wrong_and_change_nothing() {
             "ConfigMap \"Wrong_Name\" is invalid: metadata.name: Invalid value",
         ),
         ("POST", MAPS.into(), config_map(""), 422, "Invalid", "metadata.name: Required value"),
-        ("POST", MAPS.into(), config_map("kept"), 409, "AlreadyExists", "configmaps \"kept\" already exists"),
-        (
-            "POST",
-            "/api/v1/namespaces/nowhere/configmaps".into(),
-            config_map("a"),
-            404,
-            "NotFound",
-            "namespaces \"nowhere\" not found",
-        ),
-        (
-            "POST",
-            MAPS.into(),
-            json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "a"}}),
-            400,
-            "BadRequest",
-            "cannot be handled as a ConfigMap",
-        ),
-        ("PUT", kept.clone(), stale, 409, "Conflict", "the object has been modified"),
-        (
-            "DELETE",
-            kept.clone(),
-            json!({"preconditions": {"uid": "other"}}),
-            409,
-            "Conflict",
-            "Precondition failed: UID",
-        ),
+        ("POST", MAPS.into(), secret, 400, "BadRequest", "cannot be handled as a ConfigMap"),
+    ];
+    all_are_refused(&http, cases).await;
+    assert_eq!(cluster.service.parts.store.revision(), before, "something was stored");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_do_not_fit_what_is_there_are_refused() {
+    let cluster = Cluster::start().await;
+    let http = Http::admin(&cluster);
+    let (made, before) = kept_and_quiet(&cluster, &http).await;
+    let mut stale = made;
+    (stale["metadata"]["resourceVersion"], stale["data"]["a"]) = (json!("1"), json!("c"));
+    let other = json!({"preconditions": {"uid": "other"}});
+    let nowhere = "/api/v1/namespaces/nowhere/configmaps".to_owned();
+    let widgets = "/apis/example.com/v1/widgets".to_owned();
+    let kept = || format!("{MAPS}/kept");
+    let cases: Vec<Case> = vec![
+        ("POST", widgets, json!({}), 404, "NotFound", "the server could not find the requested resource"),
+        ("POST", nowhere, config_map("a"), 404, "NotFound", "namespaces \"nowhere\" not found"),
         ("GET", format!("{MAPS}/nope"), json!({}), 404, "NotFound", "configmaps \"nope\" not found"),
+        ("POST", MAPS.into(), config_map("kept"), 409, "AlreadyExists", "configmaps \"kept\" already exists"),
+        ("PUT", kept(), stale, 409, "Conflict", "the object has been modified"),
+        ("DELETE", kept(), other, 409, "Conflict", "Precondition failed: UID"),
+        ("POST", kept(), json!({}), 405, "MethodNotAllowed", "does not allow this method"),
         (
             "GET",
             format!("{MAPS}?fieldSelector=spec.x%3D1"),
@@ -173,20 +177,39 @@ async fn errors_name_what_is_wrong_and_change_nothing() {
             "field label not supported: spec.x",
         ),
         ("GET", format!("{MAPS}?continue=garbage"), json!({}), 400, "BadRequest", "continue key is not valid"),
-        ("POST", kept.clone(), json!({}), 405, "MethodNotAllowed", "does not allow this method"),
     ];
-    for (method, path, body, code, reason, message) in cases {
-        let (got, status) = http.json(method, &path, &body).await;
-        assert_eq!((got, status["reason"].as_str()), (code, Some(reason)), "{method} {path}: {status}");
-        assert!(status["message"].as_str().is_some_and(|text| text.contains(message)), "{method} {path}: {status}");
-        assert_eq!((status["kind"].as_str(), status["code"].as_u64()), (Some("Status"), Some(u64::from(code))));
+    all_are_refused(&http, cases).await;
+    assert_eq!(cluster.service.parts.store.revision(), before, "something was stored");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_that_cannot_be_read_are_refused() {
+    let cluster = Cluster::start().await;
+    let http = Http::admin(&cluster);
+    let (_, before) = kept_and_quiet(&cluster, &http).await;
+    let big = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "big"}, "data": {"a": "x".repeat(5 << 20)}});
+    let too_large = ("POST", MAPS.to_owned(), big, 413, "RequestEntityTooLarge", "Request entity too large");
+    all_are_refused(&http, vec![too_large]).await;
+    let kept = format!("{MAPS}/kept");
+    for (method, path, content_type, body, code) in [
+        ("POST", MAPS, "application/xml", "<a/>", 415),
+        ("POST", MAPS, "application/json", "{", 400),
+        ("PATCH", &kept, "application/json", "{}", 415),
+    ] {
+        let (got, status) = http.send(method, path, content_type, body.as_bytes().to_vec()).await;
+        assert_eq!(got, code, "{method} {content_type}: {status}");
     }
-    let (code, _) = http.send("POST", MAPS, "application/xml", b"<a/>".to_vec()).await;
-    assert_eq!(code, 415);
-    let (code, _) = http.send("POST", MAPS, "application/json", b"{".to_vec()).await;
-    assert_eq!(code, 400);
-    let (code, _) = http.send("PATCH", &kept, "application/json", b"{}".to_vec()).await;
-    assert_eq!(code, 415);
+    assert_eq!(cluster.service.parts.store.revision(), before, "something was stored");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_nothing_and_a_dry_run_store_nothing() {
+    let cluster = Cluster::start().await;
+    let http = Http::admin(&cluster);
+    let (made, before) = kept_and_quiet(&cluster, &http).await;
+    let kept = format!("{MAPS}/kept");
     let (_, same) =
         http.send("PATCH", &kept, "application/merge-patch+json", b"{\"data\":{\"a\":\"b\"}}".to_vec()).await;
     assert_eq!(same["metadata"]["resourceVersion"], made["metadata"]["resourceVersion"]);
@@ -334,11 +357,15 @@ impl Lines {
 async fn survives_being_killed() {
     let dir = tempfile::tempdir().expect("a directory");
     let log = dir.path().join("log");
+    let passphrase = dir.path().join("passphrase");
+    std::fs::write(&passphrase, "kept elsewhere\n").expect("writes");
     let run = || {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(&log).expect("a log");
         std::process::Command::new(env!("CARGO_BIN_EXE_sluice-control"))
             .args(["serve", "--listen", "127.0.0.1:0", "--discovery-listen", "127.0.0.1:0", "--data-dir"])
             .arg(dir.path())
+            .arg("--ca-passphrase-file")
+            .arg(&passphrase)
             .stderr(log)
             .spawn()
             .expect("starts")

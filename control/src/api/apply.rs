@@ -316,7 +316,10 @@ fn remove(target: &mut Value, path: &[Step]) {
                 remove(item, rest);
             }
         }
-        ("v:", Value::Array(items)) => items.retain(|item| item.to_string() != name),
+        ("v:", Value::Array(items)) => {
+            let gone: Option<Value> = serde_json::from_str(name).ok();
+            items.retain(|item| Some(item) != gone.as_ref());
+        }
         _ => {}
     }
 }

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::auth::{self, Access, Tokens, User, Verdict};
 use super::extra::Extra;
 use super::kinds;
-use super::metrics::Metrics;
+use super::metrics::{self, Metrics};
 use super::registry::{Context, DeleteOptions, ListOptions, Patch, Registry, Written};
 use super::request::{self, Form, Query, Target};
 use super::selector::Selector;
@@ -133,6 +133,10 @@ async fn route(
     }
     match target {
         Some(target) => objects(api, user, verb, target, request).await,
+        None if path == "/metrics" && verb == "get" => {
+            let text = metrics::text(&api.metrics, &api.registry).await?;
+            Ok(text_response(&(text + &api.extra.metrics())))
+        }
         None => documents(api, &path, &request),
     }
 }
@@ -158,7 +162,6 @@ fn documents(api: &Api, path: &str, request: &Request<Incoming>) -> Result<Respo
         // kubectl asks these two about a kind it does not know, and says so more clearly when they answer.
         ["openapi", "v2"] => return Ok(full(200, describe::OPENAPI_V2, Bytes::new())),
         ["apis", "apiextensions.k8s.io", "v1", "customresourcedefinitions"] => Some(describe::no_custom_resources()),
-        ["metrics"] => return Ok(text_response(&api.metrics.render(api.registry.store().revision()))),
         _ => api.extra.get(path),
     };
     found.map(|document| json_response(200, &document)).ok_or_else(ApiError::no_such_resource)
@@ -316,14 +319,18 @@ impl Change<'_> {
         }
     }
 
-    /// A node creates nothing but itself (and its lease).
+    /// A node creates nothing but itself (and its lease), and takes no range of addresses.
     fn check_node_name(&self, body: &Value) -> Result<(), ApiError> {
         let own = matches!(self.target.kind.plural, "nodes" | "leases");
+        let ranges = ["podCIDR", "podCIDRs"].iter().any(|field| !body["spec"][*field].is_null());
         match self.user.node().filter(|_| own && !self.user.is_admin()) {
             Some(node) if node != name(body) => Err(ApiError::forbidden(format!(
                 "{} \"{}\" is forbidden: node \"{node}\" is not allowed to create it",
                 self.target.kind.resource(),
                 name(body)
+            ))),
+            Some(node) if ranges => Err(ApiError::forbidden(format!(
+                "nodes \"{node}\" is forbidden: spec.podCIDRs are given to nodes, not taken"
             ))),
             _ => Ok(()),
         }

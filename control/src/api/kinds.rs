@@ -199,6 +199,11 @@ const EVENT_FIELDS: &[&str] = &[
 const EVENT_TTL_S: u64 = 3_600;
 
 fn entries() -> Vec<Entry> {
+    [basic(), supporting(), controlled(), routes()].into_iter().flatten().collect()
+}
+
+/// What a cluster is made of.
+fn basic() -> Vec<Entry> {
     vec![
         base::<core::Namespace>("", "v1", "Namespace", "namespaces").with(|k| {
             (k.namespaced, k.status, k.short, k.name_rule) = (false, true, &["ns"], NameRule::Label);
@@ -231,12 +236,18 @@ fn entries() -> Vec<Entry> {
             (k.columns, k.cells, k.default) = (columns::SERVICE, columns::service, defaults::service);
             (k.validate, k.selectable) = (validate::service, &["spec.clusterIP", "spec.type"]);
         }),
+    ]
+}
+
+/// What goes with it.
+fn supporting() -> Vec<Entry> {
+    vec![
         base::<core::ConfigMap>("", "v1", "ConfigMap", "configmaps").with(|k| {
             (k.short, k.validate) = (&["cm"], validate::sealed);
             (k.columns, k.cells) = (columns::CONFIG_MAP, columns::config_map);
         }),
         base::<core::Secret>("", "v1", "Secret", "secrets").with(|k| {
-            (k.selectable, k.validate) = (&["type"], validate::sealed);
+            (k.selectable, k.validate) = (&["type"], validate::secret);
             (k.columns, k.cells, k.default) = (columns::SECRET, columns::secret, defaults::secret);
         }),
         base::<core::ServiceAccount>("", "v1", "ServiceAccount", "serviceaccounts").with(|k| {
@@ -256,6 +267,12 @@ fn entries() -> Vec<Entry> {
         }),
         base::<Lease>("coordination.k8s.io", "v1", "Lease", "leases")
             .with(|k| (k.columns, k.cells) = (columns::LEASE, columns::lease)),
+    ]
+}
+
+/// What controllers work on or make.
+fn controlled() -> Vec<Entry> {
+    vec![
         base::<Deployment>("apps", "v1", "Deployment", "deployments").with(|k| {
             (k.status, k.generation, k.scale, k.in_all, k.short) = (true, true, true, true, &["deploy"]);
             (k.columns, k.cells, k.default) = (columns::DEPLOYMENT, columns::deployment, defaults::deployment);
@@ -270,6 +287,12 @@ fn entries() -> Vec<Entry> {
             (k.columns, k.cells) = (columns::ENDPOINT_SLICE, columns::endpoint_slice);
             (k.validate, k.generation) = (validate::endpoint_slice, true);
         }),
+    ]
+}
+
+/// The Gateway API.
+fn routes() -> Vec<Entry> {
+    vec![
         base::<HttpRoute>("gateway.networking.k8s.io", "v1", "HTTPRoute", "httproutes").with(|k| {
             (k.status, k.generation, k.strategic) = (true, true, false);
             (k.columns, k.cells, k.default) = (columns::HTTP_ROUTE, columns::http_route, defaults::http_route);

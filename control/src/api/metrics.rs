@@ -1,60 +1,78 @@
-//! The API's counters, in Prometheus' text form.
+//! What the API counts, and the text of `/metrics`: its own requests, the store, and what other parts add (`extra`).
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// Upper bounds of the latency histogram, in seconds.
-const BUCKETS: [f64; 10] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0];
+use super::kinds;
+use super::registry::Registry;
+use super::status::ApiError;
+use crate::histogram::{Histogram, head};
+
+/// Upper bounds of a request's duration, in seconds.
+const BUCKETS_S: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0];
 
 /// Requests by verb, resource and code. All three are closed sets, so the map is bounded.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    requests: Mutex<BTreeMap<(&'static str, &'static str, u16), Series>>,
-}
-
-#[derive(Debug, Default, Clone, Copy)]
-struct Series {
-    count: u64,
-    seconds: f64,
-    buckets: [u64; BUCKETS.len()],
+    requests: Mutex<BTreeMap<(&'static str, &'static str, u16), Histogram>>,
 }
 
 impl Metrics {
     /// Counts a finished request.
     pub fn observe(&self, verb: &'static str, resource: &'static str, code: u16, took: Duration) {
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
-        let series = requests.entry((verb, resource, code)).or_default();
-        series.count += 1;
-        series.seconds += took.as_secs_f64();
-        for (bucket, bound) in series.buckets.iter_mut().zip(BUCKETS) {
-            *bucket += u64::from(took.as_secs_f64() <= bound);
-        }
+        requests.entry((verb, resource, code)).or_insert_with(|| Histogram::new(BUCKETS_S)).observe(took);
     }
 
-    /// All counters as text.
-    pub fn render(&self, revision: u64) -> String {
-        let mut out = String::new();
+    fn render(&self, out: &mut String) {
         let requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
-        out.push_str("# TYPE sluice_api_requests_total counter\n");
-        for ((verb, resource, code), series) in requests.iter() {
-            let labels = format!("verb=\"{verb}\",resource=\"{resource}\",code=\"{code}\"");
+        let labels = |(verb, resource, code): &(&str, &str, u16)| {
+            format!("verb=\"{verb}\",resource=\"{resource}\",code=\"{code}\"")
+        };
+        head(out, "sluice_api_requests_total", "counter", "Requests answered.");
+        for (series, histogram) in requests.iter() {
             // Writing to a String cannot fail.
-            let _ = writeln!(out, "sluice_api_requests_total{{{labels}}} {}", series.count);
+            let _ = writeln!(out, "sluice_api_requests_total{{{}}} {}", labels(series), histogram.count());
         }
-        out.push_str("# TYPE sluice_api_request_duration_seconds histogram\n");
-        for ((verb, resource, code), series) in requests.iter() {
-            let labels = format!("verb=\"{verb}\",resource=\"{resource}\",code=\"{code}\"");
-            let name = "sluice_api_request_duration_seconds";
-            for (count, bound) in series.buckets.iter().zip(BUCKETS) {
-                let _ = writeln!(out, "{name}_bucket{{{labels},le=\"{bound}\"}} {count}");
-            }
-            let _ = writeln!(out, "{name}_bucket{{{labels},le=\"+Inf\"}} {}", series.count);
-            let _ =
-                writeln!(out, "{name}_sum{{{labels}}} {}\n{name}_count{{{labels}}} {}", series.seconds, series.count);
+        let name = "sluice_api_request_duration_seconds";
+        head(out, name, "histogram", "Time from a request's head to its answer's head.");
+        for (series, histogram) in requests.iter() {
+            histogram.render(out, name, &labels(series));
         }
-        let _ = writeln!(out, "# TYPE sluice_store_revision gauge\nsluice_store_revision {revision}");
-        out
     }
+}
+
+/// All of it as text.
+pub async fn text(metrics: &Metrics, registry: &Registry) -> Result<String, ApiError> {
+    let mut out = String::new();
+    metrics.render(&mut out);
+    store(&mut out, registry);
+    objects(&mut out, registry).await?;
+    Ok(out)
+}
+
+fn store(out: &mut String, registry: &Registry) {
+    let counters = registry.store().counters();
+    let gauges = [
+        ("sluice_store_revision", "Revision of the last change.", registry.store().revision()),
+        ("sluice_store_watches", "Running watches, the service's own included.", counters.watches),
+    ];
+    for (name, help, value) in gauges {
+        head(out, name, "gauge", help);
+        let _ = writeln!(out, "{name} {value}");
+    }
+    let name = "sluice_store_commit_duration_seconds";
+    head(out, name, "histogram", "Time to apply a group of transactions and sync it to the disk.");
+    counters.commits.render(out, name, "");
+}
+
+/// Counted in the store at each scrape: a scan of the keys, which is milliseconds per ten thousand objects.
+async fn objects(out: &mut String, registry: &Registry) -> Result<(), ApiError> {
+    head(out, "sluice_objects", "gauge", "Objects stored.");
+    for kind in kinds::table().kinds.iter().filter(|kind| kind.stored_as.is_none()) {
+        let _ = writeln!(out, "sluice_objects{{resource=\"{}\"}} {}", kind.resource(), registry.count(kind).await?);
+    }
+    Ok(())
 }

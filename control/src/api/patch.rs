@@ -10,6 +10,8 @@ use super::schema::Shape;
 
 /// Most operations of one JSON patch.
 const MAX_OPERATIONS: usize = 10_000;
+/// Most bytes that the copy operations of one JSON patch make: each could double the object (Kubernetes' limit).
+const MAX_COPIED: usize = 3 << 20;
 
 /// JSON merge patch, RFC 7386.
 pub fn merge(target: &mut Value, patch: &Value) {
@@ -27,14 +29,34 @@ pub fn merge(target: &mut Value, patch: &Value) {
     }
 }
 
-/// JSON patch, RFC 6902.
+/// JSON patch, RFC 6902. On an error the target is not to be used.
 pub fn json(target: &mut Value, patch: &Value) -> Result<(), String> {
     let operations: json_patch::Patch =
         serde_json::from_value(patch.clone()).map_err(|e| format!("error decoding patch: {e}"))?;
     if operations.0.len() > MAX_OPERATIONS {
         return Err(format!("the patch has more than {MAX_OPERATIONS} operations"));
     }
-    json_patch::patch(target, &operations).map_err(|e| e.to_string())
+    let mut copied = 0;
+    for operation in operations.0 {
+        if let json_patch::PatchOperation::Copy(copy) = &operation {
+            copied += target.pointer(copy.from.as_str()).map_or(0, size);
+            if copied > MAX_COPIED {
+                return Err(format!("the patch's copy operations make more than {MAX_COPIED} bytes"));
+            }
+        }
+        json_patch::patch(target, &[operation]).map_err(|e| e.to_string())?;
+    }
+    Ok(())
+}
+
+/// About how many bytes of JSON.
+fn size(value: &Value) -> usize {
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+        Value::String(s) => s.len() + 2,
+        Value::Array(items) => 2 + items.iter().map(|v| size(v) + 1).sum::<usize>(),
+        Value::Object(fields) => 2 + fields.iter().map(|(k, v)| k.len() + size(v) + 4).sum::<usize>(),
+    }
 }
 
 /// Strategic merge patch of an object of the given shape.
@@ -203,6 +225,16 @@ mod tests {
 
     fn with_containers(containers: Value) -> Value {
         json!({"spec": {"template": {"spec": {"containers": containers}}}})
+    }
+
+    #[test]
+    fn copies_that_double_the_object_are_refused() {
+        let copy = |i: usize| json!({"op": "copy", "from": "/m", "path": format!("/m/x{i}")});
+        let mut few = json!({"m": {"a": "b"}});
+        json(&mut few, &Value::Array((0..3).map(copy).collect())).expect("a few are fine");
+        let mut many = json!({"m": {"a": "b"}});
+        let error = json(&mut many, &Value::Array((0..60).map(copy).collect())).expect_err("2^60 copies are not");
+        assert!(error.contains("copy operations"), "{error}");
     }
 
     #[test]

@@ -198,6 +198,14 @@ impl Registry {
         }
     }
 
+    /// How many objects of a kind there are.
+    pub async fn count(&self, kind: &Kind) -> Result<usize, ApiError> {
+        // Values past the limit are not read.
+        let query = ListQuery { prefix: kind.prefix(None), limit: 1, ..ListQuery::default() };
+        let page = self.store.list(query).await?;
+        Ok(page.items.len() + page.remaining)
+    }
+
     /// A new object.
     pub async fn create(&self, ctx: &Context, kind: &Kind, namespace: &str, body: Value) -> Result<Written, ApiError> {
         let result = self.try_create(ctx, kind, namespace, body).await;
@@ -447,41 +455,41 @@ impl Registry {
         (ns, object_name): (&str, &str),
         options: &DeleteOptions,
     ) -> Result<Written, ApiError> {
-        let result = self.try_delete(ctx, kind, (ns, object_name), options).await;
+        let result = self.try_delete(ctx.dry_run, kind, &kind.key(ns, object_name), object_name, options).await;
         audit(ctx, "delete", kind, ns, object_name, &result);
         result
     }
 
     async fn try_delete(
         &self,
-        ctx: &Context,
+        dry_run: bool,
         kind: &Kind,
-        (ns, object_name): (&str, &str),
+        key: &str,
+        name: &str,
         options: &DeleteOptions,
     ) -> Result<Written, ApiError> {
-        let key = kind.key(ns, object_name);
         for _ in 0..RETRIES {
-            let found = self.store.get(&key).await?.ok_or_else(|| ApiError::not_found(kind, object_name))?;
+            let found = self.store.get(key).await?.ok_or_else(|| ApiError::not_found(kind, name))?;
             let old = read(kind, &found)?;
             check_preconditions(kind, &old, options)?;
             let mut new = old.clone();
             mark_deleted(kind, &mut new, options, Timestamp::now());
             let gone = finished(kind, &new);
-            if ctx.dry_run || (!gone && new == old) {
+            if dry_run || (!gone && new == old) {
                 return Ok(Written { object: new, warnings: Vec::new(), created: false, deleted: gone });
             }
-            let txn = Txn::new().when(key.as_str(), found.mod_revision);
+            let txn = Txn::new().when(key, found.mod_revision);
             let txn = if gone {
-                self.reserve(kind, Some(&old), None, txn).await?.then(Op::delete(key.as_str()))
+                self.reserve(kind, Some(&old), None, txn).await?.then(Op::delete(key))
             } else {
-                txn.then(put(kind, &key, &new)?)
+                txn.then(put(kind, key, &new)?)
             };
             if let TxnOutcome::Committed { revision } = self.store.txn(txn).await? {
                 set_version(&mut new, revision);
                 return Ok(Written { object: new, warnings: Vec::new(), created: false, deleted: gone });
             }
         }
-        Err(ApiError::modified(kind, object_name))
+        Err(ApiError::modified(kind, name))
     }
 }
 

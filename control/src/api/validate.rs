@@ -4,7 +4,9 @@
 
 use std::collections::HashSet;
 
+use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
+use sluice_wire::join;
 
 use super::status::Invalid;
 use super::value::{at, list, number, text};
@@ -269,8 +271,33 @@ fn pod_spec(spec: &Value, path: &str) -> Vec<Invalid> {
     errors
 }
 
-fn check_container(container: &Value, path: &str, volumes: &HashSet<&str>) -> Vec<Invalid> {
+/// What agents cannot do is refused here, by its field, rather than accepted and left out.
+fn check_probes(container: &Value, path: &str) -> Vec<Invalid> {
     let mut errors = Vec::new();
+    for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
+        let given = &container[probe];
+        if !given["grpc"].is_null() {
+            errors.push(Invalid::unsupported(format!("{path}.{probe}"), "grpc", &["exec", "httpGet", "tcpSocket"]));
+        }
+        if text(given, "httpGet.scheme") == "HTTPS" {
+            errors.push(Invalid::unsupported(format!("{path}.{probe}.httpGet.scheme"), "HTTPS", &["HTTP"]));
+        }
+    }
+    for hook in ["postStart", "preStop"] {
+        let given = &container["lifecycle"][hook];
+        if !given["tcpSocket"].is_null() {
+            errors.push(Invalid::unsupported(
+                format!("{path}.lifecycle.{hook}"),
+                "tcpSocket",
+                &["exec", "httpGet", "sleep"],
+            ));
+        }
+    }
+    errors
+}
+
+fn check_container(container: &Value, path: &str, volumes: &HashSet<&str>) -> Vec<Invalid> {
+    let mut errors = check_probes(container, path);
     let name = text(container, "name");
     if !is_label(name) && container.get("name").is_some() {
         errors.push(Invalid::value(format!("{path}.name"), &json!(name), LABEL));
@@ -360,6 +387,49 @@ pub fn service(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
     errors
 }
 
+/// Secrets may be sealed, and those that are join tokens are whole.
+pub fn secret(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
+    let mut errors = sealed(new, old);
+    if text(new, "type") == join::SECRET_TYPE {
+        errors.extend(join_token(new));
+    }
+    errors
+}
+
+/// As `sluice_wire::join` says; the secret itself must not get into the store.
+fn join_token(secret: &Value) -> Vec<Invalid> {
+    let field = |key: &str| format!("data.{key}");
+    let mut errors = Vec::new();
+    if at(secret, "data.token-secret").is_some() {
+        let detail = "only a hash of it is kept; make tokens with `sluice token create`";
+        errors.push(Invalid::forbidden(field("token-secret"), detail));
+    }
+    let id = decoded(secret, join::key::ID);
+    if join::object_name(&id) != text(secret, "metadata.name") || id.is_empty() {
+        let detail = format!("must be the rest of the name after `{}`", join::NAME_PREFIX);
+        errors.push(Invalid::value(field(join::key::ID), &json!(id), &detail));
+    }
+    let hash = decoded(secret, join::key::SECRET_HASH);
+    if hash.len() != 64 || !hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+        let detail = "must be the SHA-256 of `<id>.<secret>` in lower-case hexadecimal";
+        errors.push(Invalid::value(field(join::key::SECRET_HASH), &json!(hash), detail));
+    }
+    let expiration = decoded(secret, join::key::EXPIRATION);
+    if expiration.parse::<Timestamp>().is_err() {
+        let detail = "must be a time of RFC 3339: every token expires";
+        errors.push(Invalid::value(field(join::key::EXPIRATION), &json!(expiration), detail));
+    }
+    errors
+}
+
+/// An entry of a Secret's data, empty if it is not there or not text.
+fn decoded(secret: &Value, key: &str) -> String {
+    use base64::Engine as _;
+    let encoded = text(secret, &format!("data.{key}"));
+    let bytes = base64::engine::general_purpose::STANDARD.decode(encoded).unwrap_or_default();
+    String::from_utf8(bytes).unwrap_or_default()
+}
+
 /// ConfigMaps and Secrets may be sealed.
 pub fn sealed(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
     let sealed = old.is_some_and(|old| old["immutable"] == true);
@@ -411,12 +481,22 @@ pub fn endpoint_slice(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
     errors
 }
 
-/// A node's pod range stays once given.
+/// A node's pod ranges stay once given, and `podCIDR` is the first of them.
 pub fn node(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
-    let range = |object: &Value| text(object, "spec.podCIDR").to_owned();
-    let changed = old.is_some_and(|old| !range(old).is_empty() && range(old) != range(new));
-    let detail = "node updates may not change podCIDR except from \"\" to valid";
-    changed.then(|| Invalid::forbidden("spec.podCIDRs", detail)).into_iter().collect()
+    let (range, ranges) = (
+        |object: &Value| text(object, "spec.podCIDR").to_owned(),
+        |object: &Value| list(object, "spec.podCIDRs").to_vec(),
+    );
+    let mut errors = vec![];
+    let given = |old: &&Value| !range(old).is_empty() || !ranges(old).is_empty();
+    if old.filter(given).is_some_and(|old| range(old) != range(new) || ranges(old) != ranges(new)) {
+        let detail = "node updates may not change podCIDR except from \"\" to valid";
+        errors.push(Invalid::forbidden("spec.podCIDRs", detail));
+    }
+    if ranges(new).first().is_some_and(|first| *first != range(new)) {
+        errors.push(Invalid::value("spec.podCIDRs", &new["spec"]["podCIDRs"], "must begin with podCIDR"));
+    }
+    errors
 }
 
 #[cfg(test)]
@@ -446,6 +526,30 @@ mod tests {
         let errors = deployment(&object, None);
         assert_eq!(errors.len(), 1, "{errors:?}");
         assert_eq!(errors[0].field, "spec.template.metadata.labels");
+    }
+
+    #[test]
+    fn probes_that_nobody_asks_are_refused() {
+        let with = |probe: Value| {
+            let container = json!({"name": "a", "image": "i", "readinessProbe": probe});
+            pod(&json!({"spec": {"containers": [container]}}), None).into_iter().map(|e| e.field).collect::<Vec<_>>()
+        };
+        assert!(with(json!({"httpGet": {"port": 80, "scheme": "HTTP"}})).is_empty());
+        assert_eq!(with(json!({"grpc": {"port": 80}})), ["spec.containers[0].readinessProbe"]);
+        let https = json!({"httpGet": {"port": 80, "scheme": "HTTPS"}});
+        assert_eq!(with(https), ["spec.containers[0].readinessProbe.httpGet.scheme"]);
+    }
+
+    #[test]
+    fn a_node_keeps_its_ranges() {
+        let with = |range: &str, ranges: &[&str]| json!({"spec": {"podCIDR": range, "podCIDRs": ranges}});
+        let (none, own) = (json!({"spec": {}}), with("10.244.1.0/24", &["10.244.1.0/24"]));
+        assert!(node(&own, Some(&none)).is_empty() && node(&own, Some(&own)).is_empty() && node(&own, None).is_empty());
+        for bad in [none, with("10.244.2.0/24", &["10.244.2.0/24"]), with("10.244.1.0/24", &["10.244.2.0/25"])] {
+            assert!(!node(&bad, Some(&own)).is_empty(), "{bad}");
+        }
+        let more = with("10.244.1.0/24", &["10.244.1.0/24", "10.244.2.0/24"]);
+        assert!(!node(&more, Some(&own)).is_empty(), "another node's range");
     }
 
     #[test]

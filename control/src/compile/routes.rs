@@ -34,23 +34,76 @@ pub struct ParentStatus {
     pub port: Option<i32>,
     pub accepted: Verdict,
     pub resolved: Verdict,
-    /// Callers without a sidecar follow this rule's weights (its index), or the service's own endpoints.
-    pub unmeshed_rule: Option<usize>,
+    /// Name of the compiled route, where it is accepted.
+    pub compiled: Option<m::Name>,
+    pub unmeshed: Unmeshed,
+}
+
+/// What callers without a sidecar follow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unmeshed {
+    /// The weights of this rule, by its index.
+    Rule(usize),
+    /// Those of an older route.
+    Older(m::Name),
+    /// The service's own endpoints: no rule takes every request.
+    Endpoints,
 }
 
 pub(super) fn routes(o: &Objects) -> (Vec<m::Route>, Vec<RouteStatus>) {
     let http = o.http_routes.values().map(|r| http(r, o));
     let tcp = o.tcp_routes.values().map(|r| tcp(r, o));
-    let (routes, statuses): (Vec<_>, Vec<_>) = http.chain(tcp).flatten().unzip();
-    (routes.into_iter().flatten().collect(), statuses)
+    let (routes, mut statuses): (Vec<_>, Vec<_>) = http.chain(tcp).flatten().unzip();
+    let routes: Vec<m::Route> = routes.into_iter().flatten().collect();
+    settle_unmeshed(&routes, &mut statuses);
+    (routes, statuses)
 }
 
-struct Parent<'a> {
+/// Of several routes with a rule that takes everything the oldest counts for callers without a sidecar (as agents
+/// compile it); the others say so.
+fn settle_unmeshed(routes: &[m::Route], statuses: &mut [RouteStatus]) {
+    let mut catching: Vec<&m::Route> = routes.iter().filter(|r| r.rules.iter().any(m::Rule::catch_all)).collect();
+    catching.sort_by_key(|r| (r.created_s, &r.name));
+    let rank = |name: &m::Name| catching.iter().position(|r| r.name == *name);
+    for p in statuses.iter_mut().flat_map(|s| &mut s.parents) {
+        let Some(at) = p.compiled.as_ref().and_then(rank) else { continue };
+        let own = catching[at];
+        let ports = |a: Option<u16>, b: Option<u16>| a.is_none() || b.is_none() || a == b;
+        let older = catching[..at].iter().find(|r| r.parent == own.parent && ports(r.parent_port, own.parent_port));
+        if let Some(older) = older {
+            p.unmeshed = Unmeshed::Older(older.name.clone());
+        }
+    }
+}
+
+/// A compiled route's name: the object's for an HTTPRoute under its first parent. `/` is in no object's name, so no two
+/// of them collide.
+fn compiled_name(h: &Header<'_>, parent: usize) -> m::Name {
+    let kind = if h.kind == m::RouteKind::Tcp { "/tcp" } else { "" };
+    let place = if parent == 0 { String::new() } else { format!("/{parent}") };
+    m::Name::new(h.name.namespace.clone(), format!("{}{kind}{place}", h.name.name))
+}
+
+/// A parent or a backend as a route names it.
+struct Reference<'a> {
     group: Option<&'a str>,
     kind: Option<&'a str>,
     name: &'a str,
     namespace: Option<&'a str>,
     port: Option<i32>,
+}
+
+/// The generated types of HTTPRoute and TCPRoute have the same fields and no trait for them.
+macro_rules! reference {
+    ($from:expr) => {
+        Reference {
+            group: $from.group.as_deref(),
+            kind: $from.kind.as_deref(),
+            name: &$from.name,
+            namespace: $from.namespace.as_deref(),
+            port: $from.port,
+        }
+    };
 }
 
 struct Header<'a> {
@@ -58,22 +111,13 @@ struct Header<'a> {
     kind: m::RouteKind,
     generation: i64,
     created_s: i64,
-    parents: Vec<Parent<'a>>,
-}
-
-struct BackendRef<'a> {
-    group: Option<&'a str>,
-    kind: Option<&'a str>,
-    name: &'a str,
-    namespace: Option<&'a str>,
-    port: Option<i32>,
-    weight: Option<i32>,
+    parents: Vec<Reference<'a>>,
 }
 
 fn header<'a>(
     meta: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta,
     kind: m::RouteKind,
-    parents: Vec<Parent<'a>>,
+    parents: Vec<Reference<'a>>,
 ) -> Option<Header<'a>> {
     Some(Header {
         name: name_of(meta)?,
@@ -85,14 +129,8 @@ fn header<'a>(
 }
 
 fn http(r: &HttpRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
-    let parents = r.spec.parent_refs.iter().flatten().map(|p| Parent {
-        group: p.group.as_deref(),
-        kind: p.kind.as_deref(),
-        name: &p.name,
-        namespace: p.namespace.as_deref(),
-        port: p.port,
-    });
-    let header = header(&r.metadata, m::RouteKind::Http, parents.collect())?;
+    let parents = r.spec.parent_refs.iter().flatten().map(|p| reference!(p)).collect();
+    let header = header(&r.metadata, m::RouteKind::Http, parents)?;
     let hosts: Vec<String> = r.spec.hostnames.iter().flatten().map(|h| h.to_ascii_lowercase()).collect();
     let mut resolved = Ok(());
     // The default of the API: one rule that takes everything and has no backend.
@@ -103,24 +141,11 @@ fn http(r: &HttpRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
 }
 
 fn tcp(r: &TcpRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
-    let parents = r.spec.parent_refs.iter().flatten().map(|p| Parent {
-        group: p.group.as_deref(),
-        kind: p.kind.as_deref(),
-        name: &p.name,
-        namespace: p.namespace.as_deref(),
-        port: p.port,
-    });
-    let header = header(&r.metadata, m::RouteKind::Tcp, parents.collect())?;
+    let parents = r.spec.parent_refs.iter().flatten().map(|p| reference!(p)).collect();
+    let header = header(&r.metadata, m::RouteKind::Tcp, parents)?;
     let mut resolved = Ok(());
     let rules = r.spec.rules.iter().map(|rule| {
-        let refs = rule.backend_refs.iter().map(|b| BackendRef {
-            group: b.group.as_deref(),
-            kind: b.kind.as_deref(),
-            name: &b.name,
-            namespace: b.namespace.as_deref(),
-            port: b.port,
-            weight: b.weight,
-        });
+        let refs = rule.backend_refs.iter().map(|b| (reference!(b), b.weight));
         m::Rule { matches: vec![], backends: backends(refs, &header.name, o, &mut resolved) }
     });
     let rules = Ok(rules.collect());
@@ -138,10 +163,14 @@ fn attach(
     let mut parents = vec![];
     for (i, p) in h.parents.iter().enumerate().filter(|(_, p)| of_service(p)) {
         let accepted = rules.as_ref().map(|_| ()).map_err(Clone::clone).and_then(|()| parent(p, &h, o));
+        let mut compiled = None;
+        let mut unmeshed = Unmeshed::Endpoints;
         if let (Ok(rules), Ok(())) = (&rules, &accepted) {
-            let name = if i == 0 { h.name.name.clone() } else { format!("{}.{i}", h.name.name) };
+            let name = compiled_name(&h, i);
+            compiled = Some(name.clone());
+            unmeshed = rules.iter().position(m::Rule::catch_all).map_or(Unmeshed::Endpoints, Unmeshed::Rule);
             routes.push(m::Route {
-                name: m::Name::new(h.name.namespace.clone(), name),
+                name,
                 kind: h.kind,
                 parent: m::Name::new(h.name.namespace.clone(), p.name),
                 parent_port: p.port.and_then(port),
@@ -150,25 +179,25 @@ fn attach(
                 rules: rules.clone(),
             });
         }
-        let unmeshed_rule = rules.as_ref().ok().and_then(|r| r.iter().position(m::Rule::catch_all));
         parents.push(ParentStatus {
             service: p.name.to_owned(),
             namespace: p.namespace.map(str::to_owned),
             port: p.port,
             accepted,
             resolved: resolved.clone(),
-            unmeshed_rule,
+            compiled,
+            unmeshed,
         });
     }
     (routes, RouteStatus { name: h.name, kind: h.kind, generation: h.generation, parents })
 }
 
 /// Parents of other kinds (gateways) belong to other controllers: they are left alone.
-fn of_service(p: &Parent<'_>) -> bool {
+fn of_service(p: &Reference<'_>) -> bool {
     p.kind == Some("Service") && p.group.unwrap_or("gateway.networking.k8s.io").is_empty()
 }
 
-fn parent(p: &Parent<'_>, h: &Header<'_>, o: &Objects) -> Verdict {
+fn parent(p: &Reference<'_>, h: &Header<'_>, o: &Objects) -> Verdict {
     if p.namespace.is_some_and(|n| n != h.name.namespace) {
         let text =
             format!("service {} is in another namespace than the route; only its own namespace's routes apply", p.name);
@@ -206,14 +235,7 @@ fn http_rule(
     if refs.iter().any(|b| b.filters.as_ref().is_some_and(|f| !f.is_empty())) {
         return Err(unsupported("rules.backendRefs.filters"));
     }
-    let refs = refs.iter().map(|b| BackendRef {
-        group: b.group.as_deref(),
-        kind: b.kind.as_deref(),
-        name: &b.name,
-        namespace: b.namespace.as_deref(),
-        port: b.port,
-        weight: b.weight,
-    });
+    let refs = refs.iter().map(|b| (reference!(b), b.weight));
     let backends = backends(refs, route, o, resolved);
     let given = r.matches.as_deref().unwrap_or_default();
     let mut matches = given.iter().map(|x| http_match(x, hosts)).collect::<Result<Vec<_>, _>>()?;
@@ -251,13 +273,13 @@ fn http_match(x: &HttpRouteRulesMatches, hosts: &[String]) -> Result<m::Match, (
 }
 
 fn backends<'a>(
-    refs: impl Iterator<Item = BackendRef<'a>>,
+    refs: impl Iterator<Item = (Reference<'a>, Option<i32>)>,
     route: &m::Name,
     o: &Objects,
     resolved: &mut Verdict,
 ) -> Vec<m::Backend> {
-    refs.map(|b| {
-        let weight = b.weight.and_then(|w| u32::try_from(w).ok()).unwrap_or(1);
+    refs.map(|(b, weight)| {
+        let weight = weight.and_then(|w| u32::try_from(w).ok()).unwrap_or(1);
         match backend(&b, route, o) {
             Ok((service, port)) => m::Backend { service, port, weight },
             Err(wrong) => {
@@ -273,7 +295,7 @@ fn backends<'a>(
     .collect()
 }
 
-fn backend(b: &BackendRef<'_>, route: &m::Name, o: &Objects) -> Result<(m::Name, u16), (&'static str, String)> {
+fn backend(b: &Reference<'_>, route: &m::Name, o: &Objects) -> Result<(m::Name, u16), (&'static str, String)> {
     if b.kind.unwrap_or("Service") != "Service" || !b.group.unwrap_or_default().is_empty() {
         return Err((
             "InvalidKind",

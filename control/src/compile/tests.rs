@@ -92,7 +92,27 @@ fn a_split_compiles_to_weights() {
     assert_eq!(weights, [("web-v1", 90), ("web-v2", 10)]);
     assert!(r.rules[0].catch_all());
     let p = &statuses[0].parents[0];
-    assert_eq!((p.accepted.clone(), p.resolved.clone(), p.unmeshed_rule), (Ok(()), Ok(()), Some(0)));
+    assert_eq!((p.accepted.clone(), p.resolved.clone()), (Ok(()), Ok(())));
+    assert_eq!(p.unmeshed, Unmeshed::Rule(0));
+}
+
+#[test]
+fn routes_of_one_name_and_one_service_do_not_hide_each_other() {
+    let mut o = objects();
+    let mut old = route(split("web-v2"));
+    old["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z".into();
+    let mut young = route(split("web-v2"));
+    young["metadata"]["creationTimestamp"] = "2026-01-02T00:00:00Z".into();
+    let tcp = json!({"spec": {"parentRefs": [{"group": "", "kind": "Service", "name": "web-v1"}],
+                     "rules": [{"backendRefs": [{"name": "web-v2", "port": 80}]}]}});
+    put(&mut o.http_routes, "canary", old);
+    put(&mut o.http_routes, "later", young);
+    put(&mut o.tcp_routes, "canary", tcp);
+    let (s, statuses) = snapshot(&o);
+    assert_eq!(s.routes().map(|r| r.kind).collect::<Vec<_>>().len(), 3, "an HTTPRoute and a TCPRoute of one name");
+    let unmeshed: Vec<_> = statuses.iter().map(|r| r.parents[0].unmeshed.clone()).collect();
+    let older = Unmeshed::Older(m::Name::new("shop", "canary"));
+    assert_eq!(unmeshed, [Unmeshed::Rule(0), older, Unmeshed::Rule(0)]);
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod nodes;
 mod queue;
 mod replicaset;
 mod scheduler;
+mod tokens;
 
 use std::sync::Arc;
 
@@ -105,7 +106,8 @@ pub fn start(parts: &Parts, config: &Config) -> Vec<JoinHandle<()>> {
                 endpoints::run(shared.named("endpointslice-controller")),
                 nodes::run(shared.named("node-controller")),
                 namespaces::run(shared.named("namespace-controller")),
-                garbage::run(shared.named("garbage-collector"), store),
+                garbage::run(shared.named("garbage-collector"), store.clone()),
+                tokens::run(shared.named("token-controller"), store),
             );
         };
         tokio::select! {

@@ -235,11 +235,10 @@ async fn create(shared: &Shared, set: &ReplicaSet, count: usize) -> Result<u64, 
         async move { shared.client.create(pod).await }
     };
     let results: Vec<_> = futures::stream::iter(0..count).map(one).buffer_unordered(PARALLEL).collect().await;
-    let mut revision = 0;
+    let revision = results.iter().flatten().map(Object::revision).max().unwrap_or(0);
     for result in results {
         match result {
             Ok(created) => {
-                revision = revision.max(created.revision());
                 let message = format!("Created pod: {}", created.name());
                 shared.client.notice(set, &Notice { kind: "Normal", reason: "SuccessfulCreate", message: &message });
             }

@@ -1,9 +1,10 @@
 //! Follows the objects that matter to the data plane and publishes a new snapshot whenever their compilation changed.
 
+use super::Counters;
 use crate::{
     api::kinds,
     compile::{Objects, RouteStatus, compile},
-    store::{Event, ListQuery, Store, StoreError, WatchItem},
+    store::{ListQuery, Store, StoreError, Watch, WatchItem},
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -11,12 +12,16 @@ use sluice_model::{Name, Revision, Snapshot};
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
-use tokio::{sync::watch, time::Instant};
+use tokio::sync::watch;
 
-/// Changes that come together are compiled together, at most this long after the first.
+/// Changes that come together are compiled together: what comes within this time of the first, and what had queued up.
 const GATHER: Duration = Duration::from_millis(4);
+/// Most changes compiled together: as many as a watch keeps. Under a stream that never pauses, snapshots still come out.
+const MAX_BATCH: usize = 32_768;
+/// So many changes are read without a pause for the thread's other work.
+const YIELD_AFTER: usize = 128;
 
 /// One compiled state.
 #[derive(Clone, Default)]
@@ -24,7 +29,7 @@ pub struct Published {
     pub epoch: String,
     pub snapshot: Arc<Snapshot>,
     pub routes: Arc<Vec<RouteStatus>>,
-    /// Of each route: the generation compiled, the snapshot revision that first had it, and when that was published.
+    /// Of each route: the generation compiled, the snapshot revision that first had it, and when the change was made.
     pub since: Arc<HashMap<Name, (i64, Revision, Instant)>>,
 }
 
@@ -101,101 +106,195 @@ fn set<T: DeserializeOwned>(map: &mut BTreeMap<Name, Arc<T>>, name: Name, value:
 }
 
 /// For ever: publishes into `out`. A lost watch starts over with a list.
-pub async fn run(store: Arc<dyn Store>, trust_domain: String, out: watch::Sender<Published>) {
-    let prefixes = Prefixes::new();
+pub async fn run(store: Arc<dyn Store>, trust_domain: String, out: watch::Sender<Published>, counters: Arc<Counters>) {
+    let feed = Feed { prefixes: Arc::new(Prefixes::new()), store, trust_domain: trust_domain.into(), out, counters };
     loop {
-        if let Err(error) = follow(&store, &prefixes, &trust_domain, &out).await {
+        if let Err(error) = feed.follow().await {
             tracing::warn!(%error, "feed interrupted, listing again");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
 }
 
-async fn follow(
-    store: &Arc<dyn Store>,
-    prefixes: &Prefixes,
-    trust_domain: &str,
-    out: &watch::Sender<Published>,
-) -> Result<(), StoreError> {
-    let mut objects = Objects::default();
-    let mut revision = None;
-    for prefix in prefixes.all() {
-        let query = ListQuery { prefix: prefix.to_owned(), revision, ..ListQuery::default() };
-        let listing = store.list(query).await?;
-        revision = Some(listing.revision);
-        for kv in listing.items {
-            let value = serde_json::from_slice::<Value>(&kv.value).ok();
-            prefixes.apply(&mut objects, &kv.key, value.as_ref());
-        }
-    }
-    let mut revision = revision.unwrap_or(0);
-    let mut watch = store.watch("/registry/", revision).await?;
-    publish(store.epoch(), &objects, revision, trust_domain, out);
-    loop {
-        let Some(first) = watch.next().await else { return Ok(()) };
-        let mut dirty = take(prefixes, &mut objects, &mut revision, first?);
-        let until = Instant::now() + GATHER;
-        while dirty {
-            match tokio::time::timeout_at(until, watch.next()).await {
-                Ok(Some(item)) => {
-                    take(prefixes, &mut objects, &mut revision, item?);
-                }
-                Ok(None) => return Ok(()),
-                Err(_) => {
-                    publish(store.epoch(), &objects, revision, trust_domain, out);
-                    dirty = false;
-                }
+struct Feed {
+    store: Arc<dyn Store>,
+    prefixes: Arc<Prefixes>,
+    trust_domain: Arc<str>,
+    out: watch::Sender<Published>,
+    counters: Arc<Counters>,
+}
+
+/// The objects as of a revision.
+#[derive(Default)]
+struct State {
+    objects: Objects,
+    revision: u64,
+    /// When the oldest change that is not published yet was made.
+    changed: Option<Instant>,
+}
+
+impl Feed {
+    async fn follow(&self) -> Result<(), StoreError> {
+        let mut state = self.list().await?;
+        let mut watch = self.store.watch("/registry/", state.revision).await?;
+        loop {
+            state = self.publish(state).await?;
+            while state.changed.is_none() {
+                let Some(item) = watch.next().await else { return Ok(()) };
+                self.take(&mut state, item?);
+            }
+            if !self.gather(&mut state, &mut watch).await? {
+                return Ok(());
             }
         }
     }
-}
 
-fn take(prefixes: &Prefixes, objects: &mut Objects, revision: &mut u64, item: WatchItem) -> bool {
-    match item {
-        WatchItem::Event(e) => {
-            *revision = (*revision).max(e.revision);
-            apply(prefixes, objects, &e)
+    async fn list(&self) -> Result<State, StoreError> {
+        let (mut items, mut revision) = (vec![], None);
+        for prefix in self.prefixes.all() {
+            let query = ListQuery { prefix: prefix.to_owned(), revision, ..ListQuery::default() };
+            let listing = self.store.list(query).await?;
+            revision = Some(listing.revision);
+            items.extend(listing.items);
         }
-        WatchItem::Progress(r) => {
-            *revision = (*revision).max(r);
-            false
+        let prefixes = self.prefixes.clone();
+        off_the_runtime("read of the objects", move || {
+            let mut state = State { revision: revision.unwrap_or(0), ..State::default() };
+            for kv in items {
+                let value = serde_json::from_slice::<Value>(&kv.value).ok();
+                prefixes.apply(&mut state.objects, &kv.key, value.as_ref());
+            }
+            state
+        })
+        .await
+    }
+
+    /// Takes what has queued up, and what comes until [`GATHER`] after that began. False when the store has closed.
+    async fn gather(&self, state: &mut State, watch: &mut Watch) -> Result<bool, StoreError> {
+        let until = tokio::time::Instant::now() + GATHER;
+        for taken in 1..=MAX_BATCH {
+            // What is there already is taken even when the time is over: the runtime's budget would hide it.
+            match tokio::time::timeout_at(until, tokio::task::unconstrained(watch.next())).await {
+                Ok(Some(item)) => self.take(state, item?),
+                Ok(None) => return Ok(false),
+                Err(_) => break,
+            }
+            if taken % YIELD_AFTER == 0 {
+                tokio::task::yield_now().await;
+            }
         }
+        Ok(true)
+    }
+
+    fn take(&self, state: &mut State, item: WatchItem) {
+        match item {
+            WatchItem::Event(e) => {
+                state.revision = state.revision.max(e.revision);
+                if self.prefixes.apply(&mut state.objects, &e.key, e.json().as_deref()) {
+                    state.changed.get_or_insert(e.at);
+                }
+            }
+            WatchItem::Progress(r) => state.revision = state.revision.max(r),
+        }
+    }
+
+    /// Compiles on a thread where that may take its time; changes queue up in the watch meanwhile.
+    async fn publish(&self, state: State) -> Result<State, StoreError> {
+        let before = self.out.borrow().clone();
+        let (epoch, trust_domain) = (self.store.epoch().to_owned(), self.trust_domain.clone());
+        let began = Instant::now();
+        let compiled = move || (next(before, &epoch, &state, &trust_domain), state);
+        let (next, mut state) = off_the_runtime("compilation", compiled).await?;
+        self.counters.compiled(began.elapsed());
+        if let Some(next) = next {
+            let moved = self.out.borrow().snapshot.revision != next.snapshot.revision;
+            // Before anybody can acknowledge it. What is there at the start is no change.
+            if let Some(changed) = state.changed.filter(|_| moved) {
+                self.counters.lag().published(next.snapshot.revision, changed);
+            }
+            self.out.send_replace(next);
+        }
+        state.changed = None;
+        Ok(state)
     }
 }
 
-fn apply(prefixes: &Prefixes, objects: &mut Objects, e: &Event) -> bool {
-    prefixes.apply(objects, &e.key, e.json().as_deref())
+async fn off_the_runtime<T: Send + 'static>(
+    operation: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, StoreError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| StoreError::Engine { operation, cause: e.to_string() })
 }
 
-fn publish(epoch: &str, objects: &Objects, revision: u64, trust_domain: &str, out: &watch::Sender<Published>) {
-    let compiled = compile(objects, trust_domain);
-    out.send_if_modified(|p| {
-        let next = Snapshot::new(Revision(revision), compiled.resources);
-        let fresh = p.epoch != epoch;
-        let delta = p.snapshot.diff(&next);
-        let changed = fresh || !delta.is_empty();
-        if changed {
-            // Unchanged resources stay shared with the snapshots that streams still hold.
-            let base = if fresh { Snapshot::default() } else { (*p.snapshot).clone() };
-            p.snapshot = Arc::new(base.apply(&base.diff(&next), Revision(revision)));
-            p.since = Arc::new(since(p, fresh));
-            epoch.clone_into(&mut p.epoch);
-        }
-        let statuses = *p.routes != compiled.routes;
-        if statuses {
-            p.routes = Arc::new(compiled.routes);
-        }
-        changed || statuses
-    });
+/// What is to be published instead of `p`, if it differs.
+fn next(mut p: Published, epoch: &str, state: &State, trust_domain: &str) -> Option<Published> {
+    let compiled = compile(&state.objects, trust_domain);
+    let revision = Revision(state.revision);
+    let next = Snapshot::new(revision, compiled.resources);
+    let fresh = p.epoch != epoch;
+    let changed = fresh || !p.snapshot.diff(&next).is_empty();
+    if changed {
+        // Unchanged resources stay shared with the snapshots that streams still hold.
+        let base = if fresh { Snapshot::default() } else { (*p.snapshot).clone() };
+        p.snapshot = Arc::new(base.apply(&base.diff(&next), revision));
+        p.since = Arc::new(since(&p, fresh, state.changed.unwrap_or_else(Instant::now)));
+        epoch.clone_into(&mut p.epoch);
+    }
+    let statuses = *p.routes != compiled.routes;
+    if statuses {
+        p.routes = Arc::new(compiled.routes);
+    }
+    (changed || statuses).then_some(p)
 }
 
-fn since(p: &Published, fresh: bool) -> HashMap<Name, (i64, Revision, Instant)> {
-    let now = Instant::now();
+fn since(p: &Published, fresh: bool, changed: Instant) -> HashMap<Name, (i64, Revision, Instant)> {
     p.snapshot
         .routes()
         .map(|r| {
             let known = p.since.get(&r.name).filter(|(g, ..)| !fresh && *g == r.generation).copied();
-            (r.name.clone(), known.unwrap_or((r.generation, p.snapshot.revision, now)))
+            (r.name.clone(), known.unwrap_or((r.generation, p.snapshot.revision, changed)))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{EmbeddedStore, Op, Txn};
+    use serde_json::json;
+
+    fn service(index: usize) -> Op {
+        let ip = format!("10.96.{}.{}", index / 250, index % 250 + 1);
+        let service = json!({"metadata": {"name": format!("s{index}"), "namespace": "ns"},
+            "spec": {"clusterIP": ip, "ports": [{"port": 80}]}});
+        Op::put(format!("{}ns/s{index}", Prefixes::new().services), service.to_string())
+    }
+
+    /// A whole burst is one compilation, however long the reading takes, and its snapshot is the one of its last change.
+    #[tokio::test]
+    async fn what_has_queued_up_is_compiled_at_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store: Arc<dyn Store> = Arc::new(EmbeddedStore::open(&folder.path().join("store")).expect("opens"));
+        let (out, published) = watch::channel(Published::default());
+        let counters = Arc::new(Counters::default());
+        let feed = Feed {
+            prefixes: Arc::new(Prefixes::new()),
+            store: store.clone(),
+            trust_domain: "d".into(),
+            out,
+            counters: counters.clone(),
+        };
+        let mut state = feed.publish(feed.list().await.expect("lists")).await.expect("publishes");
+        let mut watch = store.watch("/registry/", state.revision).await.expect("watches");
+        let burst = (0..5_000).fold(Txn::new(), |txn, index| txn.then(service(index)));
+        store.txn(burst).await.expect("commits");
+        assert!(feed.gather(&mut state, &mut watch).await.expect("gathers"));
+        feed.publish(state).await.expect("publishes");
+        let seen = published.borrow().clone();
+        assert_eq!(seen.snapshot.services().count(), 5_000);
+        assert_eq!(seen.snapshot.revision, Revision(store.revision()));
+        assert_eq!(counters.compilations(), 2, "the one at the start, and the one of the burst");
+        assert!(!counters.lag().is_settled(), "nobody has acknowledged it");
+    }
 }

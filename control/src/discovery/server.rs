@@ -1,10 +1,11 @@
 //! The gRPC side: one stream per agent, and the signing of certificates.
 
-use super::{HolderState, NodeState, Published, Tracker, Traffic, scope, status::Observed};
+use super::{Counters, HolderState, NodeState, Published, Tracker, Traffic, scope, status::Observed};
 use crate::{
-    api::kinds,
-    ca::{Authority, JoinToken},
+    api::{client::Client, kinds},
+    ca::{self, Authority},
     compile,
+    join::{self, JoinError},
     store::Store,
 };
 use futures::{Stream, StreamExt};
@@ -15,10 +16,9 @@ use sluice_wire::v1::{
     client_message::Kind, discovery_server::Discovery, hello::Subscriber, identity_server::Identity, server_message,
 };
 use std::{
-    collections::VecDeque,
     pin::Pin,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,25 +26,6 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// Seconds between metrics reports. Short: a report is a few hundred bytes per node.
 const METRICS_INTERVAL_S: u32 = 1;
-/// Latest acknowledgement times kept for `/metrics`.
-const KEPT_TIMES: usize = 1024;
-
-/// The last times from publication to the last acknowledgement.
-#[derive(Default)]
-pub struct Times(VecDeque<Duration>);
-
-impl Times {
-    pub fn push(&mut self, d: Duration) {
-        if self.0.len() == KEPT_TIMES {
-            self.0.pop_front();
-        }
-        self.0.push_back(d);
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = &Duration> {
-        self.0.iter()
-    }
-}
 
 /// What the streams, the status writer and the API share.
 pub struct Shared {
@@ -53,18 +34,18 @@ pub struct Shared {
     pub acknowledged: Notify,
     pub traffic: Mutex<Traffic>,
     pub observed: Mutex<Observed>,
-    pub acknowledge_ms: Mutex<Times>,
+    pub counters: Arc<Counters>,
 }
 
 impl Shared {
-    pub fn new(published: watch::Receiver<Published>) -> Arc<Self> {
+    pub fn new(published: watch::Receiver<Published>, counters: Arc<Counters>) -> Arc<Self> {
         Arc::new(Self {
             published,
             tracker: Mutex::default(),
             acknowledged: Notify::new(),
             traffic: Mutex::default(),
             observed: Mutex::default(),
-            acknowledge_ms: Mutex::default(),
+            counters,
         })
     }
 
@@ -76,7 +57,19 @@ impl Shared {
 
     fn node(&self, node: &str, session: u64, change: impl FnOnce(&mut NodeState)) {
         self.tracker.lock().expect("no holder panics").update(node, session, change);
+        self.settle();
         self.acknowledged.notify_one();
+    }
+
+    /// Counts the changes that everybody has by now.
+    pub fn settle(&self) {
+        if self.counters.lag().is_settled() {
+            return;
+        }
+        let snapshot = self.published.borrow().snapshot.clone();
+        let ready = || snapshot.nodes().filter(|n| n.ready).map(|n| n.name.name.as_str());
+        let tracker = self.tracker.lock().expect("no holder panics");
+        self.counters.lag().settle(Instant::now(), |revision| tracker.everybody_has(revision, ready()));
     }
 }
 
@@ -86,7 +79,7 @@ pub struct Server {
     pub shared: Arc<Shared>,
     pub store: Arc<dyn Store>,
     pub authority: Arc<Authority>,
-    pub join_token: Arc<JoinToken>,
+    pub client: Client,
     pub trust_domain: String,
     pub workload_life: Duration,
 }
@@ -136,10 +129,15 @@ async fn serve(
 ) {
     tracing::info!(node, version = hello.version, revision = hello.revision, "agent connected");
     let session = shared.connect(&node);
-    let sender = tokio::spawn(send(shared.published.clone(), node.clone(), hello, tx));
-    while let Some(Ok(m)) = messages.next().await {
-        if let Some(kind) = m.kind {
-            take(&shared, &node, session, kind);
+    let mut sender = tokio::spawn(send(shared.published.clone(), node.clone(), hello, tx));
+    loop {
+        tokio::select! {
+            message = messages.next() => match message {
+                Some(Ok(m)) => m.kind.into_iter().for_each(|kind| take(&shared, &node, session, kind)),
+                _ => break,
+            },
+            // The service stops. An agent that goes on talking must not keep it.
+            _ = &mut sender => break,
         }
     }
     sender.abort();
@@ -162,7 +160,7 @@ fn take(shared: &Shared, node: &str, session: u64, kind: Kind) {
             shared.node(node, session, |s| s.nack = Some(n.reason));
         }
         Kind::Holders(h) => shared.node(node, session, |s| s.holders = h.holders.into_iter().map(holder).collect()),
-        Kind::Metrics(m) => shared.traffic.lock().expect("no holder panics").take(&m),
+        Kind::Metrics(m) => shared.traffic.lock().expect("no holder panics").take(node, &m),
         Kind::Hello(_) | Kind::Subscribe(_) => {}
     }
 }
@@ -223,12 +221,12 @@ async fn send(
 impl Identity for Server {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<SignResponse>, Status> {
         let r = request.into_inner();
-        if !self.join_token.matches(&r.token) {
-            return Err(Status::permission_denied("the join token is not valid; make one with `sluice-control token`"));
-        }
         if !valid_node_name(&r.node) {
-            return Err(Status::invalid_argument(format!("node name {:?} is not a DNS label", r.node)));
+            return Err(Status::invalid_argument(format!("node name {:?} is not a DNS name", r.node)));
         }
+        let key_hash = ca::key_fingerprint(&r.csr_pem, &r.node).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let admission = join::admit(&self.client, r.token.trim(), &r.node, &key_hash).await.map_err(refused)?;
+        tracing::info!(node = r.node, ?admission, "node joins");
         self.sign_node(&r.csr_pem, &r.node)
     }
 
@@ -247,6 +245,14 @@ impl Identity for Server {
         let certificate_pem = signed.map_err(|e| Status::invalid_argument(e.to_string()))?;
         tracing::info!(node, identity, "certificate issued");
         Ok(Response::new(SignResponse { certificate_pem, bundle_pem: self.authority.bundle_pem().to_owned() }))
+    }
+}
+
+/// A refusal is final; the rest may be tried again.
+fn refused(error: JoinError) -> Status {
+    match error {
+        JoinError::Refused(why) => Status::permission_denied(why.to_string()),
+        JoinError::Unavailable(_) => Status::unavailable(error.to_string()),
     }
 }
 

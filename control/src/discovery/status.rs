@@ -3,7 +3,7 @@
 use super::{Programmed, Published, Shared};
 use crate::{
     api::kinds,
-    compile::{ParentStatus, RouteStatus, Verdict},
+    compile::{ParentStatus, RouteStatus, Unmeshed, Verdict},
     store::{Op, Store, StoreError, Txn, TxnOutcome},
 };
 use k8s_openapi::jiff::Timestamp;
@@ -20,6 +20,8 @@ pub async fn run(store: Arc<dyn Store>, shared: Arc<Shared>) {
     let mut published = shared.published.clone();
     loop {
         let current = published.borrow_and_update().clone();
+        // A node that is not ready any more is not waited for.
+        shared.settle();
         for route in current.routes.iter() {
             if let Err(error) = write(&store, &shared, &current, route).await {
                 tracing::warn!(route = %route.name, %error, "status not written, trying again");
@@ -70,15 +72,13 @@ async fn write(
 /// Ours anew; entries of other controllers stay.
 fn parents(shared: &Shared, current: &Published, route: &RouteStatus, old: &Value) -> Value {
     let foreign = old.as_array().into_iter().flatten().filter(|p| p["controllerName"] != CONTROLLER).cloned();
-    let ours = route.parents.iter().enumerate().map(|(i, p)| {
+    let ours = route.parents.iter().map(|p| {
         let before = old
             .as_array()
             .into_iter()
             .flatten()
             .find(|o| o["controllerName"] == CONTROLLER && o["parentRef"] == parent_ref(p));
-        let compiled = if i == 0 { route.name.name.clone() } else { format!("{}.{i}", route.name.name) };
-        let name = Name::new(route.name.namespace.clone(), compiled);
-        let programmed = programmed(shared, current, &name, p);
+        let programmed = p.compiled.as_ref().and_then(|name| programmed(shared, current, name));
         json!({
             "controllerName": CONTROLLER,
             "parentRef": parent_ref(p),
@@ -99,8 +99,7 @@ fn parent_ref(p: &ParentStatus) -> Value {
     r
 }
 
-fn programmed(shared: &Shared, current: &Published, name: &Name, p: &ParentStatus) -> Option<Programmed> {
-    p.accepted.as_ref().ok()?;
+fn programmed(shared: &Shared, current: &Published, name: &Name) -> Option<Programmed> {
     let (_, required, _) = current.since.get(name)?;
     let tracker = shared.tracker.lock().expect("no holder panics");
     let ready = current.snapshot.nodes().filter(|n| n.ready).map(|n| n.name.name.as_str());
@@ -117,13 +116,16 @@ fn conditions(route: &RouteStatus, p: &ParentStatus, programmed: Option<Programm
             Err((reason, message)) => ("False", reason, message.clone()),
         }
     };
-    let fallback = match p.unmeshed_rule {
-        Some(i) => (
+    let fallback = match &p.unmeshed {
+        Unmeshed::Rule(i) => (
             "True",
             "RouteWeights",
             format!("callers without a sidecar follow the weights of rule {i}, per connection"),
         ),
-        None => (
+        Unmeshed::Older(other) => {
+            ("False", "OlderRoute", format!("callers without a sidecar follow the older route {other}"))
+        }
+        Unmeshed::Endpoints => (
             "False",
             "ServiceEndpoints",
             "callers without a sidecar use the service's own endpoints: no rule takes every request".into(),
@@ -168,20 +170,22 @@ fn condition(type_: &str, (status, reason, message): Words, generation: i64, bef
 }
 
 impl Shared {
-    /// Counts how long a change took from its publication to the last acknowledgement.
+    /// Says once how long a route's change took until the last member that must have it had it.
     fn observe(&self, current: &Published, route: &RouteStatus) {
-        let Some((generation, required, published)) = current.since.get(&route.name).copied() else { return };
-        let tracker = self.tracker.lock().expect("no holder panics");
-        let ready = current.snapshot.nodes().filter(|n| n.ready).map(|n| n.name.name.as_str());
-        if !matches!(tracker.programmed(&route.name, required, ready), Programmed::InForce { .. }) {
+        for name in route.parents.iter().filter_map(|p| p.compiled.as_ref()) {
+            self.observe_compiled(current, name);
+        }
+    }
+
+    fn observe_compiled(&self, current: &Published, name: &Name) {
+        let Some((generation, required, changed)) = current.since.get(name).copied() else { return };
+        if !matches!(programmed(self, current, name), Some(Programmed::InForce { .. })) {
             return;
         }
-        drop(tracker);
         let mut seen = self.observed.lock().expect("no holder panics");
-        if seen.insert(route.name.clone(), (generation, required)) != Some((generation, required)) {
-            let took = published.elapsed();
-            self.acknowledge_ms.lock().expect("no holder panics").push(took);
-            tracing::info!(route = %route.name, generation, ms = took.as_millis() as u64, "in force everywhere");
+        if seen.insert(name.clone(), (generation, required)) != Some((generation, required)) {
+            let ms = changed.elapsed().as_millis();
+            tracing::info!(route = %name, generation, ms, "in force everywhere");
         }
     }
 }

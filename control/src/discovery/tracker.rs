@@ -63,6 +63,18 @@ impl Tracker {
         }
     }
 
+    /// Whether all agents of `ready` nodes and the sidecars there have this revision; `None` if no node is ready. A
+    /// sidecar that has nothing in force yet does not count: it will begin with what is newest.
+    pub fn everybody_has<'a>(&self, revision: Revision, ready: impl IntoIterator<Item = &'a str>) -> Option<bool> {
+        let mut nodes = ready.into_iter().peekable();
+        nodes.peek()?;
+        let has = |state: &NodeState| {
+            let mut live = state.holders.iter().filter(|h| h.revision > Revision(0));
+            state.connected && state.revision >= revision && live.all(|h| h.revision >= revision)
+        };
+        Some(nodes.all(|node| self.nodes.get(node).is_some_and(has)))
+    }
+
     /// State of a route that `required` was the first snapshot to carry. `ready` are the nodes whose lease is live.
     pub fn programmed<'a>(
         &self,
@@ -126,6 +138,20 @@ mod tests {
         t.nodes.insert("b".into(), node(6, vec![holder("ns/s", 4, &["r"])]));
         assert_eq!(ask(&t, &["a", "b"]), Programmed::Waiting { missing: vec!["pod ns/s".into()] });
         assert_eq!(ask(&t, &["a", "never-seen"]), Programmed::Waiting { missing: vec!["node never-seen".into()] });
+    }
+
+    #[test]
+    fn everybody_is_the_agents_of_ready_nodes_and_their_sidecars() {
+        let mut t = Tracker::default();
+        t.nodes.insert("a".into(), node(5, vec![holder("ns/p", 5, &["r"]), holder("ns/starting", 0, &[])]));
+        t.nodes.insert("b".into(), node(6, vec![holder("ns/q", 4, &["other"])]));
+        let ask = |ready: &[&'static str]| t.everybody_has(Revision(5), ready.iter().copied());
+        assert_eq!(ask(&[]), None);
+        assert_eq!(ask(&["a"]), Some(true));
+        assert_eq!(ask(&["a", "b"]), Some(false), "a sidecar of b is behind");
+        assert_eq!(ask(&["a", "never-seen"]), Some(false));
+        t.nodes.get_mut("a").expect("known").connected = false;
+        assert_eq!(t.everybody_has(Revision(5), ["a"]), Some(false));
     }
 
     #[test]

@@ -1,31 +1,27 @@
 //! Sums of what the sidecars count, per route and backend: PURE. Reports are cumulative since the reporter's start; its
-//! epoch names that start, so a restart neither loses nor doubles anything, and a reporter that is gone keeps its part.
+//! epoch names that start, so a restart neither loses nor doubles anything, and a reporter that is gone keeps its part
+//! in the sums. What an agent no longer reports is forgotten: its reports are always whole.
 
 use sluice_model::Name;
-use sluice_wire::v1;
+use sluice_wire::{traffic::Row, v1};
 use std::collections::{BTreeMap, HashMap};
 
 /// Series (reporter, its start, route, backend) whose last counts are remembered; further ones are not counted.
 const MAX_SERIES: usize = 100_000;
-
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Row {
-    pub route: String,
-    pub backend: String,
-    pub requests: u64,
-    pub failures: u64,
-    pub connections: u64,
-    pub latency_us_sum: u64,
-}
 
 type Pair = (Name, Name);
 
 pub struct Traffic {
     max_series: usize,
     sums: BTreeMap<Pair, Row>,
-    /// Last report of each (reporter, its epoch, route, backend).
-    last: HashMap<(String, String, Pair), v1::RouteCounters>,
+    /// Of each agent: the epoch of its last report, and what that said of each (reporter, route, backend).
+    last: HashMap<String, Agent>,
+}
+
+#[derive(Default)]
+struct Agent {
+    epoch: String,
+    series: HashMap<(String, Pair), v1::RouteCounters>,
 }
 
 impl Default for Traffic {
@@ -35,16 +31,20 @@ impl Default for Traffic {
 }
 
 impl Traffic {
-    pub fn take(&mut self, report: &v1::Metrics) {
+    /// Takes the report of a node's agent.
+    pub fn take(&mut self, node: &str, report: &v1::Metrics) {
+        let others: usize = self.last.iter().filter(|(n, _)| *n != node).map(|(_, a)| a.series.len()).sum();
+        let mut old = self.last.remove(node).filter(|a| a.epoch == report.epoch).unwrap_or_default();
+        let mut series = HashMap::with_capacity(report.routes.len());
         for c in &report.routes {
             let pair = (name(&c.route), name(&c.backend));
             let reporter = c.reporter.clone().map(|r| r.uid).unwrap_or_default();
-            let series = (reporter, report.epoch.clone(), pair.clone());
-            let before = self.last.get(&series);
+            let before = old.series.remove(&(reporter.clone(), pair.clone()));
             // A series without its last report would be added whole each time: rather not counted than counted twice.
-            if before.is_none() && self.last.len() >= self.max_series {
+            if before.is_none() && others + series.len() + old.series.len() >= self.max_series {
                 continue;
             }
+            let before = before.as_ref();
             let grown = |f: fn(&v1::RouteCounters) -> u64| f(c).saturating_sub(before.map_or(0, f));
             let row = self.sums.entry(pair.clone()).or_insert_with(|| Row {
                 route: pair.0.to_string(),
@@ -55,8 +55,9 @@ impl Traffic {
             row.failures += grown(|c| c.failures);
             row.connections += grown(|c| c.connections);
             row.latency_us_sum += grown(|c| c.latency_us_sum);
-            self.last.insert(series, c.clone());
+            series.insert((reporter, pair), c.clone());
         }
+        self.last.insert(node.to_owned(), Agent { epoch: report.epoch.clone(), series });
     }
 
     pub fn rows(&self) -> Vec<Row> {
@@ -88,10 +89,10 @@ mod tests {
             ("1", "a", 10, 10),
             ("1", "a", 15, 15),
             ("2", "a", 3, 18),
-            ("1", "b", 7, 25),
-            ("2", "a", 4, 26),
+            ("2", "b", 7, 25),
+            ("2", "b", 8, 26),
         ] {
-            t.take(&report(epoch, pod, requests));
+            t.take("n", &report(epoch, pod, requests));
             assert_eq!(t.rows()[0].requests, sum);
         }
     }
@@ -99,9 +100,18 @@ mod tests {
     #[test]
     fn beyond_the_bound_nothing_is_counted_twice() {
         let mut t = Traffic { max_series: 1, ..Traffic::default() };
-        for (pod, requests) in [("a", 10), ("b", 7), ("b", 7), ("a", 12), ("b", 9)] {
-            t.take(&report("1", pod, requests));
+        for (node, pod, requests) in [("n", "a", 10), ("m", "b", 7), ("m", "b", 7), ("n", "a", 12), ("m", "b", 9)] {
+            t.take(node, &report("1", pod, requests));
         }
         assert_eq!(t.rows()[0].requests, 12);
+    }
+
+    #[test]
+    fn pods_that_go_make_room_for_those_that_come() {
+        let mut t = Traffic { max_series: 2, ..Traffic::default() };
+        for i in 0..10 {
+            t.take("n", &report("1", &format!("pod-{i}"), 1));
+        }
+        assert_eq!(t.rows()[0].requests, 10);
     }
 }

@@ -13,8 +13,8 @@ use redb::{Builder, Database, ReadableDatabase, ReadableTable, StorageBackend, T
 use tokio::sync::{mpsc, oneshot};
 
 use super::hub::{Hub, Watch};
-use super::writer::{Request, Writer};
-use super::{Event, KeyValue, ListQuery, Listing, MAX_VALUE_BYTES, Op, Store, StoreError, Txn, TxnOutcome};
+use super::writer::{Commits, Request, Writer};
+use super::{Counters, Event, KeyValue, ListQuery, Listing, MAX_VALUE_BYTES, Op, Store, StoreError, Txn, TxnOutcome};
 
 pub(super) const VERSIONS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("versions");
 pub(super) const LOG: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("log");
@@ -182,11 +182,13 @@ impl Reader {
         until: u64,
         limit: usize,
     ) -> Result<(Vec<Arc<Event>>, u64), StoreError> {
-        let compacted = self.meta(META_COMPACTED)?;
+        let read = tried!("read of the log", self.db.begin_read());
+        // In the same view of the database as the log: what was compacted in it was also pruned in it at most so far.
+        let meta = tried!("read of the log", read.open_table(META));
+        let compacted = tried!("read of the log", meta.get(META_COMPACTED)).map_or(0, |guard| guard.value());
         if after < compacted {
             return Err(StoreError::Compacted { requested: after, compacted });
         }
-        let read = tried!("read of the log", self.db.begin_read());
         let log = tried!("read of the log", read.open_table(LOG));
         let versions = tried!("read of the log", read.open_table(VERSIONS));
         let (mut events, mut position) = (Vec::new(), after);
@@ -204,11 +206,6 @@ impl Reader {
                 let before = if previous == 0 { None } else { read_version(&versions, &key, previous)? };
                 events.push(Arc::new(Event::new(key, now, before, revision)));
             }
-        }
-        // The snapshot may be younger than a compaction that removed what was just read over.
-        let compacted = self.meta(META_COMPACTED)?;
-        if after < compacted && events.is_empty() {
-            return Err(StoreError::Compacted { requested: after, compacted });
         }
         Ok((events, until))
     }
@@ -268,6 +265,7 @@ pub struct EmbeddedStore {
     epoch: String,
     reader: Reader,
     hub: Arc<Hub>,
+    commits: Arc<Commits>,
     queue: Option<mpsc::Sender<Request>>,
     writer: Option<std::thread::JoinHandle<()>>,
 }
@@ -290,10 +288,11 @@ impl EmbeddedStore {
         let reader = Reader { db: Arc::new(db) };
         let hub = Arc::new(Hub::at(reader.meta(META_REVISION)?));
         let (queue, requests) = mpsc::channel(QUEUE);
-        let writer = Writer::new(reader.db.clone(), hub.clone(), reader.meta(META_COMPACTED)?);
+        let commits = Commits::new();
+        let writer = Writer::new(reader.db.clone(), hub.clone(), commits.clone(), reader.meta(META_COMPACTED)?);
         let spawned = std::thread::Builder::new().name("store-writer".to_owned()).spawn(move || writer.run(requests));
         let writer = spawned.map_err(|e| StoreError::Engine { operation: "start", cause: e.to_string() })?;
-        Ok(EmbeddedStore { epoch, reader, hub, queue: Some(queue), writer: Some(writer) })
+        Ok(EmbeddedStore { epoch, reader, hub, commits, queue: Some(queue), writer: Some(writer) })
     }
 
     async fn send<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, StoreError> {
@@ -373,6 +372,15 @@ impl Store for EmbeddedStore {
             return Err(StoreError::Future { requested: after_revision, current });
         }
         Ok(self.hub.subscribe(prefix, after_revision, self.reader.clone()))
+    }
+
+    async fn failed(&self) {
+        self.queue.as_ref().expect("the queue lives as long as the store").closed().await;
+    }
+
+    fn counters(&self) -> Counters {
+        let watches = u64::try_from(self.hub.watchers()).unwrap_or(u64::MAX);
+        Counters { watches, commits: self.commits.histogram() }
     }
 
     fn request_progress(&self) {

@@ -5,7 +5,7 @@
 //! lock, so nothing falls between the two and nothing comes twice.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::mpsc;
@@ -13,8 +13,11 @@ use tokio::sync::mpsc;
 use super::embedded::Reader;
 use super::{Event, StoreError, WatchItem};
 
-/// Changes a watcher may be behind before it is cut off. Only pointers are buffered; the events are shared.
+/// Changes a watcher may be behind before it is cut off. Pointers are buffered, the events are shared; but the slowest
+/// watcher keeps them all alive, hence the bound on their bytes, too.
 const BUFFER_EVENTS: usize = 32_768;
+/// Bytes of values, old and new, that a watcher may be behind.
+const BUFFER_BYTES: usize = 64 << 20;
 /// Events read from the log at once when a watch starts in the past.
 const LOG_CHUNK: usize = 1_000;
 
@@ -35,11 +38,25 @@ struct Subscriber {
     prefix: String,
     sender: mpsc::Sender<WatchItem>,
     lagged: Arc<AtomicBool>,
+    /// Bytes of what is in the buffer.
+    behind: Arc<AtomicUsize>,
+}
+
+fn size(item: &WatchItem) -> usize {
+    let WatchItem::Event(event) = item else { return 0 };
+    event.value.as_ref().map_or(0, |v| v.len()) + event.previous.as_ref().map_or(0, |v| v.len())
 }
 
 impl Subscriber {
     /// False when the watcher is gone or must go.
     fn send(&self, item: WatchItem) -> bool {
+        let size = size(&item);
+        let before = self.behind.fetch_add(size, Ordering::AcqRel);
+        // One event, however large, is always taken.
+        if before > 0 && before + size > BUFFER_BYTES {
+            self.lagged.store(true, Ordering::Release);
+            return false;
+        }
         match self.sender.try_send(item) {
             Ok(()) => true,
             Err(mpsc::error::TrySendError::Full(_)) => {
@@ -81,16 +98,33 @@ impl Hub {
         inner.subscribers.retain(|subscriber| !subscriber.sender.is_closed() && subscriber.send(item.clone()));
     }
 
+    /// How many watchers there are.
+    pub(super) fn watchers(&self) -> usize {
+        self.lock().subscribers.iter().filter(|subscriber| !subscriber.sender.is_closed()).count()
+    }
+
     /// Starts a watch of changes after `after`; what is already published is read from the log.
     pub(super) fn subscribe(&self, prefix: &str, after: u64, reader: Reader) -> Watch {
         let (sender, receiver) = mpsc::channel(BUFFER_EVENTS);
-        let lagged = Arc::new(AtomicBool::new(false));
+        let (lagged, behind) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let mut inner = self.lock();
-        inner.subscribers.push(Subscriber { prefix: prefix.to_owned(), sender, lagged: lagged.clone() });
+        let subscriber =
+            Subscriber { prefix: prefix.to_owned(), sender, lagged: lagged.clone(), behind: behind.clone() };
+        inner.subscribers.push(subscriber);
         let replay_until = inner.published;
         drop(inner);
         let prefix = prefix.to_owned();
-        Watch { prefix, reader, position: after, replay_until, replay: VecDeque::new(), receiver, lagged, done: false }
+        Watch {
+            prefix,
+            reader,
+            position: after,
+            replay_until,
+            replay: VecDeque::new(),
+            receiver,
+            lagged,
+            behind,
+            done: false,
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
@@ -111,6 +145,7 @@ pub struct Watch {
     replay: VecDeque<Arc<Event>>,
     receiver: mpsc::Receiver<WatchItem>,
     lagged: Arc<AtomicBool>,
+    behind: Arc<AtomicUsize>,
     done: bool,
 }
 
@@ -132,7 +167,9 @@ impl Watch {
                 return Some(Err(error));
             }
         }
-        match self.receiver.recv().await {
+        let received = self.receiver.recv().await;
+        self.behind.fetch_sub(received.as_ref().map_or(0, size), Ordering::AcqRel);
+        match received {
             Some(WatchItem::Event(event)) if event.revision <= self.replay_until => Box::pin(self.next()).await,
             Some(item) => Some(Ok(item)),
             None => {

@@ -10,10 +10,13 @@ mod hub;
 mod writer;
 
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde_json::Value;
+
+use crate::histogram::Histogram;
 
 pub use embedded::EmbeddedStore;
 pub use hub::Watch;
@@ -209,6 +212,8 @@ pub struct Event {
     pub previous: Option<Bytes>,
     /// Revision of the change.
     pub revision: u64,
+    /// When it was made, or read from the log by a watch that starts in the past.
+    pub at: Instant,
     decoded: OnceLock<Option<Arc<Value>>>,
     decoded_previous: OnceLock<Option<Arc<Value>>>,
 }
@@ -216,7 +221,7 @@ pub struct Event {
 impl Event {
     fn new(key: String, value: Option<Bytes>, previous: Option<Bytes>, revision: u64) -> Self {
         let (decoded, decoded_previous) = (OnceLock::new(), OnceLock::new());
-        Event { key, value, previous, revision, decoded, decoded_previous }
+        Event { key, value, previous, revision, at: Instant::now(), decoded, decoded_previous }
     }
 
     /// The new value as JSON, parsed once for all watchers.
@@ -243,6 +248,15 @@ pub enum WatchItem {
     Progress(u64),
 }
 
+/// What a store counts, as of now.
+#[derive(Debug, Clone)]
+pub struct Counters {
+    /// Running watches.
+    pub watches: u64,
+    /// How long commits took; one may carry many transactions.
+    pub commits: Histogram,
+}
+
 /// A revisioned key-value store.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
@@ -263,6 +277,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// All changes after `revision` of keys that begin with `prefix`, in order.
     async fn watch(&self, prefix: &str, after_revision: u64) -> Result<Watch, StoreError>;
+
+    /// What it has counted.
+    fn counters(&self) -> Counters;
+
+    /// Comes when the store takes no writes any more: the process should end and start anew.
+    async fn failed(&self);
 
     /// Asks for a [`WatchItem::Progress`] on every watch.
     fn request_progress(&self);

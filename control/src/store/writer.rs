@@ -4,7 +4,7 @@
 //! It also deletes what has outlived its time to live and forgets old history, in small portions between groups.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -17,6 +17,7 @@ use super::embedded::{
 };
 use super::hub::Hub;
 use super::{Event, Op, StoreError, Txn, TxnOutcome};
+use crate::histogram::Histogram;
 
 /// Most transactions that share one sync: bounds the latency of the first.
 const GROUP: usize = 512;
@@ -32,6 +33,29 @@ const PRUNE_CHUNK: usize = 2_000;
 /// Keys expired per portion.
 const EXPIRE_CHUNK: usize = 1_000;
 
+/// Upper bounds of a commit's duration, in seconds: from a sync that a cache takes to a disk that is in trouble.
+const COMMIT_BUCKETS_S: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+/// How long commits took.
+#[derive(Debug)]
+pub(super) struct Commits(Mutex<Histogram>);
+
+impl Commits {
+    /// None yet.
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Commits(Mutex::new(Histogram::new(COMMIT_BUCKETS_S))))
+    }
+
+    /// As of now.
+    pub(super) fn histogram(&self) -> Histogram {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn observe(&self, took: Duration) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).observe(took);
+    }
+}
+
 /// What the writer is asked.
 pub(super) enum Request {
     /// A transaction.
@@ -46,6 +70,7 @@ type Answer = (oneshot::Sender<Result<TxnOutcome, StoreError>>, TxnOutcome);
 pub(super) struct Writer {
     db: Arc<Database>,
     hub: Arc<Hub>,
+    commits: Arc<Commits>,
     compacted: u64,
     /// There may be log records at or before `compacted`.
     pruning: bool,
@@ -55,8 +80,8 @@ pub(super) struct Writer {
 
 impl Writer {
     /// A writer over an opened database.
-    pub(super) fn new(db: Arc<Database>, hub: Arc<Hub>, compacted: u64) -> Self {
-        Writer { db, hub, compacted, pruning: compacted > 0, samples: VecDeque::new() }
+    pub(super) fn new(db: Arc<Database>, hub: Arc<Hub>, commits: Arc<Commits>, compacted: u64) -> Self {
+        Writer { db, hub, commits, compacted, pruning: compacted > 0, samples: VecDeque::new() }
     }
 
     /// Works until every sender is gone.
@@ -71,7 +96,13 @@ impl Writer {
                 runtime.block_on(async { tokio::time::timeout(wait, requests.recv_many(&mut group, GROUP)).await });
             match received {
                 Ok(0) => return,
-                Ok(_) => self.handle(group),
+                Ok(_) => {
+                    if let Err(error) = self.handle(group) {
+                        // The engine answers nothing more after a failed write; the next start reads what was synced.
+                        tracing::error!(%error, "the store cannot be written, no more writes are taken");
+                        return;
+                    }
+                }
                 Err(_) => {}
             }
             if Instant::now() >= due {
@@ -81,7 +112,8 @@ impl Writer {
         }
     }
 
-    fn handle(&mut self, group: Vec<Request>) {
+    /// The engine's error, if it failed; every request has its answer in any case.
+    fn handle(&mut self, group: Vec<Request>) -> Result<(), StoreError> {
         let mut txns = Vec::with_capacity(group.len());
         for request in group {
             match request {
@@ -93,17 +125,22 @@ impl Writer {
             }
         }
         if txns.is_empty() {
-            return;
+            return Ok(());
         }
         let (requests, answers): (Vec<Txn>, Vec<_>) = txns.into_iter().unzip();
         match self.commit(&requests) {
             Ok(outcomes) => answers.into_iter().zip(outcomes).for_each(reply),
-            Err(error) => answers.into_iter().for_each(|answer| drop(answer.send(Err(error.clone())))),
+            Err(error) => {
+                answers.into_iter().for_each(|answer| drop(answer.send(Err(error.clone()))));
+                return if matches!(error, StoreError::Engine { .. }) { Err(error) } else { Ok(()) };
+            }
         }
+        Ok(())
     }
 
     /// Applies the transactions in order, commits once, publishes.
     fn commit(&mut self, txns: &[Txn]) -> Result<Vec<TxnOutcome>, StoreError> {
+        let began = Instant::now();
         let write = tried!("write", self.db.begin_write());
         let mut events = Vec::new();
         let mut outcomes = Vec::with_capacity(txns.len());
@@ -123,6 +160,7 @@ impl Writer {
             tried!("write", write.abort());
         } else {
             tried!("commit", write.commit());
+            self.commits.observe(began.elapsed());
             self.hub.publish(revision, &events);
         }
         Ok(outcomes)

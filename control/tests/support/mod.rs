@@ -16,6 +16,7 @@ use sluice_control::api::client::{Client, Object};
 use sluice_control::api::kinds;
 use sluice_control::api::registry::{Context, DeleteOptions};
 use sluice_control::api::value::{rfc3339, rfc3339_micro};
+use sluice_control::ca::PassphraseFile;
 use sluice_control::service::{Config, Service};
 use tokio_util::sync::CancellationToken;
 
@@ -33,7 +34,11 @@ pub struct Ran {
 
 impl Cluster {
     pub async fn start() -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
+        Self::start_again(tempfile::tempdir().expect("a directory")).await
+    }
+
+    /// On a directory that another service has used.
+    pub async fn start_again(dir: tempfile::TempDir) -> Self {
         let service = start_in(dir.path().to_owned()).await;
         Cluster { service, dir, agents: Vec::new() }
     }
@@ -106,16 +111,19 @@ impl Cluster {
         self.agents[index].cancel();
     }
 
-    pub async fn stop(self) {
+    /// Its directory stays as long as what this returns.
+    pub async fn stop(self) -> tempfile::TempDir {
         for agent in &self.agents {
             agent.cancel();
         }
         self.service.stop().await;
+        self.dir
     }
 }
 
 pub async fn start_in(data_dir: PathBuf) -> Service {
     let config = Config {
+        ca_passphrase: PassphraseFile { path: data_dir.join("ca-passphrase"), make: true },
         data_dir,
         listen: "127.0.0.1:0".parse().expect("an address"),
         advertise_url: None,

@@ -70,11 +70,8 @@ pub(super) fn plan(
     let is_new = |set: &Arc<ReplicaSet>| new.as_ref().is_some_and(|new| new.uid() == set.uid());
     let old: Vec<Arc<ReplicaSet>> = sets.iter().filter(|set| !is_new(set)).cloned().collect();
     let highest = old.iter().map(|set| revision(&set.metadata)).max().unwrap_or(0);
-    let step = if deployment.deleting() {
-        Step::Nothing
-    } else {
-        next_step(deployment, &spec, limits, new.as_ref(), &old, highest, running)
-    };
+    let state = State { deployment, spec: &spec, limits, new: new.as_ref(), old: &old, highest, running };
+    let step = if deployment.deleting() { Step::Nothing } else { next_step(&state) };
     let created_now = matches!(step, Step::Create(_));
     let (status, again_after) = conditions::status(deployment, limits, new.as_deref(), &sets, created_now, now);
     let mine = new.as_ref().map_or(highest + 1, |new| revision(&new.metadata).max(highest + 1));
@@ -82,15 +79,21 @@ pub(super) fn plan(
     Plan { step, status, again_after, revision: known.then_some(mine) }
 }
 
-fn next_step(
-    deployment: &Deployment,
-    spec: &DeploymentSpec,
+/// What a step is decided by.
+struct State<'a> {
+    deployment: &'a Deployment,
+    spec: &'a DeploymentSpec,
     limits: Limits,
-    new: Option<&Arc<ReplicaSet>>,
-    old: &[Arc<ReplicaSet>],
+    /// The set of the present template, if it is there.
+    new: Option<&'a Arc<ReplicaSet>>,
+    old: &'a [Arc<ReplicaSet>],
+    /// Revision of the newest old set.
     highest: i64,
-    running: &dyn Fn(&ReplicaSet) -> usize,
-) -> Step {
+    running: &'a dyn Fn(&ReplicaSet) -> usize,
+}
+
+fn next_step(state: &State<'_>) -> Step {
+    let State { deployment, spec, limits, new, old, highest, .. } = *state;
     let all: Vec<Arc<ReplicaSet>> = old.iter().chain(new).cloned().collect();
     if let Some(new) = new.filter(|_| spec.paused != Some(true)) {
         let change = annotate(deployment, new, limits, (highest + 1).max(revision(&new.metadata)));
@@ -104,7 +107,7 @@ fn next_step(
     }
     let recreate = spec.strategy.as_ref().is_some_and(|strategy| strategy.type_.as_deref() == Some("Recreate"));
     if recreate {
-        return recreate_step(deployment, spec, limits, new, old, highest, running);
+        return recreate_step(state);
     }
     let Some(new) = new else {
         let replicas = new_replicas(0, total(old), limits);
@@ -119,15 +122,8 @@ fn next_step(
 }
 
 /// All old pods must be gone before the first new one.
-fn recreate_step(
-    deployment: &Deployment,
-    spec: &DeploymentSpec,
-    limits: Limits,
-    new: Option<&Arc<ReplicaSet>>,
-    old: &[Arc<ReplicaSet>],
-    highest: i64,
-    running: &dyn Fn(&ReplicaSet) -> usize,
-) -> Step {
+fn recreate_step(state: &State<'_>) -> Step {
+    let State { deployment, spec, limits, new, old, highest, running } = *state;
     let down: Vec<_> = old.iter().filter(|set| replicas(set) > 0).map(|set| (set.clone(), scaled(0, limits))).collect();
     if !down.is_empty() {
         return Step::Change(down);
