@@ -16,7 +16,7 @@ use std::{
     io::Write,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     rc::Rc,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -129,8 +129,10 @@ impl App {
         .with_context(|| format!("listen on port {port}"))
     }
 
+    /// The line ends with the time, in milliseconds since 1970.
     fn note(&self, number: u64, id: &str, what: &str) {
-        let line = format!("{number} {id} {what}\n");
+        let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
+        let line = format!("{number} {id} {what} {at_ms}\n");
         if !self.args.quiet {
             // A closed stdout must not stop the server.
             let _ = std::io::stdout().write_all(line.as_bytes());
@@ -223,6 +225,9 @@ fn json(status: StatusCode, body: String) -> Answer {
 
 fn health(app: &App) -> Answer {
     let unready = app.state.borrow().faults.unready;
+    if unready {
+        app.note(0, "-", "unready");
+    }
     let status = if unready { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
     json(status, format!("{{\"ready\":{}}}", !unready))
 }

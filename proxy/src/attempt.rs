@@ -3,8 +3,10 @@
 
 use crate::{
     body::{Outgoing, empty},
+    headers::Needs,
     live::LiveCluster,
     metrics::add,
+    multiplex,
     reason::{self, Reason},
     upstream::{ConnectError, InFlight, Sender, Upstream},
     worker::Worker,
@@ -15,14 +17,16 @@ use hyper::body::{Body, Incoming};
 use sluice_traffic::balance;
 use std::{rc::Rc, time::Instant};
 
-/// Endpoints tried for one request before it is given up.
+/// Endpoints tried for one request before it is given up, and connections that it may find closed before it was sent.
 const MAX_ATTEMPTS: u32 = 3;
+
 /// The answer, and the connection it came by. Tries other endpoints, and once another connection, where that cannot
 /// make a request count twice.
 pub async fn send(
     worker: &Rc<Worker>,
     cluster: &Rc<LiveCluster>,
     request: Request<Incoming>,
+    needs: Needs,
     in_flight: &mut InFlight,
     inbound: bool,
 ) -> Result<(Response<Incoming>, Sender), Reason> {
@@ -33,7 +37,7 @@ pub async fn send(
     let http2 = request.version() == Version::HTTP_2;
     let mut request = request.map(Either::Left);
     let repeatable = empty_body && request.method().is_idempotent();
-    let mut tries = Tries { repeatable, http2, ..Tries::default() };
+    let mut tries = Tries { repeatable, http2, shareable: needs == Needs::Stream, ..Tries::default() };
     loop {
         let Some(at) = tries.pick(cluster, worker) else { return Err(tries.failure) };
         let upstream = &cluster.endpoints[at];
@@ -49,19 +53,27 @@ pub async fn send(
         };
         let spare = empty_body.then(|| copy_head(&request));
         match sender.try_send(request).await {
-            Ok(response) => match spare {
-                Some(spare) if tries.says_again(&response) && tries.another_endpoint(at, cluster, worker) => {
-                    request = spare;
+            Ok(mut response) => {
+                // Only the endpoint's own sidecar may say why it answered: an app could have it from anywhere.
+                if inbound || upstream.endpoint.identity.is_none() {
+                    response.headers_mut().remove(reason::HEADER);
                 }
-                _ => return Ok((response, sender)),
-            },
+                match spare {
+                    Some(spare) if tries.says_again(&response) && tries.another_endpoint(at, cluster, worker) => {
+                        request = spare;
+                    }
+                    _ => return Ok((response, sender)),
+                }
+            }
             Err(mut failed) => {
                 let unsent = failed.take_message();
                 tracing::debug!(error = %failed.error(), reused, "request failed");
+                upstream.failed(&sender, failed.error());
                 let malformed = failed.error().is_parse();
-                let again = unsent.or(spare.filter(|_| tries.repeatable && !malformed));
                 let reason = if malformed { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
-                request = again.filter(|_| tries.another_connection(at, cluster, worker)).ok_or(reason)?;
+                let untouched = unsent.is_some() || multiplex::unprocessed(failed.error());
+                let again = unsent.or(spare.filter(|_| untouched || tries.repeatable && !malformed));
+                request = again.filter(|_| tries.another_connection(untouched, at, cluster, worker)).ok_or(reason)?;
             }
         }
     }
@@ -73,6 +85,8 @@ struct Tries {
     /// (RFC 9110 §9.2.2). A server that is ending resets what waits in its backlog, so fresh connections break, too.
     repeatable: bool,
     http2: bool,
+    /// Other requests may be on its connection.
+    shareable: bool,
     /// Endpoints not to try again, by index; those past 63 are not remembered.
     tried: u64,
     attempts: u32,
@@ -83,7 +97,15 @@ struct Tries {
 
 impl Default for Tries {
     fn default() -> Self {
-        Self { repeatable: false, http2: false, tried: 0, attempts: 0, fresh: false, failure: Reason::NoEndpoints }
+        Self {
+            repeatable: false,
+            http2: false,
+            shareable: false,
+            tried: 0,
+            attempts: 0,
+            fresh: false,
+            failure: Reason::NoEndpoints,
+        }
     }
 }
 
@@ -98,16 +120,22 @@ impl Tries {
         balance::pick(endpoints.len(), random, |i| endpoints[i].in_flight.get(), untried)
     }
 
-    async fn connection(&self, upstream: &Upstream, worker: &Worker) -> Result<(Sender, bool), ConnectError> {
+    async fn connection(&self, upstream: &Rc<Upstream>, worker: &Rc<Worker>) -> Result<(Sender, bool), ConnectError> {
+        if self.shareable
+            && let Some(got) = upstream.mesh(worker).await?
+        {
+            return Ok(got);
+        }
         if self.http2 {
-            return upstream.http2(worker, self.fresh).await;
+            return upstream.http2(worker).await;
         }
         if !self.fresh
             && let Some(sender) = upstream.take_idle(self.repeatable, Instant::now())
         {
             return Ok((Sender::Http1(sender), true));
         }
-        Ok((Sender::Http1(upstream.connect_http1(worker).await?), false))
+        // Apart: rare, and large, and each connection holds room for the request that it serves.
+        Ok((Sender::Http1(Box::pin(upstream.connect_http1(worker)).await?), false))
     }
 
     fn next_endpoint(&mut self, at: usize, worker: &Worker) {
@@ -122,13 +150,19 @@ impl Tries {
         self.pick(cluster, worker).is_some()
     }
 
-    /// Whether a fresh connection may be tried: once, and to another endpoint where there is one.
-    fn another_connection(&mut self, at: usize, cluster: &LiveCluster, worker: &Worker) -> bool {
+    /// Whether a fresh connection may be tried, to another endpoint where there is one: once, and more often while
+    /// the request certainly did not count.
+    fn another_connection(&mut self, untouched: bool, at: usize, cluster: &LiveCluster, worker: &Worker) -> bool {
         add(&worker.counters.retries, 1);
         if cluster.endpoints.len() > 1 {
             self.tried |= 1u64.checked_shl(at as u32).unwrap_or(0);
         }
-        !std::mem::replace(&mut self.fresh, true)
+        let first = !std::mem::replace(&mut self.fresh, true);
+        if untouched {
+            self.attempts += 1;
+            return self.attempts < MAX_ATTEMPTS;
+        }
+        first
     }
 
     /// The endpoint's own sidecar made this answer, and what it says allows another try.

@@ -8,6 +8,7 @@ use crate::{
     identity,
     metrics::Scrape,
     status::Status,
+    tls::Tls,
 };
 use sluice_model::{Identity, Snapshot};
 use sluice_wire::{
@@ -30,8 +31,8 @@ const SCRAPE_TIMEOUT: Duration = Duration::from_secs(1);
 pub enum Source {
     /// The agent, at this abstract socket.
     Discovery { socket: String },
-    /// A view that never changes.
-    Static(Snapshot),
+    /// A view that never changes, with certificates from elsewhere: `None` where there is none yet, or never.
+    Static { snapshot: Snapshot, certificate: watch::Receiver<Option<Arc<Tls>>> },
 }
 
 /// The listeners to keep registered with the agent.
@@ -92,17 +93,21 @@ pub async fn run(start: Start) {
     let (to_events, mut events) = mpsc::channel(64);
     let (to_certificates, mut certificates) = mpsc::channel(1);
     let (identity, identity_known) = watch::channel(None);
-    let (hub, todo) = match source {
-        Source::Static(snapshot) => Hub::fixed(workload.clone(), workers, snapshot),
+    let (hub, todo, certificate_expected) = match source {
+        Source::Static { snapshot, certificate } => {
+            let expected = certificate.borrow().is_some();
+            tokio::spawn(identity::pass_on(certificate, to_certificates.clone()));
+            let (hub, todo) = Hub::fixed(workload, workers, snapshot);
+            (hub, todo, expected)
+        }
         Source::Discovery { socket } => {
             tokio::spawn(discovery::run(socket.clone(), to_events.clone()));
             tokio::spawn(identity::run(socket, workload.clone(), identity_known, to_certificates.clone()));
-            (Hub::new(workload, workers), Vec::new())
+            (Hub::new(workload, workers), Vec::new(), true)
         }
     };
     let registered = keep_registered(registration);
     let mut control = Control {
-        certificate_expected: hub.config().generation == 0,
         hub,
         config,
         status,
@@ -111,6 +116,7 @@ pub async fn run(start: Start) {
         metrics_every: METRICS_INTERVAL,
         metrics_epoch: format!("{:016x}", rand::random::<u64>()),
         scraper,
+        certificate_expected,
     };
     control.act(todo);
     let mut ticks = tokio::time::interval(Duration::from_secs(1));

@@ -11,13 +11,31 @@ const HOP_BY_HOP: [HeaderName; 4] = [
     header::UPGRADE,
 ];
 
-/// Makes a request fit for the next hop. True when it asks for a tunnel.
-pub fn prepare_request<B>(request: &mut Request<B>) -> bool {
-    if request.version() == Version::HTTP_2 {
+/// Present on `sluice-h2`: the request came as HTTP/1.1 and leaves as that at the other side; absent: HTTP/2. The name
+/// is the sidecars' own: what an app sends under it goes nowhere.
+const VERSION: HeaderName = HeaderName::from_static("sluice-version");
+
+/// What a request needs of the connection it travels on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// A turn: others may be under way beside it.
+    Stream,
+    /// All of it until the answer's end: HTTP/1.0 knows of nothing else.
+    Connection,
+    /// All of it for good, as a pipe: upgrades and CONNECT.
+    Tunnel,
+}
+
+/// Makes a request fit for the next hop.
+pub fn prepare_request<B>(request: &mut Request<B>) -> Needs {
+    request.headers_mut().remove(VERSION);
+    let connect = request.method() == Method::CONNECT;
+    let version = std::mem::replace(request.version_mut(), Version::HTTP_11);
+    if version == Version::HTTP_2 {
         // Its frames carry what belongs to the connection; nothing of that kind is in the headers.
-        return request.method() == Method::CONNECT;
+        *request.version_mut() = version;
+        return if connect { Needs::Tunnel } else { Needs::Stream };
     }
-    *request.version_mut() = Version::HTTP_11;
     origin_form(request);
     let upgrade = requested_upgrade(request.headers());
     let trailers = request.headers().get(header::TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
@@ -25,12 +43,32 @@ pub fn prepare_request<B>(request: &mut Request<B>) -> bool {
     if request.headers_mut().remove(header::TE).is_some() && trailers {
         request.headers_mut().insert(header::TE, HeaderValue::from_static("trailers"));
     }
-    let tunnel = upgrade.is_some() || request.method() == Method::CONNECT;
     if let Some(upgrade) = upgrade {
         request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         request.headers_mut().insert(header::UPGRADE, upgrade);
+        return Needs::Tunnel;
     }
-    tunnel
+    match version {
+        _ if connect => Needs::Tunnel,
+        Version::HTTP_11 => Needs::Stream,
+        _ => Needs::Connection,
+    }
+}
+
+/// Says for the sidecar at the other side of `sluice-h2` in which version the prepared request came. An HTTP/1.1 request
+/// keeps its target and its `Host` as they are: it has no `:authority`.
+pub fn mark_version<B>(mut request: Request<B>) -> Request<B> {
+    if request.version() == Version::HTTP_11 {
+        request.headers_mut().insert(VERSION, HeaderValue::from_static("1.1"));
+    }
+    request
+}
+
+/// Gives a request that came by `sluice-h2` the version it had before. To be believed only from a sidecar.
+pub fn restore_version<B>(request: &mut Request<B>) {
+    if request.headers_mut().remove(VERSION).is_some_and(|v| v == "1.1") {
+        *request.version_mut() = Version::HTTP_11;
+    }
 }
 
 /// A target with scheme and host, as clients of a proxy send it, becomes a path and a `Host` (RFC 9112 §3.2.2).
@@ -80,15 +118,15 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
 mod tests {
     use super::*;
 
-    fn prepared(method: Method, target: &str, headers: &[(&'static str, &'static str)]) -> (Request<()>, bool) {
+    fn prepared(method: Method, target: &str, headers: &[(&'static str, &'static str)]) -> (Request<()>, Needs) {
         let mut request = Request::new(());
         *request.method_mut() = method;
         *request.uri_mut() = target.parse().expect("a target");
         for (name, value) in headers {
             request.headers_mut().append(*name, HeaderValue::from_static(value));
         }
-        let tunnel = prepare_request(&mut request);
-        (request, tunnel)
+        let needs = prepare_request(&mut request);
+        (request, needs)
     }
 
     #[test]
@@ -103,8 +141,8 @@ mod tests {
             ("upgrade", "h2c"),
             ("te", "gzip"),
         ];
-        let (request, tunnel) = prepared(Method::GET, "/", &all);
-        assert!(!tunnel, "an upgrade that Connection does not name is none");
+        let (request, needs) = prepared(Method::GET, "/", &all);
+        assert_eq!(needs, Needs::Stream, "an upgrade that Connection does not name is none");
         let left: Vec<_> = request.headers().keys().map(HeaderName::as_str).collect();
         assert_eq!(left, ["x-c"]);
     }
@@ -118,9 +156,35 @@ mod tests {
 
     #[test]
     fn upgrades_are_asked_for_again() {
-        let (request, tunnel) = prepared(Method::GET, "/", &[("connection", "Upgrade"), ("upgrade", "websocket")]);
-        assert!(tunnel && request.headers()["connection"] == "upgrade" && request.headers()["upgrade"] == "websocket");
-        assert!(prepared(Method::CONNECT, "a.example:443", &[]).1);
+        let (request, needs) = prepared(Method::GET, "/", &[("connection", "Upgrade"), ("upgrade", "websocket")]);
+        assert_eq!(needs, Needs::Tunnel);
+        assert!(request.headers()["connection"] == "upgrade" && request.headers()["upgrade"] == "websocket");
+        assert_eq!(prepared(Method::CONNECT, "a.example:443", &[]).1, Needs::Tunnel);
+    }
+
+    #[test]
+    fn old_requests_get_a_connection_of_their_own() {
+        let mut request = Request::new(());
+        *request.version_mut() = Version::HTTP_10;
+        assert_eq!(prepare_request(&mut request), Needs::Connection);
+        assert_eq!(request.version(), Version::HTTP_11);
+    }
+
+    #[test]
+    fn the_version_travels_and_nobody_else_can_say_it() {
+        for version in [Version::HTTP_11, Version::HTTP_2] {
+            let mut request = Request::new(());
+            *request.version_mut() = version;
+            for forged in ["1.1", "2"] {
+                request.headers_mut().append(VERSION, HeaderValue::from_static(forged));
+            }
+            prepare_request(&mut request);
+            assert!(!request.headers().contains_key(VERSION));
+            let mut request = mark_version(request);
+            *request.version_mut() = Version::HTTP_2;
+            restore_version(&mut request);
+            assert_eq!((request.version(), request.headers().len()), (version, 0));
+        }
     }
 
     #[test]

@@ -5,26 +5,41 @@ use crate::{
     attempt::send,
     body::Answer,
     drain::Phase,
-    headers::{prepare_request, remove_hop_by_hop},
+    headers::{Needs, prepare_request, remove_hop_by_hop, restore_version},
     live::Choice,
+    multiplex,
     outbound::choose_http,
     reason::{self, Reason},
     tcp,
+    tls::Tls,
     upstream::{InFlight, Sender},
     worker::Worker,
 };
+use futures::future::Either;
 use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use hyper::{
     body::{Body, Incoming},
-    server::conn::{http1, http2},
+    server::conn::http1,
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
-use std::{cell::Cell, convert::Infallible, net::SocketAddr, rc::Rc, time::Instant};
+use std::{
+    cell::Cell,
+    convert::Infallible,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    rc::Rc,
+    sync::Arc,
+    time::Instant,
+};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-/// Most requests of one HTTP/2 connection at a time.
-const MAX_STREAMS: u32 = 1024;
+/// How requests are written on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    Http1,
+    Http2,
+}
 
 /// Where the requests of a connection go.
 pub enum Side {
@@ -32,64 +47,98 @@ pub enum Side {
     Outbound { destination: SocketAddr, target: Cell<(u64, usize)> },
     /// To the app.
     Inbound(Choice),
+    /// To the app, from a peer's sidecar by `sluice-h2`: requests of both versions, on a connection that ends with our
+    /// certificate.
+    Mesh(Choice, Arc<Tls>),
     /// Nowhere: every request is answered with this.
     Refuse(Reason),
 }
 
-/// Serves the requests of one HTTP/1.1 connection until it ends.
-pub async fn serve1<S>(worker: &Rc<Worker>, stream: S, side: Side)
+impl Side {
+    fn inbound(&self) -> bool {
+        matches!(self, Self::Inbound(_) | Self::Mesh(..))
+    }
+}
+
+/// Serves the requests of one connection until it ends. Made by plain functions and not by an async one, which would
+/// hold room for both protocols: there are many connections, most of them idle.
+pub fn serve<S>(worker: &Rc<Worker>, stream: S, side: Side, protocol: Protocol) -> impl Future<Output = ()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let inbound = matches!(side, Side::Inbound(_));
-    let side = Rc::new(side);
-    let service = service_fn(|request| {
+    let (worker, side) = (worker.clone(), Rc::new(side));
+    match protocol {
+        Protocol::Http1 => Either::Left(http1(worker, stream, side)),
+        Protocol::Http2 => Either::Right(Box::pin(http2(worker, stream, side))),
+    }
+}
+
+fn http1<S>(worker: Rc<Worker>, stream: S, side: Rc<Side>) -> impl Future<Output = ()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let ending = ending(worker.clone(), side.clone(), Protocol::Http1);
+    let service = service_fn(move |request| {
+        let (worker, side) = (worker.clone(), side.clone());
+        // Boxed, or the connection would hold room for a request while it serves none.
+        Box::pin(async move { Ok::<_, Infallible>(respond(&worker, &side, request).await) })
+    });
+    let mut builder = http1::Builder::new();
+    builder.half_close(true).auto_date_header(false);
+    let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
+    until_end(connection, ending, |c| c.graceful_shutdown())
+}
+
+fn http2<S>(worker: Rc<Worker>, stream: S, side: Rc<Side>) -> impl Future<Output = ()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let ending = ending(worker.clone(), side.clone(), Protocol::Http2);
+    let mesh = matches!(*side, Side::Mesh(..));
+    let service = service_fn(move |request| {
         let (worker, side) = (worker.clone(), side.clone());
         async move { Ok::<_, Infallible>(respond(&worker, &side, request).await) }
     });
-    let connection = http1::Builder::new()
-        .half_close(true)
-        .auto_date_header(false)
-        .serve_connection(TokioIo::new(stream), service)
-        .with_upgrades();
-    tokio::pin!(connection);
-    if inbound {
-        let mut phase = worker.phase.clone();
-        tokio::select! {
-            biased;
-            _ = connection.as_mut() => return,
-            _ = phase.wait_for(|p| *p >= Phase::ClosingIdle) => connection.as_mut().graceful_shutdown(),
-        }
+    let connection = multiplex::server(mesh).serve_connection(TokioIo::new(stream), service);
+    until_end(connection, ending, |c| c.graceful_shutdown())
+}
+
+/// Serves until the connection ends by itself or, after `ending`, with the requests that are on it.
+async fn until_end<C: Future>(connection: C, ending: impl Future<Output = ()>, close: impl FnOnce(Pin<&mut C>)) {
+    let mut connection = pin!(connection);
+    tokio::select! {
+        biased;
+        // How it ended was seen by the requests on it.
+        _ = connection.as_mut() => return,
+        () = ending => close(connection.as_mut()),
     }
-    // How it ended was seen by the requests on it.
     let _ = connection.await;
 }
 
-/// Serves the requests of one HTTP/2 connection until it ends.
-pub async fn serve2<S>(worker: &Rc<Worker>, stream: S, side: Side)
-where
-    S: AsyncRead + AsyncWrite + Unpin + 'static,
-{
-    let inbound = matches!(side, Side::Inbound(_));
-    let side = Rc::new(side);
-    let service = service_fn(|request| {
-        let (worker, side) = (worker.clone(), side.clone());
-        async move { Ok::<_, Infallible>(respond(&worker, &side, request).await) }
-    });
-    let mut builder = http2::Builder::new(LocalExecutor);
-    builder.auto_date_header(false).max_concurrent_streams(MAX_STREAMS);
-    let connection = builder.serve_connection(TokioIo::new(stream), service);
-    tokio::pin!(connection);
-    if inbound {
-        let mut phase = worker.phase.clone();
-        tokio::select! {
-            biased;
-            _ = connection.as_mut() => return,
-            // GOAWAY says which requests are still served, so it can be sent at once.
-            _ = phase.wait_for(|p| *p >= Phase::Closing) => connection.as_mut().graceful_shutdown(),
-        }
+/// Comes when a connection is to take no more requests; never for the app's own connections, which the app ends.
+async fn ending(worker: Rc<Worker>, side: Rc<Side>, protocol: Protocol) {
+    if !side.inbound() {
+        return std::future::pending().await;
     }
-    let _ = connection.await;
+    let mut phase = worker.phase.clone();
+    let last = match protocol {
+        // GOAWAY says which requests are still served, so it can be sent at once. Not to those who connect after it:
+        // they do not know yet that this endpoint is withdrawn, and would only come again.
+        Protocol::Http2 if !worker.draining() => Phase::Closing,
+        _ => Phase::ClosingIdle,
+    };
+    // A closed channel means that the process ends, too.
+    let drained = async { drop(phase.wait_for(|p| *p >= last).await) };
+    match &*side {
+        Side::Mesh(_, tls) => {
+            tokio::select! {
+                () = drained => {}
+                // The peer connects again and sees the new one.
+                () = worker.replaced(tls) => {}
+            }
+        }
+        _ => drained.await,
+    }
 }
 
 /// Runs what a connection spawns on the worker's own thread.
@@ -102,14 +151,17 @@ impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for LocalExecutor 
     }
 }
 
-async fn respond(worker: &Rc<Worker>, side: &Side, request: Request<Incoming>) -> Response<Answer> {
+async fn respond(worker: &Rc<Worker>, side: &Side, mut request: Request<Incoming>) -> Response<Answer> {
+    let (inbound, http1) = (side.inbound(), request.version() < Version::HTTP_2);
     let choice = match side {
         Side::Outbound { destination, target } => choose_http(worker, *destination, target, &request),
         Side::Inbound(choice) => Ok(choice.clone()),
+        Side::Mesh(choice, _) => {
+            restore_version(&mut request);
+            Ok(choice.clone())
+        }
         Side::Refuse(reason) => Err(*reason),
     };
-    let inbound = matches!(side, Side::Inbound(_));
-    let http1 = request.version() < Version::HTTP_2;
     let mut response = match choice {
         Ok(choice) => forward(worker, choice, request, inbound).await,
         Err(reason) => refuse(worker, reason),
@@ -137,10 +189,10 @@ async fn forward(
     inbound: bool,
 ) -> Response<Answer> {
     let mut in_flight = Box::new(InFlight::new(choice.series, Instant::now()));
-    let tunnel = prepare_request(&mut request);
+    let needs = prepare_request(&mut request);
     // Only tunnels take their end of the connection over; the others need no handle for it.
-    let client = tunnel.then(|| hyper::upgrade::on(&mut request));
-    match send(worker, &choice.cluster, request, &mut in_flight, inbound).await {
+    let client = (needs == Needs::Tunnel).then(|| hyper::upgrade::on(&mut request));
+    match send(worker, &choice.cluster, request, needs, &mut in_flight, inbound).await {
         Err(reason) => {
             in_flight.answered(reason.status().as_u16(), None);
             refuse(worker, reason)
@@ -188,9 +240,10 @@ fn tunnel_through(
 
 fn pass_on(mut response: Response<Incoming>, sender: Sender, mut in_flight: Box<InFlight>) -> Response<Answer> {
     if response.version() < Version::HTTP_2 {
-        *response.version_mut() = Version::HTTP_11;
         remove_hop_by_hop(response.headers_mut());
     }
+    // The client's connection has its own; to HTTP/1 this says that all of 1.1 may be used.
+    *response.version_mut() = Version::HTTP_11;
     in_flight.answered(response.status().as_u16(), Some(sender));
     response.map(|body| {
         if body.is_end_stream() {

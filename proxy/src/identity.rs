@@ -72,6 +72,21 @@ pub async fn run(
     }
 }
 
+/// Reports the certificates that are given from elsewhere, for as long as some are and `events` are read.
+pub async fn pass_on(mut certificate: watch::Receiver<Option<Arc<Tls>>>, events: mpsc::Sender<Event>) {
+    loop {
+        let given = certificate.borrow_and_update().clone();
+        if let Some(tls) = given
+            && events.send(Event::Signed(tls)).await.is_err()
+        {
+            return;
+        }
+        if certificate.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 fn not_offered(error: &SignError) -> bool {
     matches!(error, SignError::Refused(status) if status.code() == tonic::Code::Unimplemented)
 }

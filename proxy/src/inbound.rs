@@ -3,13 +3,14 @@
 //! address, which is how capture knows to let it pass.
 
 use crate::{
-    http::{self, Side},
+    http::{self, Protocol, Side},
     io::{Prefixed, first_bytes},
     live::Choice,
     metrics::add,
     outbound::reset,
     reason::Reason,
     tcp,
+    tls::Offer,
     upstream::connect_tcp,
     worker::Worker,
 };
@@ -33,16 +34,26 @@ pub async fn serve(worker: &Rc<Worker>, mut stream: TcpStream, address: SocketAd
     let (strict, opaque) = (live.config.inbound.strict, live.config.inbound.opaque_ports.contains(&address.port()));
     drop(live);
     match found {
-        Detected::Tls(hello) if meshed(&hello) => mesh(worker, stream, bytes, address, opaque).await,
+        Detected::Tls(hello) if meshed(&hello) => {
+            // Apart, since TLS makes it large, and plain connections need not pay for that.
+            Box::pin(mesh(worker, stream, bytes, address, opaque)).await;
+        }
         Detected::Http1 if strict => {
-            http::serve1(worker, Prefixed::new(bytes, stream), Side::Refuse(Reason::PlainRefused)).await;
+            let refuse = Side::Refuse(Reason::PlainRefused);
+            http::serve(worker, Prefixed::new(bytes, stream), refuse, Protocol::Http1).await;
         }
         _ if strict => {
             worker.counters.refuse(Reason::PlainRefused);
             reset(&stream);
         }
-        Detected::Http1 if !opaque => http::serve1(worker, Prefixed::new(bytes, stream), app(worker, address)).await,
-        Detected::Http2 if !opaque => http::serve2(worker, Prefixed::new(bytes, stream), app(worker, address)).await,
+        Detected::Http1 if !opaque => {
+            let side = Side::Inbound(app(worker, address));
+            http::serve(worker, Prefixed::new(bytes, stream), side, Protocol::Http1).await;
+        }
+        Detected::Http2 if !opaque => {
+            let side = Side::Inbound(app(worker, address));
+            http::serve(worker, Prefixed::new(bytes, stream), side, Protocol::Http2).await;
+        }
         _ => {
             let mut stream = Prefixed::new(bytes, stream);
             if !join(worker, &mut stream, address).await {
@@ -57,8 +68,8 @@ fn meshed(hello: &ClientHello) -> bool {
     hello.offers(ALPN_TCP) || hello.offers(ALPN_H2)
 }
 
-fn app(worker: &Worker, address: SocketAddr) -> Side {
-    Side::Inbound(Choice { cluster: worker.app(address), series: worker.inbound_series(address.port()) })
+fn app(worker: &Worker, address: SocketAddr) -> Choice {
+    Choice { cluster: worker.app(address), series: worker.inbound_series(address.port()) }
 }
 
 async fn mesh(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, address: SocketAddr, opaque: bool) {
@@ -66,7 +77,9 @@ async fn mesh(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, address: Soc
         worker.counters.refuse(Reason::NoCertificate);
         return reset(&stream);
     };
-    let accepting = tls.acceptor().accept(Prefixed::new(bytes, stream));
+    // What is opaque must arrive as it was sent.
+    let offer = if opaque { Offer::Tcp } else { Offer::H2OrTcp };
+    let accepting = tls.acceptor(offer).accept(Prefixed::new(bytes, stream));
     let mut stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, accepting).await {
         Ok(Ok(stream)) => stream,
         failed => {
@@ -78,11 +91,15 @@ async fn mesh(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, address: Soc
         join(worker, &mut stream, address).await;
         return;
     }
+    if stream.get_ref().1.alpn_protocol() == Some(ALPN_H2) {
+        return http::serve(worker, stream, Side::Mesh(app(worker, address), tls), Protocol::Http2).await;
+    }
     let Ok((bytes, found)) = first_bytes(&mut stream, DETECT_PATIENCE).await else { return };
     let mut stream = Prefixed::new(bytes, stream);
+    let side = || Side::Inbound(app(worker, address));
     match found {
-        Detected::Http1 => http::serve1(worker, stream, app(worker, address)).await,
-        Detected::Http2 => http::serve2(worker, stream, app(worker, address)).await,
+        Detected::Http1 => http::serve(worker, stream, side(), Protocol::Http1).await,
+        Detected::Http2 => http::serve(worker, stream, side(), Protocol::Http2).await,
         _ => {
             join(worker, &mut stream, address).await;
         }

@@ -3,6 +3,7 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 use sluice_traffic::detect::{self, Detected};
+use sluice_wire::ALPN_H2;
 use std::{
     io::{self, IoSlice},
     pin::Pin,
@@ -104,6 +105,16 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
 pub enum Wire {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Wire {
+    /// The other side is a sidecar and chose to take requests multiplexed.
+    pub fn is_multiplexed(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(s) => s.get_ref().1.alpn_protocol() == Some(ALPN_H2),
+        }
+    }
 }
 
 /// Runs the same poll on whichever stream it is.

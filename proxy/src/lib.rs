@@ -1,6 +1,6 @@
 //! The sidecar: a meshed pod's inbound and outbound TCP traffic. Workers (`worker`, `inbound`, `outbound`, `http`,
-//! `tcp`, `upstream`) serve it, each on a thread of its own without locks; the control thread (`control`, `hub`,
-//! `discovery`, `identity`, `handover`, `admin`) keeps their tables true.
+//! `tcp`, `upstream`, `multiplex`) serve it, each on a thread of its own without locks; the control thread (`control`,
+//! `hub`, `discovery`, `identity`, `handover`, `admin`) keeps their tables true.
 //!
 //! It decides with `sluice-traffic`, reads `config`, and never talks to the kernel's control side.
 
@@ -22,6 +22,7 @@ pub mod io;
 pub mod listener;
 pub mod live;
 pub mod metrics;
+pub mod multiplex;
 pub mod outbound;
 pub mod reason;
 pub mod run;

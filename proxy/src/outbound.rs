@@ -3,7 +3,7 @@
 
 use crate::{
     config::{Destination, Endpoint},
-    http::{self, Side},
+    http::{self, Protocol, Side},
     io::{Prefixed, first_bytes},
     live::Choice,
     metrics::add,
@@ -42,8 +42,13 @@ pub async fn serve(worker: &Rc<Worker>, stream: TcpStream, destination: SocketAd
     let _dialled = worker.dial(destination);
     match worker.resolve(destination).await {
         Some(Destination::Service(target)) => service(worker, stream, destination, target).await,
-        Some(Destination::Pod(identity)) => pass(worker, stream, destination, Some(identity)).await,
-        Some(Destination::Outside) | None => pass(worker, stream, destination, None).await,
+        // Apart, as `opaque` is: what dials is large, and connections with requests need not pay for it.
+        Some(Destination::Pod(identity)) => Box::pin(pass(worker, stream, destination, Some(identity))).await,
+        None if worker.inside(destination.ip()) => {
+            worker.counters.refuse(Reason::DestinationUnknown);
+            reset(&stream);
+        }
+        Some(Destination::Outside) | None => Box::pin(pass(worker, stream, destination, None)).await,
     }
 }
 
@@ -64,15 +69,15 @@ async fn service(worker: &Rc<Worker>, mut stream: TcpStream, destination: Socket
     let side = Side::Outbound { destination, target: Cell::new((live.config.generation, target)) };
     drop(live);
     match protocol {
-        AppProtocol::Http => http::serve1(worker, Prefixed::new(Bytes::new(), stream), side).await,
-        AppProtocol::Http2 => http::serve2(worker, Prefixed::new(Bytes::new(), stream), side).await,
-        AppProtocol::Tcp => opaque(worker, stream, Bytes::new(), destination).await,
+        AppProtocol::Http => http::serve(worker, Prefixed::new(Bytes::new(), stream), side, Protocol::Http1).await,
+        AppProtocol::Http2 => http::serve(worker, Prefixed::new(Bytes::new(), stream), side, Protocol::Http2).await,
+        AppProtocol::Tcp => Box::pin(opaque(worker, stream, Bytes::new(), destination)).await,
         AppProtocol::Detect => {
             let Ok((bytes, found)) = first_bytes(&mut stream, DETECT_PATIENCE).await else { return };
             match found {
-                Detected::Http1 => http::serve1(worker, Prefixed::new(bytes, stream), side).await,
-                Detected::Http2 => http::serve2(worker, Prefixed::new(bytes, stream), side).await,
-                _ => opaque(worker, stream, bytes, destination).await,
+                Detected::Http1 => http::serve(worker, Prefixed::new(bytes, stream), side, Protocol::Http1).await,
+                Detected::Http2 => http::serve(worker, Prefixed::new(bytes, stream), side, Protocol::Http2).await,
+                _ => Box::pin(opaque(worker, stream, bytes, destination)).await,
             }
         }
     }

@@ -32,10 +32,13 @@ pub enum Reason {
     Loop,
     /// Too many connections.
     Overload,
+    /// An address of the cluster whose meaning did not come in time: it might be a meshed pod's, so nothing is sent to
+    /// it in the clear.
+    DestinationUnknown,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 12] = [
+    pub const ALL: [Reason; 13] = [
         Self::NoEndpoints,
         Self::NoRoute,
         Self::NoBackend,
@@ -48,6 +51,7 @@ impl Reason {
         Self::AppUnreachable,
         Self::Loop,
         Self::Overload,
+        Self::DestinationUnknown,
     ];
     pub const COUNT: usize = Self::ALL.len();
 
@@ -65,6 +69,7 @@ impl Reason {
             Self::AppUnreachable => "app_unreachable",
             Self::Loop => "loop",
             Self::Overload => "overload",
+            Self::DestinationUnknown => "destination_unknown",
         }
     }
 

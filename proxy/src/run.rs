@@ -12,6 +12,7 @@ use crate::{
     worker,
 };
 use anyhow::Context;
+use ipnet::IpNet;
 use sluice_model::Name;
 use sluice_wire::{handover::Role, v1::WorkloadRef};
 use std::{
@@ -49,6 +50,8 @@ pub struct Settings {
     pub workers: usize,
     pub admin: SocketAddr,
     pub drain: Duration,
+    /// Addresses of the cluster: nothing is sent there in the clear before it is known what they are.
+    pub inside: Arc<[IpNet]>,
 }
 
 /// A sidecar that runs.
@@ -91,6 +94,7 @@ impl Running {
                 phase: phase_seen.clone(),
                 scrapes: asked,
                 to_hub: to_hub.clone(),
+                inside: settings.inside.clone(),
             };
             threads.push(thread(&format!("worker-{index}"), move || worker::run(start))?);
         }

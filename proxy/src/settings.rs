@@ -3,16 +3,21 @@
 use crate::{
     control::Source,
     run::{Listen, Settings},
+    tls::Tls,
 };
 use anyhow::Context;
 use clap::Parser;
+use ipnet::IpNet;
+use rustls::pki_types::{PrivateKeyDer, pem::PemObject};
 use sluice_model::Snapshot;
 use sluice_wire::{DISCOVERY_SOCKET, SIDECAR_ADMIN_PORT, SIDECAR_INBOUND_PORT, SIDECAR_OUTBOUND_PORT, handover, v1};
 use std::{
     net::{Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
+use tokio::sync::watch;
 
 /// A pod's sidecar: routes, balances, encrypts and counts its TCP traffic.
 #[derive(Parser, Debug)]
@@ -36,12 +41,18 @@ pub struct Args {
     /// Abstract unix socket of the agent for listeners
     #[arg(long, env = "SLUICE_HANDOVER", default_value = handover::SOCKET)]
     pub handover: String,
+    /// Ranges of the cluster's services and pods: nothing is sent there in the clear before it is known what they are
+    #[arg(long, env = "SLUICE_CLUSTER_RANGES", value_delimiter = ',')]
+    pub cluster_ranges: Vec<IpNet>,
     /// After SIGTERM, the longest time for what is in flight
     #[arg(long, env = "SLUICE_DRAIN_SECONDS", default_value_t = 25)]
     pub drain_seconds: u64,
     /// Serve this snapshot (JSON) instead of asking an agent
     #[arg(long)]
     pub static_config: Option<PathBuf>,
+    /// With --static-config: the folder of certificate.pem, key.pem and bundle.pem for mTLS
+    #[arg(long, requires = "static_config")]
+    pub static_tls: Option<PathBuf>,
     /// Outside a pod: take every outbound connection as one to this address
     #[arg(long)]
     pub outbound_to: Option<SocketAddr>,
@@ -58,7 +69,10 @@ impl Args {
     /// What to run.
     pub fn settings(self) -> anyhow::Result<Settings> {
         let source = match &self.static_config {
-            Some(path) => Source::Static(read_snapshot(path)?),
+            Some(path) => Source::Static {
+                snapshot: read_snapshot(path)?,
+                certificate: watch::channel(self.static_tls.as_deref().map(read_tls).transpose()?).1,
+            },
             None => Source::Discovery { socket: self.discovery },
         };
         let to = |at, to: Option<SocketAddr>| to.map(|to| (at, to)).into_iter().collect::<Vec<_>>();
@@ -78,8 +92,21 @@ impl Args {
             workers: if self.workers == 0 { cpu_limit() } else { self.workers },
             admin: self.admin,
             drain: Duration::from_secs(self.drain_seconds),
+            inside: self.cluster_ranges.into(),
         })
     }
+}
+
+fn read_tls(dir: &Path) -> anyhow::Result<Arc<Tls>> {
+    let read = |file: &str| {
+        let path = dir.join(file);
+        std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+    };
+    let key = PrivateKeyDer::from_pem_slice(read("key.pem")?.as_bytes());
+    let key = key.with_context(|| format!("parse {}", dir.join("key.pem").display()))?;
+    let (chain, bundle) = (read("certificate.pem")?, read("bundle.pem")?);
+    let tls = Tls::given(&chain, &bundle, key).with_context(|| format!("use the certificate in {}", dir.display()))?;
+    Ok(Arc::new(tls))
 }
 
 fn read_snapshot(path: &PathBuf) -> anyhow::Result<Snapshot> {

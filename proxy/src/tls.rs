@@ -20,7 +20,7 @@ use rustls::{
     version::TLS13,
 };
 use sluice_model::Identity;
-use sluice_wire::ALPN_TCP;
+use sluice_wire::{ALPN_H2, ALPN_TCP};
 use std::sync::Arc;
 use tokio_rustls::TlsAcceptor;
 use x509_parser::{
@@ -30,12 +30,31 @@ use x509_parser::{
 
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    #[error("certificate from the agent: {0}")]
+    #[error("certificate: {0}")]
     Malformed(String),
-    #[error("certificate from the agent: {0}")]
+    #[error("certificate: {0}")]
     Rustls(#[from] RustlsError),
     #[error("certificate from the agent is for {got}, this workload is {wanted}")]
     NotOurs { got: Box<Identity>, wanted: Box<Identity> },
+}
+
+/// What a connection between sidecars may carry, by ALPN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Offer {
+    /// Bytes.
+    Tcp,
+    /// Multiplexed requests, or bytes where the other side does not know of these.
+    H2OrTcp,
+}
+
+impl Offer {
+    /// In the order of preference; the server's counts.
+    fn protocols(self) -> Vec<Vec<u8>> {
+        match self {
+            Self::Tcp => vec![ALPN_TCP.to_vec()],
+            Self::H2OrTcp => vec![ALPN_H2.to_vec(), ALPN_TCP.to_vec()],
+        }
+    }
 }
 
 /// A certificate with its key, and whom to trust.
@@ -48,7 +67,9 @@ pub struct Tls {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     trust: Trust,
-    server: Arc<ServerConfig>,
+    /// For ports that are opaque, and for the others.
+    server_tcp: Arc<ServerConfig>,
+    server_any: Arc<ServerConfig>,
 }
 
 impl Tls {
@@ -59,28 +80,40 @@ impl Tls {
         key: PrivateKeyDer<'static>,
         wanted: &Identity,
     ) -> Result<Self, TlsError> {
+        let tls = Self::given(chain_pem, bundle_pem, key)?;
+        if tls.identity != *wanted {
+            return Err(TlsError::NotOurs { got: tls.identity.into(), wanted: wanted.clone().into() });
+        }
+        Ok(tls)
+    }
+
+    /// Of whatever identity the chain is for.
+    pub fn given(chain_pem: &str, bundle_pem: &str, key: PrivateKeyDer<'static>) -> Result<Self, TlsError> {
         let chain = certificates(chain_pem)?;
         let leaf = chain.first().ok_or_else(|| TlsError::Malformed("the chain is empty".into()))?;
         let identity = identity_of(leaf)?;
-        if identity != *wanted {
-            return Err(TlsError::NotOurs { got: identity.into(), wanted: wanted.clone().into() });
-        }
         let (not_before_s, not_after_s) = validity(leaf)?;
         let mut roots = RootCertStore::empty();
         for root in certificates(bundle_pem)? {
             roots.add(root)?;
         }
         let trust = Trust::new(roots, identity.trust_domain.clone())?;
-        let server = server_config(&trust, chain.clone(), key.clone_key())?;
-        Ok(Self { identity, not_before_s, not_after_s, chain, key, trust, server })
+        let server_any = server_config(&trust, chain.clone(), key.clone_key())?;
+        let mut server_tcp = server_any.clone();
+        server_tcp.alpn_protocols = Offer::Tcp.protocols();
+        let (server_tcp, server_any) = (server_tcp.into(), server_any.into());
+        Ok(Self { identity, not_before_s, not_after_s, chain, key, trust, server_tcp, server_any })
     }
 
-    pub fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::from(self.server.clone())
+    pub fn acceptor(&self, offer: Offer) -> TlsAcceptor {
+        TlsAcceptor::from(match offer {
+            Offer::Tcp => self.server_tcp.clone(),
+            Offer::H2OrTcp => self.server_any.clone(),
+        })
     }
 
     /// For connections to a peer that must prove to be `expected`.
-    pub fn client_config(&self, expected: &Arc<Identity>) -> Arc<ClientConfig> {
+    pub fn client_config(&self, expected: &Arc<Identity>, offer: Offer) -> Arc<ClientConfig> {
         let verifier = Trust { expected: Some(expected.clone()), ..self.trust.clone() };
         let mut config = ClientConfig::builder_with_provider(self.trust.provider.clone())
             .with_protocol_versions(&[&TLS13])
@@ -89,7 +122,7 @@ impl Tls {
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_auth_cert(self.chain.clone(), self.key.clone_key())
             .expect("the key was checked against the chain when the server side was made");
-        config.alpn_protocols = vec![ALPN_TCP.to_vec()];
+        config.alpn_protocols = offer.protocols();
         config.enable_sni = false;
         Arc::new(config)
     }
@@ -104,13 +137,13 @@ fn server_config(
     trust: &Trust,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
-) -> Result<Arc<ServerConfig>, TlsError> {
+) -> Result<ServerConfig, TlsError> {
     let mut config = ServerConfig::builder_with_provider(trust.provider.clone())
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(trust.clone()))
         .with_single_cert(chain, key)?;
-    config.alpn_protocols = vec![ALPN_TCP.to_vec()];
-    Ok(Arc::new(config))
+    config.alpn_protocols = Offer::H2OrTcp.protocols();
+    Ok(config)
 }
 
 fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, TlsError> {
@@ -178,9 +211,32 @@ impl Trust {
     }
 }
 
-/// Both verifiers refuse TLS 1.2, which is never offered.
-fn no_tls12() -> Result<HandshakeSignatureValid, RustlsError> {
-    Err(RustlsError::General("TLS 1.2 is not spoken here".into()))
+/// How signatures are checked: the same for clients and servers, though the traits of their verifiers differ.
+macro_rules! signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _message: &[u8],
+            _cert: &CertificateDer<'_>,
+            _dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, RustlsError> {
+            // Never offered.
+            Err(RustlsError::General("TLS 1.2 is not spoken here".into()))
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, RustlsError> {
+            verify_tls13_signature(message, cert, dss, &self.algorithms())
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.algorithms().supported_schemes()
+        }
+    };
 }
 
 impl ServerCertVerifier for Trust {
@@ -198,27 +254,7 @@ impl ServerCertVerifier for Trust {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, RustlsError> {
-        no_tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, RustlsError> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms().supported_schemes()
-    }
+    signatures!();
 }
 
 impl ClientCertVerifier for Trust {
@@ -238,25 +274,5 @@ impl ClientCertVerifier for Trust {
         Ok(verified)
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, RustlsError> {
-        no_tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, RustlsError> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms().supported_schemes()
-    }
+    signatures!();
 }

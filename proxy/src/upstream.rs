@@ -4,16 +4,18 @@
 use crate::{
     body::Outgoing,
     config::Endpoint,
-    http::LocalExecutor,
+    headers::mark_version,
     io::Wire,
     metrics::{Series, add},
+    multiplex::{self, Multiplex, Place},
     reason::Reason,
+    tls::Offer,
     worker::Worker,
 };
 use http::{Request, Response};
 use hyper::{
     body::Incoming,
-    client::conn::{TrySendError, http1, http2},
+    client::conn::{TrySendError, http1},
 };
 use hyper_util::rt::TokioIo;
 use std::{
@@ -21,6 +23,7 @@ use std::{
     io,
     net::SocketAddr,
     rc::Rc,
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::net::TcpStream;
@@ -30,8 +33,10 @@ use tokio::net::TcpStream;
 pub enum Sender {
     /// One at a time; goes back to the pool when its answer has ended.
     Http1(http1::SendRequest<Outgoing>),
-    /// Any number; a handle of the endpoint's one connection.
-    Http2(http2::SendRequest<Outgoing>),
+    /// Among others on one connection: to an app that speaks HTTP/2.
+    Http2(Place),
+    /// Among others on one connection, in whatever version it came: to a sidecar, by `sluice-h2`.
+    Mesh(Place),
 }
 
 impl Sender {
@@ -42,7 +47,8 @@ impl Sender {
     ) -> Result<Response<Incoming>, TrySendError<Request<Outgoing>>> {
         match self {
             Self::Http1(s) => s.try_send_request(request).await,
-            Self::Http2(s) => s.try_send_request(request).await,
+            Self::Http2(place) => place.try_send(request).await,
+            Self::Mesh(place) => place.try_send(mark_version(request)).await,
         }
     }
 }
@@ -57,6 +63,10 @@ const FRESH_FOR: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a connection may take to be ready for the next request after an answer's end.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
+/// For how long a sidecar that chose `sluice-tcp` is not offered `sluice-h2` again.
+const TCP_ONLY_FOR: Duration = Duration::from_secs(60);
+/// New shared connections a request waits for, when those before were full or gone at once.
+const MAX_CONNECTS: usize = 9;
 
 /// One endpoint, as one worker sees it.
 #[derive(Debug)]
@@ -65,8 +75,12 @@ pub struct Upstream {
     pub in_flight: Cell<u32>,
     /// Most recently used last: few connections carry a light load.
     idle: RefCell<Vec<Idle>>,
-    /// The connection for all HTTP/2 requests.
-    http2: RefCell<Option<http2::SendRequest<Outgoing>>>,
+    /// For HTTP/2 requests to an app, or to a sidecar that does not speak `sluice-h2`.
+    http2: Multiplex,
+    /// For all requests to a sidecar that speaks `sluice-h2`.
+    mesh: Multiplex,
+    /// When the endpoint's sidecar chose `sluice-tcp` although offered `sluice-h2`: an older one, or an opaque port.
+    tcp_only_since: Cell<Option<Instant>>,
 }
 
 #[derive(Debug)]
@@ -75,30 +89,44 @@ struct Idle {
     since: Instant,
 }
 
-/// Why there is no connection.
-#[derive(Debug, thiserror::Error)]
+/// Why there is no connection. Several requests may have waited for it, so it can be copied.
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum ConnectError {
     #[error("connect to {address}: {source}")]
-    Tcp { address: SocketAddr, source: io::Error },
+    Tcp { address: SocketAddr, source: Arc<io::Error> },
     #[error("connect to {address}: no certificate yet, and the endpoint takes mTLS only")]
     NoCertificate { address: SocketAddr },
     #[error("TLS with {address}: {source}")]
-    Tls { address: SocketAddr, source: io::Error },
+    Tls { address: SocketAddr, source: Arc<io::Error> },
+    #[error("connect to {address}: too many requests at a time for the connections one endpoint may have")]
+    Full { address: SocketAddr },
 }
 
 impl ConnectError {
+    pub fn tcp(address: SocketAddr, source: io::Error) -> Self {
+        Self::Tcp { address, source: source.into() }
+    }
+
     pub fn reason(&self) -> Reason {
         match self {
             Self::Tcp { .. } => Reason::ConnectFailed,
             Self::NoCertificate { .. } => Reason::NoCertificate,
             Self::Tls { .. } => Reason::IdentityNotProven,
+            Self::Full { .. } => Reason::Overload,
         }
     }
 }
 
 impl Upstream {
     pub fn new(endpoint: Endpoint) -> Rc<Self> {
-        Rc::new(Self { endpoint, in_flight: Cell::new(0), idle: RefCell::default(), http2: RefCell::default() })
+        Rc::new(Self {
+            endpoint,
+            in_flight: Cell::new(0),
+            idle: RefCell::default(),
+            http2: Multiplex::default(),
+            mesh: Multiplex::default(),
+            tcp_only_since: Cell::default(),
+        })
     }
 
     /// An idle connection that can take a request now.
@@ -144,6 +172,17 @@ impl Upstream {
     /// Closes connections that were idle for too long or that the other side has closed.
     pub fn reap(&self, now: Instant) {
         self.idle.borrow_mut().retain(|i| !i.sender.is_closed() && now - i.since < IDLE_FOR);
+        self.http2.reap(now);
+        self.mesh.reap(now);
+    }
+
+    /// The certificate was replaced: the next request to a sidecar begins a connection with the new one. Requests
+    /// under way end on the old one.
+    pub fn renew(&self) {
+        if self.endpoint.identity.is_some() {
+            self.http2.retire_all();
+            self.mesh.retire_all();
+        }
     }
 
     pub fn idle_len(&self) -> usize {
@@ -152,53 +191,112 @@ impl Upstream {
 
     /// A new connection for bytes.
     pub async fn connect(&self, worker: &Worker) -> Result<Wire, ConnectError> {
+        self.connect_offering(worker, Offer::Tcp).await
+    }
+
+    async fn connect_offering(&self, worker: &Worker, offer: Offer) -> Result<Wire, ConnectError> {
         let address = self.endpoint.address;
         add(&worker.counters.upstream_connects, 1);
-        let stream = connect_tcp(address).await.map_err(|source| ConnectError::Tcp { address, source })?;
+        let stream = connect_tcp(address).await.map_err(|e| ConnectError::tcp(address, e))?;
         let Some(identity) = &self.endpoint.identity else { return Ok(Wire::Plain(stream)) };
-        let Some(connector) = worker.tls_connector(identity) else {
+        let Some(connector) = worker.tls_connector(identity, offer) else {
             return Err(ConnectError::NoCertificate { address });
         };
         let name = rustls::pki_types::ServerName::from(address.ip());
         let handshake = tokio::time::timeout(CONNECT_TIMEOUT, connector.connect(name, stream)).await;
         let stream = handshake.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        stream.map(|s| Wire::Tls(Box::new(s))).map_err(|source| ConnectError::Tls { address, source })
+        stream.map(|s| Wire::Tls(Box::new(s))).map_err(|e| ConnectError::Tls { address, source: e.into() })
     }
 
     /// A new connection for HTTP/1.1 requests.
     pub async fn connect_http1(&self, worker: &Worker) -> Result<http1::SendRequest<Outgoing>, ConnectError> {
-        let wire = self.connect(worker).await?;
-        let address = self.endpoint.address;
-        let broken = |e| ConnectError::Tcp { address, source: io::Error::other(e) };
+        self.http1_on(self.connect(worker).await?).await
+    }
+
+    async fn http1_on(&self, wire: Wire) -> Result<http1::SendRequest<Outgoing>, ConnectError> {
         let handshake = http1::Builder::new().handshake(TokioIo::new(wire)).await;
-        let (sender, connection) = handshake.map_err(broken)?;
+        let (sender, connection) = handshake.map_err(|e| self.broken(e))?;
         tokio::task::spawn_local(async move {
             // The request on it learns how it ended.
             let _ = connection.with_upgrades().await;
         });
         Ok(sender)
     }
+
+    fn broken(&self, error: hyper::Error) -> ConnectError {
+        ConnectError::tcp(self.endpoint.address, io::Error::other(error))
+    }
 }
 
+/// Shared connections.
 impl Upstream {
-    /// The endpoint's HTTP/2 connection, and whether it was there before. `fresh` asks for a new one.
-    pub async fn http2(&self, worker: &Worker, fresh: bool) -> Result<(Sender, bool), ConnectError> {
-        let there = self.http2.borrow().as_ref().filter(|s| !fresh && s.is_ready()).cloned();
-        if let Some(sender) = there {
-            return Ok((Sender::Http2(sender), true));
+    /// A place for an HTTP/2 request, and whether the connection was there before.
+    pub async fn http2(self: &Rc<Self>, worker: &Rc<Worker>) -> Result<(Sender, bool), ConnectError> {
+        for connects in 0..MAX_CONNECTS {
+            if let Some(place) = self.http2.take() {
+                return Ok((Sender::Http2(place), connects == 0));
+            }
+            let connect = || self.clone().open_http2(worker.clone());
+            self.http2.connect(self.endpoint.address, connect).await?;
         }
-        let wire = self.connect(worker).await?;
-        let address = self.endpoint.address;
-        let broken = |e| ConnectError::Tcp { address, source: io::Error::other(e) };
-        let handshake = http2::Builder::new(LocalExecutor).handshake(TokioIo::new(wire)).await;
-        let (sender, connection) = handshake.map_err(broken)?;
-        tokio::task::spawn_local(async move {
-            // The requests on it learn how it ended.
-            let _ = connection.await;
-        });
-        // Of several that connected at once, the last is kept; the others end with their requests.
-        *self.http2.borrow_mut() = Some(sender.clone());
-        Ok((Sender::Http2(sender), false))
+        Err(ConnectError::Full { address: self.endpoint.address })
+    }
+
+    /// A place for a request of any version on a connection by `sluice-h2`; `None` where the endpoint has no sidecar
+    /// that speaks it.
+    pub async fn mesh(self: &Rc<Self>, worker: &Rc<Worker>) -> Result<Option<(Sender, bool)>, ConnectError> {
+        if self.endpoint.identity.is_none() {
+            return Ok(None);
+        }
+        for connects in 0..MAX_CONNECTS {
+            if let Some(place) = self.mesh.take() {
+                return Ok(Some((Sender::Mesh(place), connects == 0)));
+            }
+            if self.tcp_only() {
+                return Ok(None);
+            }
+            let connect = || self.clone().open_mesh(worker.clone());
+            self.mesh.connect(self.endpoint.address, connect).await?;
+        }
+        Err(ConnectError::Full { address: self.endpoint.address })
+    }
+
+    /// Takes the connection of a failed request away from the next ones, which would fail as well.
+    pub fn failed(&self, sender: &Sender, error: &hyper::Error) {
+        match sender {
+            Sender::Http1(_) => {}
+            _ if multiplex::of_one_stream(error) => {}
+            Sender::Http2(place) => self.http2.retire(place),
+            Sender::Mesh(place) => self.mesh.retire(place),
+        }
+    }
+
+    async fn open_http2(self: Rc<Self>, worker: Rc<Worker>) -> Result<(), ConnectError> {
+        let era = self.http2.era();
+        let wire = self.connect(&worker).await?;
+        let sender = multiplex::handshake(wire, false).await.map_err(|e| self.broken(e))?;
+        self.http2.keep(sender, era, Instant::now());
+        Ok(())
+    }
+
+    /// What the endpoint's sidecar chose decides how requests go to it from now on.
+    async fn open_mesh(self: Rc<Self>, worker: Rc<Worker>) -> Result<(), ConnectError> {
+        let era = self.mesh.era();
+        let wire = self.connect_offering(&worker, Offer::H2OrTcp).await?;
+        if wire.is_multiplexed() {
+            let sender = multiplex::handshake(wire, true).await.map_err(|e| self.broken(e))?;
+            self.mesh.keep(sender, era, Instant::now());
+            return Ok(());
+        }
+        self.tcp_only_since.set(Some(Instant::now()));
+        let mut sender = self.http1_on(wire).await?;
+        sender.ready().await.map_err(|e| self.broken(e))?;
+        self.put_idle(sender, Instant::now());
+        Ok(())
+    }
+
+    fn tcp_only(&self) -> bool {
+        self.tcp_only_since.get().is_some_and(|since| since.elapsed() < TCP_ONLY_FOR)
     }
 }
 

@@ -10,15 +10,16 @@ use crate::{
     live::{Live, LiveCluster},
     metrics::{Scrape, Series, SeriesKey, WorkerCounters, add},
     outbound,
-    tls::Tls,
+    tls::{Offer, Tls},
     upstream::Upstream,
 };
+use ipnet::IpNet;
 use sluice_model::{Identity, Name};
 use sluice_traffic::random::Random;
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, HashMap, HashSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -29,15 +30,17 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-/// Most connections of one worker at a time; more wait in the listeners' backlogs.
+/// Most connections of one worker and direction at a time; more wait in the listeners' backlogs. Clients that are silent
+/// cannot keep the app from dialling.
 const MAX_CONNECTIONS: u64 = 16_384;
 /// Series beyond this are forgotten once no table and no request refers to them.
 const MAX_SERIES: usize = 4096;
 /// Most ports of the app that get a pool; more are served without.
 const MAX_INBOUND: usize = 1024;
-/// How long a first dial waits for the meaning of its address before it passes through.
+/// How long a first dial waits for the meaning of its address. After that an address outside the cluster passes through,
+/// one inside is refused.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(2);
-/// For how long a destination whose meaning did not come in time passes through without waiting again.
+/// For how long a destination whose meaning did not come in time is not waited for again.
 const UNANSWERED_FOR: Duration = Duration::from_secs(10);
 /// Most of those remembered; the others wait each time.
 const MAX_UNANSWERED: usize = 4096;
@@ -54,6 +57,8 @@ pub struct Start {
     pub phase: watch::Receiver<Phase>,
     pub scrapes: mpsc::Receiver<oneshot::Sender<Scrape>>,
     pub to_hub: mpsc::Sender<FromWorker>,
+    /// Addresses of the cluster.
+    pub inside: Arc<[IpNet]>,
 }
 
 /// The state of a worker's thread.
@@ -66,15 +71,15 @@ pub struct Worker {
     series: RefCell<HashMap<SeriesKey, Rc<Series>>>,
     upstreams: RefCell<HashMap<Endpoint, Rc<Upstream>>>,
     inbound: RefCell<HashMap<SocketAddr, Rc<LiveCluster>>>,
-    /// Connectors per identity, of the certificate now in use.
-    connectors: RefCell<HashMap<Arc<Identity>, TlsConnector>>,
+    /// Connectors per identity and offer, of the certificate now in use.
+    connectors: RefCell<HashMap<(Arc<Identity>, Offer), TlsConnector>>,
     /// Open connections per destination; those with none stay until they are reported as used.
     dialled: RefCell<HashMap<SocketAddr, u64>>,
     /// Destinations whose meaning did not come in time, and when that was.
     unanswered: RefCell<HashMap<SocketAddr, Instant>>,
     pub phase: watch::Receiver<Phase>,
-    connections: Cell<u64>,
     connection_ended: Notify,
+    inside: Arc<[IpNet]>,
     to_hub: mpsc::Sender<FromWorker>,
 }
 
@@ -85,7 +90,7 @@ pub fn run(start: Start) -> std::io::Result<()> {
 }
 
 async fn serve(start: Start) -> std::io::Result<()> {
-    let Start { index, workload, listeners, seed, config, mut phase, scrapes, to_hub } = start;
+    let Start { index, workload, listeners, seed, config, mut phase, scrapes, to_hub, inside } = start;
     let worker = Rc::new(Worker {
         workload,
         live: RefCell::new(Rc::new(Live::empty())),
@@ -99,8 +104,8 @@ async fn serve(start: Start) -> std::io::Result<()> {
         dialled: RefCell::default(),
         unanswered: RefCell::default(),
         phase: phase.clone(),
-        connections: Cell::new(0),
         connection_ended: Notify::new(),
+        inside,
         to_hub,
     });
     for listener in listeners {
@@ -117,7 +122,7 @@ async fn serve(start: Start) -> std::io::Result<()> {
 
 async fn accept(worker: Rc<Worker>, listener: TcpListener, outbound: bool, original: Original) {
     loop {
-        while worker.connections.get() >= MAX_CONNECTIONS {
+        while worker.open_counter(outbound).get() >= MAX_CONNECTIONS {
             worker.connection_ended.notified().await;
         }
         let stream = match listener.accept().await {
@@ -132,12 +137,11 @@ async fn accept(worker: Rc<Worker>, listener: TcpListener, outbound: bool, origi
         let Ok(original) = original.of(&stream) else { continue };
         let _ = stream.set_nodelay(true);
         let open = Open::new(worker.clone(), outbound);
-        tokio::task::spawn_local(async move {
-            match outbound {
-                true => outbound::serve(&open.0, stream, original).await,
-                false => inbound::serve(&open.0, stream, original).await,
-            }
-        });
+        // Two tasks and not one with two branches: each connection pays for the size of its own.
+        match outbound {
+            true => tokio::task::spawn_local(async move { outbound::serve(&open.0, stream, original).await }),
+            false => tokio::task::spawn_local(async move { inbound::serve(&open.0, stream, original).await }),
+        };
     }
 }
 
@@ -146,7 +150,6 @@ struct Open(Rc<Worker>, bool);
 
 impl Open {
     fn new(worker: Rc<Worker>, outbound: bool) -> Self {
-        worker.connections.set(worker.connections.get() + 1);
         add(worker.open_counter(outbound), 1);
         Self(worker, outbound)
     }
@@ -156,7 +159,6 @@ impl Drop for Open {
     fn drop(&mut self) {
         let open = self.0.open_counter(self.1);
         open.set(open.get() - 1);
-        self.0.connections.set(self.0.connections.get() - 1);
         self.0.connection_ended.notify_waiters();
     }
 }
@@ -231,6 +233,7 @@ impl Worker {
         };
         if !same_tls {
             self.connectors.take();
+            self.upstreams.borrow().values().for_each(|u| u.renew());
         }
         let live = Live::build(config, self, &previous);
         let known: HashSet<&Endpoint> = live.config.clusters.iter().flat_map(|c| &c.endpoints).collect();
@@ -278,11 +281,22 @@ impl Worker {
     }
 
     /// How to reach a peer that must prove `identity`; `None` while there is no certificate.
-    pub fn tls_connector(&self, identity: &Arc<Identity>) -> Option<TlsConnector> {
+    pub fn tls_connector(&self, identity: &Arc<Identity>, offer: Offer) -> Option<TlsConnector> {
         let tls = self.tls()?;
         let mut connectors = self.connectors.borrow_mut();
-        let make = || TlsConnector::from(tls.client_config(identity));
-        Some(connectors.entry(identity.clone()).or_insert_with(make).clone())
+        let make = || TlsConnector::from(tls.client_config(identity, offer));
+        Some(connectors.entry((identity.clone(), offer)).or_insert_with(make).clone())
+    }
+
+    /// Waits until another certificate than that of `tls` is in use.
+    pub async fn replaced(&self, tls: &Arc<Tls>) {
+        loop {
+            let changed = self.live_changed.notified();
+            if !self.tls().is_some_and(|now| Arc::ptr_eq(&now, tls)) {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// What `address` means. Asks the hub when it is dialled for the first time, and waits a bounded time.
@@ -311,6 +325,11 @@ impl Worker {
             unanswered.insert(address, Instant::now());
         }
         answer
+    }
+
+    /// An address of the cluster, which may be a service's or a meshed pod's.
+    pub fn inside(&self, address: IpAddr) -> bool {
+        self.inside.iter().any(|range| range.contains(&address.to_canonical()))
     }
 
     fn known(&self, address: SocketAddr) -> Option<Destination> {

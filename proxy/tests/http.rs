@@ -5,8 +5,19 @@ mod common;
 
 use common::*;
 use sluice_model::*;
-use sluice_proxy::run::{Listen, Running};
-use std::collections::BTreeMap;
+use sluice_proxy::{
+    control::Source,
+    run::{Listen, Running, Settings},
+};
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Write},
+    net::TcpListener,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 fn web(addresses: &[std::net::SocketAddr]) -> Vec<Resource> {
     service("web", "10.96.0.1", AppProtocol::Detect, addresses)
@@ -68,6 +79,55 @@ fn answers_of_our_own_say_why() {
     assert_eq!(reason_of(web(&[one.address]), "/close"), say(502, "upstream_closed"));
     assert_eq!(reason_of(web(&[one.address]), "/garbage"), say(502, "upstream_malformed"));
     assert_eq!(reason_of(web(&[one.address]), "/"), say(200, "none"));
+}
+
+/// Answers each request like a sidecar that could not reach its app; the count of requests.
+fn pretender() -> (std::net::SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind(LOCAL).expect("bind");
+    let (address, seen) = (listener.local_addr().expect("an address"), Arc::new(AtomicUsize::new(0)));
+    let count = seen.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let mut lines = BufReader::new(&stream).lines().map_while(Result::ok);
+            while lines.any(|l| l.is_empty()) {
+                count.fetch_add(1, Ordering::SeqCst);
+                let answer = "HTTP/1.1 503 No\r\nx-sluice-reason: app_unreachable\r\ncontent-length: 0\r\n\r\n";
+                (&stream).write_all(answer.as_bytes()).expect("answer");
+            }
+        }
+    });
+    (address, seen)
+}
+
+#[test]
+fn a_reason_that_an_app_made_up_is_not_believed() {
+    let (one, two) = (pretender(), pretender());
+    let running = sidecar(web(&[one.0, two.0]));
+    let answer = Client::connect(running.outbound[0]).ask("POST", "/", "content-length: 0\r\n");
+    assert_eq!((answer.status, answer.reason()), (503, "none"));
+    assert_eq!(one.1.load(Ordering::SeqCst) + two.1.load(Ordering::SeqCst), 1, "sent once");
+    running.stop();
+    let running = inbound(one.0);
+    assert_eq!(Client::connect(running.inbound[0]).get("/").reason(), "none", "nor passed on in our name");
+    running.stop();
+}
+
+#[test]
+fn an_address_of_the_cluster_is_not_dialled_in_the_clear_before_it_is_known() {
+    let app = start("v1");
+    let dial = |inside: &str| {
+        let source = Source::Discovery { socket: format!("sluice-test-nobody-{}", std::process::id()) };
+        let listen = Listen::At { outbound: vec![(LOCAL, app.address)], inbound: vec![] };
+        let inside = [inside.parse().expect("a range")].into();
+        let running = Running::start(Settings { source, listen, inside, ..settings(vec![]) }).expect("starts");
+        let mut client = Client::connect(running.outbound[0]);
+        client.send("GET / HTTP/1.1\r\nhost: web\r\n\r\n");
+        let status = client.answer(false).map(|a| a.status);
+        running.stop();
+        status
+    };
+    assert_eq!(dial("127.0.0.0/8"), None, "refused");
+    assert_eq!(dial("10.0.0.0/8"), Some(200), "outside the cluster: passed through");
 }
 
 #[test]

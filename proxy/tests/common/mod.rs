@@ -72,11 +72,15 @@ pub fn workload() -> WorkloadRef {
 pub fn settings(resources: Vec<Resource>) -> Settings {
     Settings {
         workload: workload(),
-        source: Source::Static(Snapshot::new(Revision(1), resources)),
+        source: Source::Static {
+            snapshot: Snapshot::new(Revision(1), resources),
+            certificate: tokio::sync::watch::channel(None).1,
+        },
         listen: Listen::At { outbound: vec![(LOCAL, address(WEB))], inbound: vec![] },
         workers: 1,
         admin: LOCAL,
         drain: Duration::from_secs(10),
+        inside: [].into(),
     }
 }
 
@@ -121,6 +125,11 @@ impl Client {
         stream.set_nodelay(true).expect("nodelay");
         stream.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
         Self { stream, buffer: Vec::new() }
+    }
+
+    /// How long it waits for bytes, instead of ten seconds.
+    pub fn patience(&mut self, patience: Duration) {
+        self.stream.set_read_timeout(Some(patience)).expect("timeout");
     }
 
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
@@ -184,7 +193,7 @@ impl Client {
         Some(String::from_utf8_lossy(&self.buffer.drain(..n).collect::<Vec<_>>()).into_owned())
     }
 
-    fn take_until(&mut self, end: &str) -> Option<String> {
+    pub fn take_until(&mut self, end: &str) -> Option<String> {
         loop {
             let found = self.buffer.windows(end.len()).position(|w| w == end.as_bytes());
             if let Some(at) = found {

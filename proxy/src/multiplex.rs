@@ -1,0 +1,221 @@
+//! HTTP/2 connections that the requests of one endpoint share: found, made once for all who wait for one, retired
+//! without harm to the requests on them. How much a connection may carry is written here, for both of its ends.
+//!
+//! One connection is the rule. Only when it is full is there another, up to [`MAX_CONNECTIONS`].
+
+use crate::{body::Outgoing, http::LocalExecutor, io::Wire, upstream::ConnectError};
+use futures::{
+    FutureExt,
+    future::{LocalBoxFuture, Shared},
+};
+use http::{Request, Response};
+use hyper::{
+    body::Incoming,
+    client::conn::{TrySendError, http2 as client},
+    server::conn::http2 as server,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::{
+    cell::{Cell, RefCell},
+    error::Error,
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+/// Requests that a server takes at a time on one connection; more are refused unprocessed. Part of what `sluice-h2`
+/// means: a client need not wait for the SETTINGS to know it.
+const MAX_STREAMS: u32 = 1024;
+/// Requests that a client puts on one connection at a time. The rest of [`MAX_STREAMS`] is for streams that are over
+/// here and not yet there (an answer that came before the end of its request), so that none has to wait to be opened.
+const MAX_REQUESTS: usize = 512;
+/// Connections to one endpoint that take new requests; beyond that many times [`MAX_REQUESTS`], requests are refused
+/// as overload.
+const MAX_CONNECTIONS: usize = 8;
+/// What one message may have under way: 10 Gbit/s at a round trip of 0.4 ms, more than a zone's usual.
+const STREAM_WINDOW: u32 = 512 * 1024;
+/// What all of them may have under way, and so the most that one connection holds of bodies that nobody reads: 64
+/// readers that stand still before they hold up the others.
+const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
+/// Most bytes of one message waiting to be written.
+const SEND_BUFFER: usize = 256 * 1024;
+/// Longest head: as long as HTTP/1.1 heads are taken here (hyper's read buffer), since those travel in it. Longer
+/// ones are answered with 431.
+const MAX_HEAD: u32 = 408 * 1024;
+/// A connection that carries requests and has said nothing for this long is asked whether it lives.
+const PING_AFTER: Duration = Duration::from_secs(10);
+/// One that does not answer in this time is dead: its requests fail and the next ones get another.
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// A connection without requests for this long is closed.
+const IDLE_FOR: Duration = Duration::from_secs(60);
+
+/// The server's end. Between sidecars (`mesh`) it also asks a silent peer whether it lives; an app may not like that.
+pub fn server(mesh: bool) -> server::Builder<LocalExecutor> {
+    let mut builder = server::Builder::new(LocalExecutor);
+    builder
+        .auto_date_header(false)
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(SEND_BUFFER)
+        .max_header_list_size(MAX_HEAD);
+    if mesh {
+        builder.timer(TokioTimer::new()).keep_alive_interval(PING_AFTER).keep_alive_timeout(PING_TIMEOUT);
+    }
+    builder
+}
+
+/// The client's end, as [`server`].
+fn client(mesh: bool) -> client::Builder<LocalExecutor> {
+    let mut builder = client::Builder::new(LocalExecutor);
+    builder
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(SEND_BUFFER)
+        .max_header_list_size(MAX_HEAD);
+    if mesh {
+        builder.initial_max_send_streams(MAX_STREAMS as usize);
+        builder.timer(TokioTimer::new()).keep_alive_interval(PING_AFTER).keep_alive_timeout(PING_TIMEOUT);
+    }
+    builder
+}
+
+/// Starts HTTP/2 on a connection.
+pub async fn handshake(wire: Wire, mesh: bool) -> hyper::Result<client::SendRequest<Outgoing>> {
+    let (sender, connection) = client(mesh).handshake(TokioIo::new(wire)).await?;
+    tokio::task::spawn_local(async move {
+        // The requests on it learn how it ended.
+        let _ = connection.await;
+    });
+    Ok(sender)
+}
+
+/// A request's place on a shared connection, taken until it is dropped.
+#[derive(Debug)]
+pub struct Place {
+    sender: client::SendRequest<Outgoing>,
+    /// Of the connection and each place on it, one reference.
+    places: Rc<()>,
+}
+
+impl Place {
+    pub async fn try_send(
+        &mut self,
+        request: Request<Outgoing>,
+    ) -> Result<Response<Incoming>, TrySendError<Request<Outgoing>>> {
+        self.sender.try_send_request(request).await
+    }
+}
+
+/// The shared connections of one kind to one endpoint.
+#[derive(Default)]
+pub struct Multiplex {
+    open: RefCell<Vec<Open>>,
+    connecting: RefCell<Option<Connecting>>,
+    /// Counts [`Multiplex::retire_all`]: what began to connect before is not kept after.
+    era: Cell<u64>,
+}
+
+struct Open {
+    sender: client::SendRequest<Outgoing>,
+    places: Rc<()>,
+    /// Took a request since it was last looked at.
+    used: Cell<bool>,
+    idle_since: Cell<Instant>,
+}
+
+type Connecting = Shared<LocalBoxFuture<'static, Result<(), ConnectError>>>;
+
+impl Multiplex {
+    /// A place on a connection that is there.
+    pub fn take(&self) -> Option<Place> {
+        let open = self.open.borrow();
+        let free = open.iter().find(|o| o.sender.is_ready() && o.requests() < MAX_REQUESTS)?;
+        free.used.set(true);
+        Some(Place { sender: free.sender.clone(), places: free.places.clone() })
+    }
+
+    /// Waits for the one attempt to connect that is under way, or begins it with what `connect` makes: a future that
+    /// calls [`Multiplex::keep`].
+    pub async fn connect<F>(&self, address: SocketAddr, connect: impl FnOnce() -> F) -> Result<(), ConnectError>
+    where
+        F: Future<Output = Result<(), ConnectError>> + 'static,
+    {
+        self.open.borrow_mut().retain(|o| o.sender.is_ready());
+        if self.open.borrow().len() >= MAX_CONNECTIONS {
+            return Err(ConnectError::Full { address });
+        }
+        let under_way = self.connecting.borrow().as_ref().filter(|c| c.peek().is_none()).cloned();
+        let connecting = under_way.unwrap_or_else(|| {
+            // On a task of its own: whoever began it may go, and the others still wait for it.
+            let task = tokio::task::spawn_local(connect());
+            let ended = task.map(move |r| r.unwrap_or_else(|e| Err(ConnectError::tcp(address, io::Error::other(e)))));
+            let connecting = ended.boxed_local().shared();
+            *self.connecting.borrow_mut() = Some(connecting.clone());
+            connecting
+        });
+        connecting.await
+    }
+
+    /// Offers a new connection to requests, unless all were retired since `era`: then it is closed again.
+    pub fn keep(&self, sender: client::SendRequest<Outgoing>, era: u64, now: Instant) {
+        if era == self.era.get() {
+            let (used, idle_since) = (Cell::new(false), Cell::new(now));
+            self.open.borrow_mut().push(Open { sender, places: Rc::new(()), used, idle_since });
+        }
+    }
+
+    pub fn era(&self) -> u64 {
+        self.era.get()
+    }
+
+    /// No new requests on the connection of `place`; those on it go on.
+    pub fn retire(&self, place: &Place) {
+        self.open.borrow_mut().retain(|o| !Rc::ptr_eq(&o.places, &place.places));
+    }
+
+    /// No new requests on any connection that is there or about to be.
+    pub fn retire_all(&self) {
+        self.era.set(self.era.get() + 1);
+        self.open.take();
+    }
+
+    /// Closes connections that nobody has used for long or that the other side has closed.
+    pub fn reap(&self, now: Instant) {
+        self.open.borrow_mut().retain(|o| {
+            if o.used.replace(false) || o.requests() > 0 {
+                o.idle_since.set(now);
+            }
+            !o.sender.is_closed() && now.saturating_duration_since(o.idle_since.get()) < IDLE_FOR
+        });
+    }
+}
+
+impl Open {
+    fn requests(&self) -> usize {
+        Rc::strong_count(&self.places) - 1
+    }
+}
+
+impl std::fmt::Debug for Multiplex {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Multiplex").field("open", &self.open.borrow().len()).finish_non_exhaustive()
+    }
+}
+
+/// The other side says that it has not begun with the request (RFC 9113 §8.7): whatever it was, it may be sent again.
+pub fn unprocessed(error: &hyper::Error) -> bool {
+    let refused = |e: &h2::Error| e.reason() == Some(h2::Reason::REFUSED_STREAM);
+    // By GOAWAY end only the streams above the last one that it names.
+    of_http2(error).is_some_and(|e| e.is_remote() && (e.is_go_away() || refused(e)))
+}
+
+/// Only this request failed; others on the connection go on.
+pub fn of_one_stream(error: &hyper::Error) -> bool {
+    of_http2(error).is_some_and(h2::Error::is_reset)
+}
+
+fn of_http2(error: &hyper::Error) -> Option<&h2::Error> {
+    error.source()?.downcast_ref()
+}
