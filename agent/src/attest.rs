@@ -107,7 +107,22 @@ pub fn ended(pidfd: impl AsFd) -> bool {
 /// process of the pod would get past the capture, or speak in the pod's name.
 pub struct Gate {
     cgroup_root: PathBuf,
-    sidecars: Mutex<HashMap<String, String>>,
+    sidecars: Mutex<Sidecars>,
+}
+
+/// Containers' ids by their pods' UIDs.
+#[derive(Default)]
+struct Sidecars {
+    /// By whoever starts them: from before they run, so it counts more than the list.
+    told: HashMap<String, String>,
+    /// By the runtime, all that run: after a restart the agent knows them without asking control.
+    listed: HashMap<String, String>,
+}
+
+impl Sidecars {
+    fn contain(&self, uid: &str, cgroup: &str) -> bool {
+        self.told.get(uid).or_else(|| self.listed.get(uid)).is_some_and(|id| in_container(cgroup, id))
+    }
 }
 
 impl Gate {
@@ -116,24 +131,32 @@ impl Gate {
         Ok(Self { cgroup_root: cgroup_root()?, sidecars: Mutex::default() })
     }
 
-    fn sidecars(&self) -> MutexGuard<'_, HashMap<String, String>> {
+    fn sidecars(&self) -> MutexGuard<'_, Sidecars> {
         self.sidecars.lock().expect("no holder panics")
     }
 
     /// The runtime's id of the pod's sidecar, from before it runs.
     pub fn expect(&self, uid: &str, container: &str) {
-        self.sidecars().insert(uid.to_owned(), container.to_owned());
+        self.sidecars().told.insert(uid.to_owned(), container.to_owned());
+    }
+
+    /// The runtime's list of all pods' sidecars, in the place of the one before.
+    pub fn listed(&self, sidecars: HashMap<String, String>) {
+        self.sidecars().listed = sidecars;
     }
 
     pub fn forget(&self, uid: &str) {
-        self.sidecars().remove(uid);
+        self.sidecars().told.remove(uid);
     }
 
     /// The stream's peer is the pod's sidecar.
     pub fn admits(&self, uid: &str, stream: BorrowedFd<'_>) -> Result<(), Error> {
         let peer = peer(stream, &self.cgroup_root)?;
-        let known = self.sidecars().get(uid).is_some_and(|id| in_container(&peer.cgroup, id));
-        if known { Ok(()) } else { Err(Error::NotSidecar { pid: peer.pid, cgroup: peer.cgroup }) }
+        if self.sidecars().contain(uid, &peer.cgroup) {
+            Ok(())
+        } else {
+            Err(Error::NotSidecar { pid: peer.pid, cgroup: peer.cgroup })
+        }
     }
 }
 
@@ -169,6 +192,19 @@ mod tests {
         let gate = Gate::new().expect("cgroup2");
         let (a, _b) = UnixStream::pair().expect("pair");
         assert!(gate.admits("u", a.as_fd()).is_err(), "nobody is expected");
+    }
+
+    #[test]
+    fn after_a_restart_the_runtime_says_who_the_sidecars_are() {
+        let gate = Gate::new().expect("cgroup2");
+        let contain = |cgroup: &str| gate.sidecars().contain("u", cgroup);
+        gate.listed(HashMap::from([("u".to_owned(), "abc".to_owned())]));
+        assert!(contain("/pods/u/abc") && !contain("/pods/u/def"));
+        gate.expect("u", "def");
+        assert!(contain("/pods/u/def") && !contain("/pods/u/abc"), "a list may be older than the next container");
+        gate.forget("u");
+        gate.listed(HashMap::new());
+        assert!(!contain("/pods/u/abc") && !contain("/pods/u/def"), "gone");
     }
 
     #[test]

@@ -3,21 +3,28 @@
 //!
 //! Per pod there is one registration at a time. It ends [`KEEP_S`] seconds after its stream, or when the pod is gone;
 //! then the pod's listeners leave the maps and are closed: a meshed pod without a sidecar refuses.
+//!
+//! What others take away of a registration is put back by [`Handover::repair`].
+//!
+//! Only the sidecar is heard: who holds a duplicate of its listeners could take the pod's connections.
 
-use crate::attest::{self, Gate, Peer};
+use crate::{
+    attest::{self, Gate, Peer},
+    socket,
+};
 use sluice_cni::store::Lock;
 use sluice_ebpf::{
     common::{Addr, INBOUND, ListenKey, OUTBOUND, Pod, map},
     maps::{HashMap, Listeners, pin_dir},
 };
-use sluice_netlink::{Netns, listen_abstract_in, sock};
+use sluice_netlink::{Netns, sock};
 use sluice_wire::handover::{KEEP_S, Message, Role, SOCKET, recv, send};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
 };
 use tokio::{
@@ -27,8 +34,13 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// A sidecar has one stream; the app could open more. Beyond this they are not accepted until others end.
+/// A sidecar has one stream, and its successor another. Beyond this they are not accepted until others end.
 const STREAMS_MAX: usize = 8;
+/// A stream that has not registered is dropped after so long without a request, or without taking the answer: a place
+/// is for a sidecar, which asks and registers within moments.
+const SILENCE: Duration = Duration::from_secs(5);
+
+const ROLES: [Role; 4] = [Role::Outbound4, Role::Outbound6, Role::Inbound4, Role::Inbound6];
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -36,8 +48,10 @@ pub enum Error {
     Maps(#[source] sluice_ebpf::Error),
     #[error("find out who calls")]
     Attest(#[from] attest::Error),
-    #[error("listen for the sidecar of pod {uid}")]
-    Listen {
+    #[error(transparent)]
+    Socket(#[from] socket::Error),
+    #[error("name the network namespace of pod {uid}")]
+    Netns {
         uid: String,
         #[source]
         cause: sluice_netlink::Error,
@@ -64,13 +78,32 @@ pub enum Error {
 
 /// One for the node.
 pub struct Handover {
-    pods: HashMap<u64, Pod>,
-    listeners: Listeners,
-    /// Who may register; without one, any process of the pod (whoever runs the pods then knows no containers).
+    /// Folder of the pinned maps.
+    pins: PathBuf,
+    /// Who is heard; without one, any process of the pod (whoever runs the pods then knows no containers).
     gate: Option<Arc<Gate>>,
     cgroup_root: PathBuf,
     state_dir: PathBuf,
     runtime: Handle,
+    /// One per served pod; those that have ended are dropped at the next repair.
+    served: Mutex<Vec<Weak<Served>>>,
+}
+
+/// Opened for each piece of work: a map that was unpinned is made anew, and what is written to the old one is lost.
+struct Maps {
+    pods: HashMap<u64, Pod>,
+    listeners: Listeners,
+}
+
+impl Maps {
+    fn open(pins: &Path) -> Result<Self, Error> {
+        let pods = HashMap::open(pins, map::PODS).map_err(Error::Maps)?;
+        Ok(Self { pods, listeners: Listeners::open(pins).map_err(Error::Maps)? })
+    }
+
+    fn present(&self) -> Result<BTreeSet<ListenKey>, Error> {
+        Ok(self.listeners.keys().map_err(Error::Maps)?.into_iter().collect())
+    }
 }
 
 /// What is registered for one pod.
@@ -94,29 +127,82 @@ struct Served {
 impl Handover {
     /// Call inside a tokio runtime, after the data path was opened.
     pub fn new(bpffs: &Path, gate: Option<Arc<Gate>>) -> Result<Arc<Self>, Error> {
-        let dir = pin_dir(bpffs);
+        let pins = pin_dir(bpffs);
+        Maps::open(&pins)?;
         Ok(Arc::new(Self {
-            pods: HashMap::open(&dir, map::PODS).map_err(Error::Maps)?,
-            listeners: Listeners::open(&dir).map_err(Error::Maps)?,
+            pins,
             gate,
             cgroup_root: attest::cgroup_root()?,
             state_dir: sluice_cni::STATE_DIR.into(),
             runtime: Handle::current(),
+            served: Mutex::default(),
         }))
     }
 
-    /// Listens inside the pod's namespace until `stop`, which is also when its listeners are closed.
-    pub fn serve(self: &Arc<Self>, netns: &Netns, uid: &str, stop: CancellationToken) -> Result<(), Error> {
-        let named = |cause| Error::Listen { uid: uid.to_owned(), cause };
-        let listener = listen_abstract_in(netns, SOCKET).map_err(named)?;
-        let cookie = netns.cookie().map_err(named)?;
-        let failed = |cause| Error::Runtime { uid: uid.to_owned(), cause };
-        listener.set_nonblocking(true).map_err(failed)?;
+    /// Listens inside the pod's namespace; nobody is answered before [`Listening::serve`].
+    pub fn listen(self: &Arc<Self>, netns: &Netns, uid: &str) -> Result<Listening, Error> {
+        let cookie = netns.cookie().map_err(|cause| Error::Netns { uid: uid.to_owned(), cause })?;
+        let listener = socket::listen(netns, SOCKET)?;
         let _inside = self.runtime.enter();
-        let listener = UnixListener::from_std(listener).map_err(failed)?;
-        let served = Arc::new(Served { handover: self.clone(), uid: uid.to_owned(), cookie, state: Mutex::default() });
-        self.runtime.spawn(served.accept(listener, stop));
+        let listener =
+            UnixListener::from_std(listener).map_err(|cause| Error::Runtime { uid: uid.to_owned(), cause })?;
+        let served = Served { handover: self.clone(), uid: uid.to_owned(), cookie, state: Mutex::default() };
+        Ok(Listening { served: Arc::new(served), listener })
+    }
+
+    /// Ends what an agent before this one registered for a pod that is not served: nothing goes in or out of it any more,
+    /// except by excluded ports. Its sidecar registers again once it is served.
+    pub fn shut(&self, netns: &Netns, uid: &str) -> Result<(), Error> {
+        let cookie = netns.cookie().map_err(|cause| Error::Netns { uid: uid.to_owned(), cause })?;
+        let _lock = Lock::take(&self.state_dir).map_err(Error::Lock)?;
+        let maps = Maps::open(&self.pins)?;
+        let Some(pod) = maps.pods.get(&cookie).map_err(Error::Maps)? else { return Ok(()) };
+        for key in ROLES.into_iter().filter_map(|role| key(&pod, role)) {
+            maps.listeners.remove(&key).map_err(Error::Maps)?;
+        }
+        if pod.sidecar_cgroup != 0 {
+            tracing::warn!(uid, "the pod is closed, its sidecar is not registered any more");
+            maps.pods.set(&cookie, &Pod { sidecar_cgroup: 0, ..pod }).map_err(Error::Maps)?;
+        }
         Ok(())
+    }
+
+    /// Puts listeners and exemptions of all live registrations back where they are missing; says of which pods. Goes on
+    /// after a failure, and returns the first one. Call it after the pods' own entries have been repaired.
+    pub fn repair(&self) -> Result<Vec<String>, Error> {
+        let maps = Maps::open(&self.pins)?;
+        let present = maps.present()?;
+        let mut outcome = Ok(());
+        let mut wrong = Vec::new();
+        for served in self.live() {
+            match served.restore(&maps, &present) {
+                Ok(true) => wrong.push(format!("listeners or exemption of the sidecar of pod {}", served.uid)),
+                Ok(false) => {}
+                Err(error) => outcome = outcome.and(Err(error)),
+            }
+        }
+        outcome.map(|()| wrong)
+    }
+
+    fn live(&self) -> Vec<Arc<Served>> {
+        let mut all = self.served.lock().expect("no holder panics");
+        all.retain(|s| s.strong_count() > 0);
+        all.iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+/// A pod's socket that is bound and not served yet.
+pub struct Listening {
+    served: Arc<Served>,
+    listener: UnixListener,
+}
+
+impl Listening {
+    /// Until `stop`, which is also when the pod's listeners are closed.
+    pub fn serve(self, stop: CancellationToken) {
+        let handover = self.served.handover.clone();
+        handover.served.lock().expect("no holder panics").push(Arc::downgrade(&self.served));
+        handover.runtime.spawn(self.served.accept(self.listener, stop));
     }
 }
 
@@ -131,6 +217,10 @@ impl Served {
             };
             match accepted {
                 Ok((stream, _)) => {
+                    if let Err(error) = self.admit(&stream) {
+                        self.turn_away(&stream, &error);
+                        continue;
+                    }
                     let (served, stop) = (self.clone(), stop.clone());
                     tokio::spawn(async move {
                         tokio::select! {
@@ -147,6 +237,18 @@ impl Served {
             }
         }
         self.close(None);
+    }
+
+    /// Asked again before each registration: which container is the sidecar may have changed since.
+    fn admit(&self, stream: &UnixStream) -> Result<(), Error> {
+        let Some(gate) = &self.handover.gate else { return Ok(()) };
+        Ok(gate.admits(&self.uid, stream.as_fd())?)
+    }
+
+    /// Says why. A new stream has room for it, so this never waits.
+    fn turn_away(&self, stream: &UnixStream, error: &Error) {
+        tracing::warn!(uid = self.uid, error = describe(error), "caller is not the pod's sidecar, refused");
+        let _ = send(stream.as_fd(), &Message::Err(describe(error)));
     }
 
     /// One stream to its end.
@@ -169,8 +271,10 @@ impl Served {
 
     async fn answer(&self, stream: &UnixStream, registered: &mut Option<u64>) -> io::Result<()> {
         loop {
-            let message = stream.async_io(Interest::READABLE, || recv(stream.as_fd())).await?;
-            let answer = match message {
+            let request = stream.async_io(Interest::READABLE, || recv(stream.as_fd()));
+            // A registered one is silent for as long as it lives.
+            let request = if registered.is_some() { request.await } else { soon(request).await };
+            let answer = match request? {
                 None => return Ok(()),
                 Some(Message::Take) => self.kept(),
                 Some(Message::Register(offered)) => self.register(stream, offered).map(|generation| {
@@ -183,7 +287,7 @@ impl Served {
                 tracing::warn!(uid = self.uid, error = describe(&error), "sidecar refused");
                 Message::Err(describe(&error))
             });
-            stream.async_io(Interest::WRITABLE, || send(stream.as_fd(), &answer)).await?;
+            soon(stream.async_io(Interest::WRITABLE, || send(stream.as_fd(), &answer))).await?;
         }
     }
 
@@ -201,9 +305,7 @@ impl Served {
 
     /// Attests the caller, makes its listeners fit and puts them in force.
     fn register(&self, stream: &UnixStream, offered: Vec<(Role, OwnedFd)>) -> Result<u64, Error> {
-        if let Some(gate) = &self.handover.gate {
-            gate.admits(&self.uid, stream.as_fd())?;
-        }
+        self.admit(stream)?;
         let peer = attest::peer(stream.as_fd(), &self.handover.cgroup_root)?;
         if offered.is_empty() {
             return Err(Error::Nothing);
@@ -230,20 +332,36 @@ impl Served {
         Ok(state.generation)
     }
 
-    /// Into the maps: one listener per role (the kernel selects within its SO_REUSEPORT group), then the exemption.
+    /// Into the maps: the listeners, then the exemption.
     fn put(&self, offered: &[(Role, OwnedFd)], cgroup: u64) -> Result<Vec<ListenKey>, Error> {
-        let handover = &self.handover;
-        let _lock = Lock::take(&handover.state_dir).map_err(Error::Lock)?;
-        let pod = handover.pods.get(&self.cookie).map_err(Error::Maps)?.ok_or(Error::NoPod)?;
-        let first: BTreeMap<Role, &OwnedFd> = offered.iter().rev().map(|(role, fd)| (*role, fd)).collect();
-        let mut keys = Vec::new();
-        for (role, fd) in first {
-            let Some(key) = key(&pod, role) else { continue };
-            handover.listeners.set(&key, fd.as_fd()).map_err(Error::Maps)?;
-            keys.push(key);
+        let _lock = Lock::take(&self.handover.state_dir).map_err(Error::Lock)?;
+        let maps = Maps::open(&self.handover.pins)?;
+        let pod = maps.pods.get(&self.cookie).map_err(Error::Maps)?.ok_or(Error::NoPod)?;
+        let places = places(&pod, offered);
+        places.iter().try_for_each(|(key, fd)| maps.listeners.set(key, fd.as_fd())).map_err(Error::Maps)?;
+        maps.pods.set(&self.cookie, &Pod { sidecar_cgroup: cgroup, ..pod }).map_err(Error::Maps)?;
+        Ok(places.into_keys().collect())
+    }
+
+    /// Whether something of the registration was missing, and was put back. A pod without an entry of its own is the
+    /// data path's to repair first.
+    fn restore(&self, maps: &Maps, present: &BTreeSet<ListenKey>) -> Result<bool, Error> {
+        let mut state = self.lock();
+        let Some(cgroup) = state.owner.as_ref().map(|o| o.cgroup_id) else { return Ok(false) };
+        let intact = |present: &BTreeSet<ListenKey>| -> Result<bool, Error> {
+            let Some(pod) = maps.pods.get(&self.cookie).map_err(Error::Maps)? else { return Ok(true) };
+            let listening = places(&pod, &state.kept).keys().all(|key| present.contains(key));
+            Ok(listening && pod.sidecar_cgroup == cgroup)
+        };
+        // The list may be older than the registration: what it lacks is looked for again.
+        if intact(present)? || intact(&maps.present()?)? {
+            return Ok(false);
         }
-        handover.pods.set(&self.cookie, &Pod { sidecar_cgroup: cgroup, ..pod }).map_err(Error::Maps)?;
-        Ok(keys)
+        state.keys = match self.put(&state.kept, cgroup) {
+            Err(Error::NoPod) => return Ok(false),
+            put => put?,
+        };
+        Ok(true)
     }
 
     /// Ends the registration: the given one if it is still the newest, or any.
@@ -261,16 +379,25 @@ impl Served {
     }
 
     fn withdraw(&self, ended: &Registration) -> Result<(), Error> {
-        let handover = &self.handover;
-        let _lock = Lock::take(&handover.state_dir).map_err(Error::Lock)?;
+        let _lock = Lock::take(&self.handover.state_dir).map_err(Error::Lock)?;
+        let maps = Maps::open(&self.handover.pins)?;
         // The address may be another pod's by now, with a sidecar of its own.
-        let pod = handover.pods.get(&self.cookie).map_err(Error::Maps)?;
+        let pod = maps.pods.get(&self.cookie).map_err(Error::Maps)?;
         let Some(pod) = pod else { return Ok(()) }; // the kernel drops closed listeners by itself
         for key in &ended.keys {
-            handover.listeners.remove(key).map_err(Error::Maps)?;
+            maps.listeners.remove(key).map_err(Error::Maps)?;
         }
-        handover.pods.set(&self.cookie, &Pod { sidecar_cgroup: 0, ..pod }).map_err(Error::Maps)
+        maps.pods.set(&self.cookie, &Pod { sidecar_cgroup: 0, ..pod }).map_err(Error::Maps)
     }
+}
+
+async fn soon<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    tokio::time::timeout(SILENCE, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// Where the listeners belong: the first of each role, because the kernel selects within its SO_REUSEPORT group.
+fn places<'a>(pod: &Pod, listeners: &'a [(Role, OwnedFd)]) -> BTreeMap<ListenKey, &'a OwnedFd> {
+    listeners.iter().rev().filter_map(|(role, fd)| Some((key(pod, *role)?, fd))).collect()
 }
 
 /// Where a listener of this role belongs; `None` where the pod has no address of the family.
@@ -283,7 +410,8 @@ fn key(pod: &Pod, role: Role) -> Option<ListenKey> {
     (addr != Addr::UNSET).then_some(ListenKey { addr, direction })
 }
 
-fn describe(error: &dyn std::error::Error) -> String {
+/// An error with its causes on one line.
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |e| e.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -1,14 +1,20 @@
 //! The node's network as one thing: keeps the data path true to the view, completes pods' networks, serves each meshed
 //! pod's sidecar, and puts right every second what others changed.
 //!
-//! What is right is decided elsewhere (`ebpf::compile`, `netlink::plan`, `relay::scope`); this is the shell.
+//! What is right is decided elsewhere (`ebpf::compile`, `netlink::plan`, `relay::scope`, `told`); this is the shell.
+
+mod told;
 
 use crate::{
     attest::Gate,
     datapath::Datapath,
-    handover::Handover,
-    pods::{PodNetwork, convert},
+    handover::{self, Handover, Listening, describe},
+    pods::{
+        PodNetwork, convert,
+        events::{Events, Type},
+    },
     relay::Relay,
+    socket,
     uplink::Verdict,
     view::View,
 };
@@ -22,16 +28,18 @@ use std::{
     net::{SocketAddr, TcpStream},
     os::fd::AsFd,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
     time::Duration,
 };
 use tokio::{
+    net::UnixListener,
     runtime::Handle,
     sync::{mpsc, watch},
     time::interval,
 };
 use tokio_stream::{StreamExt, wrappers::UnixListenerStream};
 use tokio_util::sync::CancellationToken;
+use told::{News, Told};
 
 const REPAIR_EVERY: Duration = Duration::from_secs(1);
 const ANNOTATION_SIDECAR: &str = "sluice.dev/sidecar";
@@ -46,6 +54,10 @@ pub struct Network {
     views: watch::Receiver<View>,
     /// Pods whose sidecars are served, by UID.
     served: Mutex<HashMap<String, Served>>,
+    /// Pods whose sidecars cannot be served, by UID, and why.
+    unserved: Mutex<HashMap<String, String>>,
+    /// Where repairs are told, once the API is known.
+    events: OnceLock<Events>,
     runtime: Handle,
 }
 
@@ -71,37 +83,53 @@ impl Network {
             relay,
             views,
             served: Mutex::default(),
+            unserved: Mutex::default(),
+            events: OnceLock::new(),
             runtime: Handle::current(),
         })
+    }
+
+    /// Tells of repairs from now on.
+    pub fn tell(&self, events: Events) {
+        // A second call would change nothing: there is one API.
+        let _ = self.events.set(events);
     }
 
     fn datapath(&self) -> MutexGuard<'_, Datapath> {
         self.datapath.lock().expect("no holder panics")
     }
 
-    /// For ever: every view into the kernel, then the verdict to control; repairs in between.
+    /// For ever: every view into the kernel, then the verdict to control; repairs in between. A view that is not in
+    /// force is tried again with each repair. Control may be away: no verdict is waited for.
     pub async fn run(self: Arc<Self>, verdicts: mpsc::Sender<Verdict>) {
         let mut views = self.views.clone();
         let mut repair = interval(REPAIR_EVERY);
         repair.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         views.mark_changed();
+        let mut told = Told::default();
         loop {
             tokio::select! {
                 biased;
+                place = verdicts.reserve(), if told.due() => match (place, told.say()) {
+                    (Ok(place), Some(verdict)) => place.send(verdict),
+                    _ => return,
+                },
                 changed = views.changed() => {
                     if changed.is_err() {
                         return;
                     }
                     let view = views.borrow_and_update().clone();
-                    if view.epoch.is_empty() {
-                        continue;
-                    }
-                    let verdict = self.clone().apply(view).await;
-                    if verdicts.send(verdict).await.is_err() {
-                        return;
+                    if !view.epoch.is_empty() {
+                        say(told.take(self.clone().apply(view).await));
                     }
                 }
-                _ = repair.tick() => self.clone().repair().await,
+                _ = repair.tick() => {
+                    self.clone().repair().await;
+                    if told.refused() {
+                        let view = views.borrow().clone();
+                        say(told.retried(self.clone().apply(view).await));
+                    }
+                }
             }
         }
     }
@@ -109,68 +137,128 @@ impl Network {
     async fn apply(self: Arc<Self>, view: View) -> Verdict {
         let (epoch, revision) = (view.epoch.clone(), view.snapshot.revision.0);
         let work = move || {
-            let result = self.datapath().apply(&view.snapshot).map(|_| ()).map_err(|e| e.to_string());
-            if let Err(error) = &result {
-                tracing::warn!(error, revision, "view not in force");
-            }
+            let applied = self.datapath().apply(&view.snapshot).map_err(|e| describe(&e));
             self.serve_all(&view.snapshot);
-            result
+            applied
         };
-        let result = tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(e.to_string()));
-        Verdict { epoch, revision, result }
+        let applied = tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(e.to_string()));
+        let (result, problems) = match applied {
+            Ok(applied) => (Ok(()), applied.problems),
+            Err(error) => (Err(error), Vec::new()),
+        };
+        Verdict { epoch, revision, result, problems }
     }
 
     async fn repair(self: Arc<Self>) {
-        let work = move || match self.datapath().repair() {
-            Ok(repaired) if !repaired.is_empty() => {
-                tracing::warn!(?repaired, "kernel state was changed by others, put right")
+        let work = move || {
+            let datapath = self.datapath().repair().map_err(|e| describe(&e));
+            // After the pods' entries, which the registrations complete.
+            let registrations = self.handover.repair().map_err(|e| describe(&e));
+            for outcome in [datapath, registrations] {
+                match outcome {
+                    Ok(repaired) if repaired.is_empty() => {}
+                    Ok(repaired) => {
+                        tracing::warn!(?repaired, "kernel state was changed by others, put right");
+                        let text: Vec<_> = repaired.iter().map(ToString::to_string).collect();
+                        let message = format!("Put right what others changed in the kernel: {}", text.join("; "));
+                        if let Some(events) = self.events.get() {
+                            events.emit_node(&self.node, Type::Warning, "DatapathRepaired", message);
+                        }
+                    }
+                    Err(error) => tracing::warn!(error, "kernel state not repaired"),
+                }
             }
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "kernel state not repaired"),
+            let snapshot = self.views.borrow().snapshot.clone();
+            self.serve_all(&snapshot);
         };
         if let Err(error) = tokio::task::spawn_blocking(work).await {
             tracing::error!(%error, "repair failed");
         }
     }
 
-    /// After a restart, and for pods that another agent's life began: serves every meshed pod of this node.
+    /// After a restart, for pods that another agent's life began, and again until it has come about: serves every
+    /// meshed pod of this node, and no pod that is not here any more.
     fn serve_all(&self, snapshot: &Snapshot) {
-        let meshed = snapshot.workloads().filter(|w| w.node == self.node && w.meshed);
-        let here: HashMap<String, PathBuf> =
-            self.datapath().pods().unwrap_or_default().into_iter().map(|p| (p.uid, p.netns)).collect();
-        for w in meshed {
-            if let Some(netns) = here.get(&w.uid) {
-                let name = w.name.clone();
-                if let Err(error) = self.serve(&name, &w.uid, netns) {
-                    tracing::warn!(pod = %name, error, "sidecar not served");
-                }
+        let pods = self.datapath().pods();
+        let here: HashMap<String, PathBuf> = match pods {
+            Ok(pods) => pods.into_iter().map(|p| (p.uid, p.netns)).collect(),
+            // No reason to think that they are gone.
+            Err(error) => return tracing::warn!(error = describe(&error), "pods of this node not known"),
+        };
+        let mut unserved = HashMap::new();
+        for w in snapshot.workloads().filter(|w| w.node == self.node && w.meshed) {
+            if let Some(netns) = here.get(&w.uid)
+                && let Err(error) = self.serve(&w.name, &w.uid, netns)
+            {
+                unserved.insert(w.uid.clone(), error);
             }
         }
+        self.tell_unserved(unserved);
         // What the runtime took away without telling us.
         let gone: Vec<_> = self.lock().keys().filter(|uid| !here.contains_key(*uid)).cloned().collect();
         gone.iter().for_each(|uid| self.stop(uid));
+        // And before this agent began.
+        self.relay.retain(|uid| here.contains_key(uid));
+    }
+
+    /// Once, not every second.
+    fn tell_unserved(&self, now: HashMap<String, String>) {
+        let mut told = self.unserved.lock().expect("no holder panics");
+        for (uid, error) in now.iter().filter(|(uid, error)| told.get(*uid) != Some(error)) {
+            tracing::error!(uid, error, "sidecar not served, trying again every second");
+        }
+        *told = now;
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Served>> {
         self.served.lock().expect("no holder panics")
     }
 
-    /// Listens inside the pod for its sidecar: discovery, and the hand-over of its listeners.
+    /// Listens inside the pod for its sidecar: discovery, and the hand-over of its listeners. Both or neither.
     fn serve(&self, name: &Name, uid: &str, netns: &PathBuf) -> Result<(), String> {
-        if self.lock().get(uid).is_some_and(|s| s.netns == *netns) {
+        let text = |e: &dyn std::error::Error| format!("pod {name}: {}", describe(e));
+        // Held all the way: who comes second must find it served, not its sockets taken.
+        let mut all = self.lock();
+        if all.get(uid).is_some_and(|s| s.netns == *netns) {
             return Ok(());
         }
-        self.stop(uid);
-        let text = |e: &dyn std::fmt::Display| format!("pod {name}: {e}");
+        self.end(all.remove(uid), uid);
         let ns = Netns::open(netns).map_err(|e| text(&e))?;
-        let listener = sluice_netlink::listen_abstract_in(&ns, DISCOVERY_SOCKET).map_err(|e| text(&e))?;
-        listener.set_nonblocking(true).map_err(|e| text(&e))?;
+        let (discovery, handover) = self.listen(&ns, uid).map_err(|e| text(&e))?;
         let _inside = self.runtime.enter();
-        let listener = tokio::net::UnixListener::from_std(listener).map_err(|e| text(&e))?;
+        let discovery = UnixListener::from_std(discovery).map_err(|e| text(&e))?;
         let stop = CancellationToken::new();
+        self.runtime.spawn(self.discovery(discovery, name, uid, stop.clone()));
+        handover.serve(stop.clone());
+        all.insert(uid.to_owned(), Served { netns: netns.clone(), stop });
+        tracing::info!(pod = %name, uid, "serving the sidecar");
+        Ok(())
+    }
+
+    /// A pod in which another process stands for the agent is closed: that process could tell the sidecar anything, and
+    /// be handed its listeners.
+    fn listen(&self, ns: &Netns, uid: &str) -> Result<(std::os::unix::net::UnixListener, Listening), handover::Error> {
+        let both = socket::listen(ns, DISCOVERY_SOCKET)
+            .map_err(handover::Error::from)
+            .and_then(|discovery| Ok((discovery, self.handover.listen(ns, uid)?)));
+        if let Err(handover::Error::Socket(error)) = &both
+            && error.squatted()
+        {
+            self.handover.shut(ns, uid)?;
+        }
+        both
+    }
+
+    /// Discovery for the one process that may have it, until `stop`.
+    fn discovery(
+        &self,
+        listener: UnixListener,
+        name: &Name,
+        uid: &str,
+        stop: CancellationToken,
+    ) -> impl Future<Output = ()> + use<> {
         let workload = WorkloadRef { namespace: name.namespace.clone(), name: name.name.clone(), uid: uid.to_owned() };
-        let (relay, until) = (self.relay.clone(), stop.clone().cancelled_owned());
-        let (gate, of) = (self.gate.clone(), uid.to_owned());
+        let (relay, gate, of) = (self.relay.clone(), self.gate.clone(), uid.to_owned());
         let admitted = UnixListenerStream::new(listener).filter(move |accepted| match accepted {
             Ok(stream) => gate
                 .admits(&of, stream.as_fd())
@@ -178,19 +266,20 @@ impl Network {
                 .is_ok(),
             Err(_) => true,
         });
-        self.runtime.spawn(async move {
-            if let Err(error) = relay.serve_admitted(admitted, workload, until).await {
+        async move {
+            if let Err(error) = relay.serve_admitted(admitted, workload, stop.cancelled_owned()).await {
                 tracing::warn!(%error, "relay to a sidecar ended");
             }
-        });
-        self.handover.serve(&ns, uid, stop.clone()).map_err(|e| text(&e))?;
-        self.lock().insert(uid.to_owned(), Served { netns: netns.clone(), stop });
-        tracing::info!(pod = %name, uid, "serving the sidecar");
-        Ok(())
+        }
     }
 
     fn stop(&self, uid: &str) {
-        if let Some(s) = self.lock().remove(uid) {
+        let served = self.lock().remove(uid);
+        self.end(served, uid);
+    }
+
+    fn end(&self, served: Option<Served>, uid: &str) {
+        if let Some(s) = served {
             s.stop.cancel();
             self.relay.forget(uid);
         }
@@ -198,6 +287,20 @@ impl Network {
 
     fn netns(&self, uid: &str) -> Option<PathBuf> {
         self.datapath().pods().ok()?.into_iter().find(|p| p.uid == uid).map(|p| p.netns)
+    }
+}
+
+fn say(news: News) {
+    if let Some(error) = news.refused {
+        tracing::warn!(error, "view not in force, trying again every second");
+    }
+    if news.recovered {
+        tracing::info!("view in force after all");
+    }
+    match news.problems {
+        Some(none) if none.is_empty() => tracing::info!("the whole view is in force"),
+        Some(problems) => tracing::warn!(?problems, "parts of the view cannot be had, the rest is in force"),
+        None => {}
     }
 }
 
@@ -245,6 +348,10 @@ impl PodNetwork for Network {
 
     fn sidecar(&self, uid: &str, container: &str) {
         self.gate.expect(uid, container);
+    }
+
+    fn sidecars(&self, running: HashMap<String, String>) {
+        self.gate.listed(running);
     }
 
     fn gone(&self, uid: &str) {

@@ -3,14 +3,17 @@
 //! The API says what should be, the runtime what is; neither is trusted to be reachable. While the API is away nothing
 //! is removed; pods that the runtime has and a complete list from the API does not are taken down.
 
+mod atomic;
 pub mod convert;
 pub mod cri;
 pub mod events;
+mod hooks;
 pub mod logs;
 pub mod plan;
 mod probe;
 mod probes;
 pub mod status;
+mod subpath;
 pub mod volumes;
 mod worker;
 
@@ -29,11 +32,15 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use tokio::{sync::mpsc, task::JoinHandle, time::interval};
-use worker::{Message, Worker};
+use tokio::{sync::watch, task::JoinHandle, time::interval};
+use worker::{Told, Worker};
 
 /// How often the runtime's list is compared with the last one: a killed container is noticed within this time.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often the sizes of logs are looked at (kubelet's containerLogMonitorInterval).
+const ROTATE_EVERY: Duration = Duration::from_secs(10);
+/// Name of the injected sidecar's container.
+const SIDECAR: &str = "sluice-proxy";
 
 /// The node's network as pods need it; implemented over the data path.
 pub trait PodNetwork: Send + Sync {
@@ -46,6 +53,8 @@ pub trait PodNetwork: Send + Sync {
     fn withdrawn(&self, pod: &Pod) -> bool;
     /// The runtime's id of the container that is the pod's sidecar: from before it runs, and again whenever it is seen.
     fn sidecar(&self, uid: &str, container: &str);
+    /// All sidecars that the runtime has, ids of containers by pod UID: without any word of the API.
+    fn sidecars(&self, running: HashMap<String, String>);
     /// The pod is gone from the node.
     fn gone(&self, uid: &str);
 }
@@ -61,7 +70,8 @@ pub struct Deps {
 }
 
 struct Running {
-    messages: mpsc::UnboundedSender<Message>,
+    /// The latest of everything: a busy worker misses what was superseded, never what is.
+    told: watch::Sender<Told>,
     task: JoinHandle<()>,
 }
 
@@ -86,7 +96,9 @@ impl Manager {
         let config = watcher::Config::default().fields(&format!("spec.nodeName={}", self.deps.node.name));
         let mut events = watcher(pods, config).default_backoff().into_stream().boxed();
         let mut look = interval(LOOK_EVERY);
+        let mut rotate = interval(ROTATE_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        rotate.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 event = events.try_next() => match event {
@@ -95,6 +107,7 @@ impl Manager {
                     Err(error) => tracing::warn!(%error, "pods of this node: watch interrupted, trying again"),
                 },
                 _ = look.tick() => self.look().await,
+                _ = rotate.tick() => self.rotate_logs().await,
             }
         }
     }
@@ -109,15 +122,12 @@ impl Manager {
             watcher::Event::InitDone => {
                 self.synced = true;
                 let initial = std::mem::take(&mut self.initial);
-                self.workers
-                    .iter()
-                    .filter(|(uid, _)| !initial.contains(*uid))
-                    .for_each(|(_, w)| w.tell(Message::Removed));
+                self.workers.iter().filter(|(uid, _)| !initial.contains(*uid)).for_each(|(_, w)| w.removed());
             }
             watcher::Event::Apply(pod) => self.apply(pod),
             watcher::Event::Delete(pod) => {
                 if let Some(w) = self.workers.get(convert::uid(&pod)) {
-                    w.tell(Message::Removed);
+                    w.removed();
                 }
             }
         }
@@ -127,11 +137,13 @@ impl Manager {
         self.workers.retain(|_, w| !w.task.is_finished());
         let uid = convert::uid(&pod).to_owned();
         if let Some(w) = self.workers.get(&uid) {
-            return w.tell(Message::Pod(Box::new(pod)));
+            w.told.send_modify(|t| (t.pod, t.removed) = (Arc::new(pod), false));
+            return;
         }
-        let (messages, rx) = mpsc::unbounded_channel();
-        let worker = Worker::new(self.deps.clone(), pod);
-        self.workers.insert(uid, Running { messages, task: tokio::spawn(worker.run(rx)) });
+        let pod = Arc::new(pod);
+        let worker = Worker::new(self.deps.clone(), pod.clone());
+        let (told, hears) = watch::channel(Told { pod, removed: false });
+        self.workers.insert(uid, Running { told, task: tokio::spawn(worker.run(hears)) });
     }
 
     /// Wakes the workers whose containers changed, and takes down what belongs to no pod.
@@ -140,10 +152,11 @@ impl Manager {
             Ok(l) => l,
             Err(error) => return tracing::debug!(%error, "runtime not readable"),
         };
+        self.deps.network.sidecars(sidecars(&listed));
         let shown: HashMap<_, _> = listed.iter().map(|(uid, seen)| (uid.clone(), signature(seen))).collect();
         for (uid, w) in &self.workers {
             if shown.get(uid) != self.shown.get(uid) {
-                w.tell(Message::Look);
+                w.told.send_modify(|_| {});
             }
         }
         self.shown = shown;
@@ -151,6 +164,23 @@ impl Manager {
         if self.synced {
             for (uid, seen) in listed.iter().filter(|(uid, _)| !self.workers.contains_key(*uid)) {
                 self.take_down(uid, seen).await;
+            }
+        }
+    }
+
+    async fn rotate_logs(&self) {
+        let Ok(listed) = self.deps.cri.list().await else { return };
+        for (uid, seen) in &listed {
+            let folder = logs::folders_of(&self.deps.dirs.logs, uid).into_iter().next().unwrap_or_default();
+            for c in seen.containers.iter().filter(|c| c.state == plan::State::Running) {
+                let done = match logs::rotate(&folder.join(&c.name), c.attempt) {
+                    Ok(true) => self.deps.cri.reopen_log(&c.id).await.map_err(|e| e.to_string()),
+                    Ok(false) => Ok(()),
+                    Err(e) => Err(e.to_string()),
+                };
+                if let Err(error) = done {
+                    tracing::warn!(uid, container = c.name, error, "log not rotated, trying again");
+                }
             }
         }
     }
@@ -169,10 +199,19 @@ impl Manager {
 }
 
 impl Running {
-    fn tell(&self, m: Message) {
-        // A worker that has ended has nothing left to hear.
-        let _ = self.messages.send(m);
+    fn removed(&self) {
+        self.told.send_modify(|t| t.removed = true);
     }
+}
+
+/// The sidecars that run, or are about to, each in its pod's sandbox in use.
+fn sidecars(listed: &HashMap<String, plan::Seen>) -> HashMap<String, String> {
+    let lives = |c: &&plan::ContainerSeen| matches!(c.state, plan::State::Created | plan::State::Running);
+    let of = |seen: &plan::Seen| {
+        seen.sandbox()?;
+        seen.container(SIDECAR).filter(lives).map(|c| c.id.clone())
+    };
+    listed.iter().filter_map(|(uid, seen)| Some((uid.clone(), of(seen)?))).collect()
 }
 
 fn signature(seen: &plan::Seen) -> Vec<String> {
@@ -180,4 +219,44 @@ fn signature(seen: &plan::Seen) -> Vec<String> {
     let mut all: Vec<_> = sandboxes.chain(seen.containers.iter().map(|c| format!("{} {:?}", c.id, c.state))).collect();
     all.sort();
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plan::{ContainerSeen, SandboxSeen, Seen, State};
+
+    fn container(id: &str, name: &str, attempt: u32, state: State) -> ContainerSeen {
+        ContainerSeen {
+            id: id.into(),
+            sandbox: "s".into(),
+            name: name.into(),
+            attempt,
+            state,
+            exit_code: 0,
+            started: 0,
+            finished: 0,
+            reason: String::new(),
+            image: String::new(),
+            image_ref: String::new(),
+        }
+    }
+
+    #[test]
+    fn sidecars_are_the_newest_containers_of_that_name_in_a_sandbox_that_is_ready() {
+        let sandbox = |ready| SandboxSeen { id: "s".into(), attempt: 0, ready, created: 0, ips: vec![] };
+        let seen = |ready, containers: &[ContainerSeen]| Seen {
+            sandboxes: vec![sandbox(ready)],
+            containers: containers.to_vec(),
+        };
+        let (old, new) = (container("old", SIDECAR, 0, State::Exited), container("new", SIDECAR, 1, State::Running));
+        let app = container("app", "app", 0, State::Running);
+        let listed = HashMap::from([
+            ("meshed".to_owned(), seen(true, &[old.clone(), new.clone(), app.clone()])),
+            ("plain".to_owned(), seen(true, &[app])),
+            ("ended".to_owned(), seen(true, &[old])),
+            ("no network".to_owned(), seen(false, &[new])),
+        ]);
+        assert_eq!(sidecars(&listed), HashMap::from([("meshed".to_owned(), "new".to_owned())]));
+    }
 }

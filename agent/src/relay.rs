@@ -7,12 +7,14 @@
 
 pub mod feed;
 pub mod holders;
+mod kept;
 pub mod scope;
 mod server;
 pub mod totals;
 
 use crate::view::View;
 use holders::Holders;
+pub use kept::Kept;
 use sluice_wire::v1::{self, WorkloadRef};
 use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::{
@@ -49,23 +51,30 @@ pub struct Relay {
     signer: Arc<dyn Signer>,
     state: Mutex<State>,
     holders: watch::Sender<v1::Holders>,
+    kept: Option<Kept>,
 }
 
 struct State {
     holders: Holders,
+    /// What the file has; `None` when the last try failed.
+    saved: Option<Holders>,
     totals: Totals,
 }
 
 impl Relay {
-    /// Relays `views`; `holders` is kept true.
+    /// Relays `views`; `holders` is kept true, and begins with what was `kept` by the agent before.
     pub fn new(
         views: watch::Receiver<View>,
         interval: watch::Receiver<u32>,
         holders: watch::Sender<v1::Holders>,
         signer: Arc<dyn Signer>,
+        kept: Option<Kept>,
     ) -> Arc<Self> {
-        let state = State { holders: Holders::default(), totals: Totals::new(uuid()) };
-        Arc::new(Self { views, interval, signer, state: Mutex::new(state), holders })
+        let before = kept.as_ref().map(Kept::load).unwrap_or_default();
+        let state = State { holders: before.clone(), saved: Some(before), totals: Totals::new(uuid()) };
+        let relay = Arc::new(Self { views, interval, signer, state: Mutex::new(state), holders, kept });
+        relay.with_state(|_| {});
+        relay
     }
 
     /// Serves the sidecar of `workload` on `listener` until `until` is ready.
@@ -96,6 +105,12 @@ impl Relay {
         });
     }
 
+    /// As [`Self::forget`], for all sidecars but those that live.
+    pub fn retain(&self, lives: impl Fn(&str) -> bool) {
+        let gone: Vec<String> = self.lock().holders.uids().filter(|u| !lives(u)).map(str::to_owned).collect();
+        gone.iter().for_each(|uid| self.forget(uid));
+    }
+
     /// What all sidecars have counted, cumulative since this agent's start.
     pub fn metrics(&self) -> v1::Metrics {
         self.lock().totals.report()
@@ -111,6 +126,7 @@ impl Relay {
             tokio::select! {
                 () = tokio::time::sleep_until(last + every) => {
                     last = Instant::now();
+                    self.save_revisions();
                     if metrics.send(self.metrics()).await.is_err() {
                         return;
                     }
@@ -126,21 +142,47 @@ impl Relay {
 
     fn forget_gone(&self, view: &View) {
         let live: std::collections::BTreeSet<&str> = view.snapshot.workloads().map(|w| w.uid.as_str()).collect();
-        let gone: Vec<String> = self.lock().holders.uids().filter(|u| !live.contains(u)).map(str::to_owned).collect();
-        gone.iter().for_each(|uid| self.forget(uid));
+        self.retain(|uid| live.contains(uid));
+        // In another epoch, what a sidecar without a stream has in force says nothing any more.
+        self.with_state(|_| {});
     }
 
-    /// Changes the state and publishes the holders if that changed them.
+    /// Changes the state and publishes the holders if that changed them. Which routes are held is on disk before anybody
+    /// hears of it, the sidecar included: an agent that is killed now must not have forgotten it.
     fn with_state<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let epoch = self.views.borrow().epoch.clone();
         let mut state = self.lock();
         let result = change(&mut state);
-        let list = state.holders.list();
+        if state.saved.as_ref().is_some_and(|saved| !saved.same_routes(&state.holders)) {
+            self.save(&mut state);
+        }
+        let list = state.holders.list(&epoch);
         self.holders.send_if_modified(|published| {
             let differs = published.holders != list;
             published.holders = list;
             differs
         });
         result
+    }
+
+    /// Revisions on disk may be behind: a sidecar then counts as not having what it has, until it connects again. Also
+    /// tries again what could not be saved.
+    fn save_revisions(&self) {
+        let mut state = self.lock();
+        if state.saved.as_ref() != Some(&state.holders) {
+            self.save(&mut state);
+        }
+    }
+
+    fn save(&self, state: &mut State) {
+        let Some(kept) = &self.kept else { return };
+        state.saved = match kept.save(&state.holders) {
+            Ok(()) => Some(state.holders.clone()),
+            Err(error) => {
+                tracing::warn!(%error, "holders not saved, trying again with the next report");
+                None
+            }
+        };
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

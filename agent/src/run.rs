@@ -9,13 +9,14 @@ use crate::{
     network::Network,
     node::{self, Facts, NotReady},
     pods::{Deps, Manager, convert, cri::Cri, events::Events, volumes::Dirs},
-    relay::{Relay, Signer},
+    relay::{Kept, Relay, Signer},
+    replay::Replay,
     server,
-    uplink::{Ends, Uplink},
+    uplink::{self, Ends, Uplink},
     view::{Store, View},
 };
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Args, Parser};
 use kube::Client;
 use sluice_dns::{server::Resolver, zone::Zone};
 use sluice_wire::v1::{SignRequest, SignResponse, WorkloadRef, identity_client::IdentityClient};
@@ -30,7 +31,10 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
-use tonic::{Status, transport::Channel};
+use tonic::{
+    Status,
+    transport::{Channel, Endpoint},
+};
 
 #[derive(Clone, Debug, Parser)]
 #[command(name = "sluice-agent", version, about = "The node agent of a Sluice cluster")]
@@ -40,18 +44,11 @@ pub struct Options {
     /// Address of this node in the network between the nodes
     #[arg(long)]
     pub node_ip: IpAddr,
-    /// URL of the API
-    #[arg(long)]
-    pub api: String,
-    /// URL of control's discovery port
-    #[arg(long)]
-    pub discovery: String,
-    /// The cluster's CA, for joining
-    #[arg(long)]
-    pub ca_file: PathBuf,
-    /// One-time token, for joining
-    #[arg(long)]
-    pub token_file: PathBuf,
+    #[command(flatten)]
+    pub cluster: Option<Cluster>,
+    /// Take the view from this file and run no pods: the data path by itself
+    #[arg(long, conflicts_with = "Cluster", required_unless_present = "Cluster")]
+    pub snapshot_file: Option<PathBuf>,
     #[arg(long, default_value = "/var/lib/sluice/agent")]
     pub data_dir: PathBuf,
     #[arg(long, default_value = "/run/sluice")]
@@ -89,6 +86,23 @@ pub struct Options {
     pub log_port: u16,
 }
 
+/// Where the cluster is, and how to become a part of it.
+#[derive(Args, Clone, Debug)]
+pub struct Cluster {
+    /// URL of the API
+    #[arg(long)]
+    pub api: String,
+    /// URL of control's discovery port
+    #[arg(long)]
+    pub discovery: String,
+    /// The cluster's CA, for joining
+    #[arg(long)]
+    pub ca_file: PathBuf,
+    /// One-time token, for joining
+    #[arg(long)]
+    pub token_file: PathBuf,
+}
+
 const DNS_PORT: u16 = 53;
 const RENEW_RETRY: Duration = Duration::from_secs(30);
 
@@ -103,9 +117,66 @@ pub async fn run(o: Options) -> Result<()> {
 }
 
 async fn start(o: Options) -> Result<()> {
+    match (&o.cluster, &o.snapshot_file) {
+        (Some(cluster), _) => start_member(&o, cluster).await,
+        (None, Some(file)) => start_alone(&o, file.clone()).await,
+        (None, None) => anyhow::bail!("give either --snapshot-file, or --api, --discovery, --ca-file and --token-file"),
+    }
+}
+
+async fn start_member(o: &Options, c: &Cluster) -> Result<()> {
     // First what needs nobody: the kernel, from the last known view, so that traffic is right before control answers.
-    let (channel_tx, channel) = watch::channel(placeholder_channel(&o)?);
+    let (channel_tx, channel) = watch::channel(placeholder_channel(&c.discovery)?);
     let (uplink, ends) = Uplink::new(o.node_name.clone(), Store::new(o.data_dir.join("view.json")), channel.clone());
+    let (network, reports) = start_network(o, ends, channel.clone()).await?;
+    // Then control.
+    let id = identity::obtain(&o.data_dir, &o.node_name, &c.discovery, &c.ca_file, &c.token_file).await?;
+    channel_tx.send_replace(identity::channel(&c.discovery, &id.bundle_pem, Some(&id))?);
+    tokio::spawn(uplink.run());
+    tokio::spawn(reports);
+    let client = api_client(c, &id)?;
+    start_pods(o, &id, client, network).await?;
+    renewed(o, &id, channel).await
+}
+
+/// The data path, resolver and relay by themselves, from a file.
+async fn start_alone(o: &Options, file: PathBuf) -> Result<()> {
+    let (source, ends) = uplink::channels(View::default());
+    let views = ends.views.clone();
+    // Sidecars are served, but nobody can sign for them.
+    let nobody = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+    let (_network, reports) = start_network(o, ends, watch::channel(nobody).1).await?;
+    tokio::spawn(reports);
+    tokio::spawn(configure_alone(o.clone(), views));
+    Replay::new(file, source).run().await;
+    Ok(())
+}
+
+/// The plugin's configuration, with the ranges that the view gives this node.
+async fn configure_alone(o: Options, mut views: watch::Receiver<View>) {
+    let ranges = |view: &View| -> Vec<String> {
+        let own = |n: &&sluice_model::Node| n.name.name == o.node_name;
+        view.snapshot.nodes().find(own).into_iter().flat_map(|n| &n.pod_cidrs).map(ToString::to_string).collect()
+    };
+    loop {
+        let wanted = ranges(&views.borrow_and_update());
+        if !wanted.is_empty()
+            && let Err(error) = cni_config::install(&o.run_dir, &o.cni_conf_dir, &wanted)
+        {
+            tracing::warn!(%error, "network plugin not configured");
+        }
+        if views.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// What a node's network is made of; and what must run for sidecars' reports to go up.
+async fn start_network(
+    o: &Options,
+    ends: Ends,
+    channel: watch::Receiver<Channel>,
+) -> Result<(Arc<Network>, impl Future<Output = ()> + use<>)> {
     let Ends { views, verdicts, holders, metrics, metrics_interval } = ends;
     let datapath = Datapath::open(&DatapathConfig {
         bpffs: o.bpffs.clone(),
@@ -116,24 +187,17 @@ async fn start(o: Options) -> Result<()> {
     .context("open the data path")?;
     let gate = Arc::new(Gate::new()?);
     let handover = Handover::new(&o.bpffs, Some(gate.clone()))?;
-    let relay = Relay::new(views.clone(), metrics_interval, holders, Arc::new(Signing { channel: channel.clone() }));
+    let kept = Kept::new(o.data_dir.join("holders.json"));
+    let relay = Relay::new(views.clone(), metrics_interval, holders, Arc::new(Signing { channel }), Some(kept));
     let network = Network::new(o.node_name.clone(), datapath, handover, gate, relay.clone(), views.clone());
     tokio::spawn(network.clone().run(verdicts));
-    start_dns(&o, views.clone()).await?;
-    // Then control.
-    let id = identity::obtain(&o.data_dir, &o.node_name, &o.discovery, &o.ca_file, &o.token_file).await?;
-    channel_tx.send_replace(identity::channel(&o.discovery, &id.bundle_pem, Some(&id))?);
-    tokio::spawn(uplink.run());
-    tokio::spawn(relay.report(metrics));
-    let client = api_client(&o, &id)?;
-    start_pods(&o, &id, client, network).await?;
-    renewed(&o, &id, channel).await
+    start_dns(o, views).await?;
+    Ok((network, relay.report(metrics)))
 }
 
 /// Before the node has joined nothing can be asked; the channel is replaced then.
-fn placeholder_channel(o: &Options) -> Result<Channel> {
-    let endpoint = tonic::transport::Endpoint::from_shared(o.discovery.clone())?;
-    Ok(endpoint.connect_lazy())
+fn placeholder_channel(discovery: &str) -> Result<Channel> {
+    Ok(Endpoint::from_shared(discovery.to_owned())?.connect_lazy())
 }
 
 struct Signing {
@@ -167,9 +231,9 @@ async fn start_dns(o: &Options, mut views: watch::Receiver<View>) -> Result<()> 
     Ok(())
 }
 
-fn api_client(o: &Options, id: &NodeIdentity) -> Result<Client> {
+fn api_client(c: &Cluster, id: &NodeIdentity) -> Result<Client> {
     use base64::{Engine, engine::general_purpose::STANDARD};
-    let mut config = kube::Config::new(o.api.parse().with_context(|| format!("API address {:?}", o.api))?);
+    let mut config = kube::Config::new(c.api.parse().with_context(|| format!("API address {:?}", c.api))?);
     config.root_cert = Some(rustls_pemfile(&id.bundle_pem)?);
     config.auth_info.client_certificate_data = Some(STANDARD.encode(&id.certificate_pem));
     config.auth_info.client_key_data = Some(STANDARD.encode(&id.key_pem).into());
@@ -195,11 +259,13 @@ async fn start_pods(o: &Options, id: &NodeIdentity, client: Client, network: Arc
         cpu_milli: facts.cpu_milli,
         memory_bytes: facts.memory_bytes,
     };
+    let events = Events::start(client.clone(), o.node_name.clone());
+    network.tell(events.clone());
     let deps = Arc::new(Deps {
-        events: Events::start(client.clone(), o.node_name.clone()),
+        events: events.clone(),
         client: client.clone(),
         cri: cri.clone(),
-        dirs: Dirs { data: o.data_dir.clone(), run: o.run_dir.clone() },
+        dirs: Dirs { data: o.data_dir.clone(), run: o.run_dir.clone(), logs: o.data_dir.join("logs") },
         node: node.clone(),
         network,
     });
@@ -212,11 +278,7 @@ async fn start_pods(o: &Options, id: &NodeIdentity, client: Client, network: Arc
         .await
         .with_context(|| format!("listen for log requests on port {}", o.log_port))?;
     let tls = server::tls(id)?;
-    tokio::spawn(async move {
-        if let Err(error) = server::serve(listener, tls, server::Logs { client, cri, node }).await {
-            tracing::error!(%error, "log server ended");
-        }
-    });
+    tokio::spawn(server::serve(listener, tls, server::Logs { client, cri, node }));
     Ok(())
 }
 

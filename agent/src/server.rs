@@ -20,8 +20,11 @@ use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use std::{path::PathBuf, sync::Arc};
-use tokio::{net::TcpListener, sync::mpsc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, mpsc},
+};
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 
@@ -32,18 +35,34 @@ pub struct Logs {
     pub node: convert::Node,
 }
 
-/// Serves until the listener fails.
-pub async fn serve(listener: TcpListener, tls: Arc<rustls::ServerConfig>, logs: Logs) -> std::io::Result<()> {
+/// Most connections at a time; further ones are closed at once.
+const MAX_CONNECTIONS: usize = 256;
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Before the next try after a failed accept (no descriptors left, say).
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves for ever.
+pub async fn serve(listener: TcpListener, tls: Arc<rustls::ServerConfig>, logs: Logs) {
     let app = Router::new()
         .route("/healthz", get(|| async { "ok" }))
         .route("/containerLogs/{namespace}/{pod}/{container}", get(container_logs))
         .with_state(logs);
     let acceptor = TlsAcceptor::from(tls);
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let (stream, _) = listener.accept().await?;
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "log server takes no connection, trying again");
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
         let (acceptor, app) = (acceptor.clone(), app.clone());
         tokio::spawn(async move {
-            let Ok(tls) = acceptor.accept(stream).await else { return };
+            let _slot = slot;
+            let Ok(Ok(tls)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await else { return };
             if !administrator(tls.get_ref().1) {
                 return tracing::warn!("log request without an administrator's certificate refused");
             }

@@ -21,6 +21,8 @@ pub struct Verdict {
     pub epoch: String,
     pub revision: u64,
     pub result: Result<(), String>,
+    /// What of a view that is in force cannot be had.
+    pub problems: Vec<String>,
 }
 
 /// The ends that the rest of the agent holds.
@@ -32,36 +34,38 @@ pub struct Ends {
     pub metrics_interval: watch::Receiver<u32>,
 }
 
+/// The other ends: of whoever brings the views.
+pub struct Source {
+    pub views: watch::Sender<View>,
+    pub verdicts: mpsc::Receiver<Verdict>,
+    pub holders: watch::Receiver<Holders>,
+    pub metrics: mpsc::Receiver<Metrics>,
+    pub interval: watch::Sender<u32>,
+}
+
+/// The channels between the source of views and the rest of the agent, which begins with `view`.
+pub fn channels(view: View) -> (Source, Ends) {
+    let (views_tx, views) = watch::channel(view);
+    let (verdicts, verdicts_rx) = mpsc::channel(16);
+    let (holders, holders_rx) = watch::channel(Holders::default());
+    let (metrics, metrics_rx) = mpsc::channel(4);
+    let (interval, metrics_interval) = watch::channel(15);
+    let source = Source { views: views_tx, verdicts: verdicts_rx, holders: holders_rx, metrics: metrics_rx, interval };
+    (source, Ends { views, verdicts, holders, metrics, metrics_interval })
+}
+
 pub struct Uplink {
     node: String,
     store: Store,
     channel: watch::Receiver<Channel>,
-    views: watch::Sender<View>,
-    verdicts: mpsc::Receiver<Verdict>,
-    holders: watch::Receiver<Holders>,
-    metrics: mpsc::Receiver<Metrics>,
-    interval: watch::Sender<u32>,
+    ends: Source,
 }
 
 impl Uplink {
     /// `channel` changes when the node's certificate does.
     pub fn new(node: String, store: Store, channel: watch::Receiver<Channel>) -> (Self, Ends) {
-        let (views_tx, views) = watch::channel(store.load());
-        let (verdicts, verdicts_rx) = mpsc::channel(16);
-        let (holders, holders_rx) = watch::channel(Holders::default());
-        let (metrics, metrics_rx) = mpsc::channel(4);
-        let (interval, metrics_interval) = watch::channel(15);
-        let uplink = Self {
-            node,
-            store,
-            channel,
-            views: views_tx,
-            verdicts: verdicts_rx,
-            holders: holders_rx,
-            metrics: metrics_rx,
-            interval,
-        };
-        (uplink, Ends { views, verdicts, holders, metrics, metrics_interval })
+        let (source, ends) = channels(store.load());
+        (Self { node, store, channel, ends: source }, ends)
     }
 
     pub async fn run(mut self) {
@@ -82,7 +86,7 @@ impl Uplink {
         let mut updates = client.stream(ReceiverStream::new(rx)).await?.into_inner();
         tracing::info!("connected to control");
         // What was in force before the connection is said again: control may have restarted.
-        let current = self.holders.borrow_and_update().clone();
+        let current = self.ends.holders.borrow_and_update().clone();
         self.send(&tx, Kind::Holders(current)).await?;
         self.exchange(&tx, &mut updates).await
     }
@@ -100,24 +104,24 @@ impl Uplink {
                     Some(m) => match m?.kind {
                         Some(server_message::Kind::Update(u)) => self.update(&mut assembly, u, tx).await?,
                         Some(server_message::Kind::MetricsInterval(i)) => {
-                            self.interval.send_replace(i.seconds.clamp(1, 60));
+                            self.ends.interval.send_replace(i.seconds.clamp(1, 60));
                         }
                         None => {}
                     },
                 },
-                Some(v) = self.verdicts.recv() => self.send(tx, verdict(v)).await?,
-                Ok(()) = self.holders.changed() => {
-                    let h = self.holders.borrow_and_update().clone();
+                Some(v) = self.ends.verdicts.recv() => self.send(tx, verdict(v)).await?,
+                Ok(()) = self.ends.holders.changed() => {
+                    let h = self.ends.holders.borrow_and_update().clone();
                     self.send(tx, Kind::Holders(h)).await?;
                 }
-                Some(m) = self.metrics.recv() => self.send(tx, Kind::Metrics(m)).await?,
+                Some(m) = self.ends.metrics.recv() => self.send(tx, Kind::Metrics(m)).await?,
                 Ok(()) = self.channel.changed() => return Ok(()),
             }
         }
     }
 
     fn hello(&self) -> Hello {
-        let view = self.views.borrow();
+        let view = self.ends.views.borrow();
         Hello {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             features: FEATURES.map(str::to_owned).to_vec(),
@@ -134,14 +138,14 @@ impl Uplink {
         tx: &mpsc::Sender<ClientMessage>,
     ) -> Result<(), Status> {
         let (epoch, revision) = (u.epoch.clone(), u.revision);
-        let current = self.views.borrow().clone();
+        let current = self.ends.views.borrow().clone();
         match assembly.take(&current, u) {
             Ok(None) => Ok(()),
             Ok(Some(view)) => {
                 if let Err(error) = self.store.save(&view) {
                     tracing::warn!(%error, "view not saved");
                 }
-                self.views.send_replace(view);
+                self.ends.views.send_replace(view);
                 Ok(())
             }
             Err(reason) => self.send(tx, Kind::Nack(Nack { epoch, revision, reason: reason.to_string() })).await,

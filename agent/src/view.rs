@@ -64,6 +64,12 @@ struct File {
     snapshot: Snapshot,
 }
 
+/// A view from the text of its file.
+pub fn parse(text: &[u8]) -> serde_json::Result<View> {
+    let f: File = serde_json::from_slice(text)?;
+    Ok(View { epoch: f.epoch, snapshot: Arc::new(f.snapshot) })
+}
+
 impl Store {
     pub fn new(path: PathBuf) -> Self {
         Self { path }
@@ -75,8 +81,8 @@ impl Store {
             Ok(t) => t,
             Err(_) => return View::default(),
         };
-        match serde_json::from_slice::<File>(&text) {
-            Ok(f) => View { epoch: f.epoch, snapshot: Arc::new(f.snapshot) },
+        match parse(&text) {
+            Ok(view) => view,
             Err(error) => {
                 tracing::warn!(path = %self.path.display(), %error, "saved view is not readable, starting without");
                 View::default()

@@ -95,15 +95,22 @@ async fn ask(upstream: SocketAddr, bytes: &[u8], id: u16) -> io::Result<Vec<u8>>
     }
 }
 
-/// Answers datagrams until the socket fails.
-pub async fn serve_udp(resolver: Arc<Resolver>, socket: Arc<UdpSocket>) -> io::Result<()> {
+/// Before the next try after a failure of the socket (no memory or descriptors left, say).
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Answers datagrams for ever.
+pub async fn serve_udp(resolver: Arc<Resolver>, socket: Arc<UdpSocket>) {
     let mut buf = [0u8; 4096];
     loop {
         let (n, from) = match socket.recv_from(&mut buf).await {
             Ok(x) => x,
             // A client that has gone answers our answer with an ICMP error; that is its affair.
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => continue,
-            Err(e) => return Err(e),
+            Err(error) => {
+                tracing::warn!(%error, "DNS socket not readable, trying again");
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
         };
         // Ours are answered in place; only what must be forwarded costs a task.
         match resolve(&resolver.zone.load(), &buf[..n], true) {
@@ -123,11 +130,18 @@ pub async fn serve_udp(resolver: Arc<Resolver>, socket: Arc<UdpSocket>) -> io::R
     }
 }
 
-/// Accepts until the listener fails.
-pub async fn serve_tcp(resolver: Arc<Resolver>, listener: TcpListener) -> io::Result<()> {
+/// Accepts for ever.
+pub async fn serve_tcp(resolver: Arc<Resolver>, listener: TcpListener) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let (stream, _) = listener.accept().await?;
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "DNS over TCP takes no connection, trying again");
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
         let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
         let resolver = resolver.clone();
         tokio::spawn(async move {

@@ -3,7 +3,7 @@
 
 use k8s_cri::v1 as cri;
 use k8s_openapi::{
-    api::core::v1::{Container, Pod, PodSecurityContext, PodSpec, SecurityContext},
+    api::core::v1::{Container, Pod, PodSecurityContext, PodSpec, SecurityContext, VolumeMount},
     apimachinery::pkg::api::resource::Quantity,
 };
 use std::collections::{BTreeMap, HashMap};
@@ -41,6 +41,10 @@ pub enum ConvertError {
     Field { container: String, variable: String, field: String },
     #[error("container {container:?} mounts volume {volume:?}, which the pod does not have")]
     NoVolume { container: String, volume: String },
+    #[error("container {container:?} mounts a part of volume {volume:?}: {why}")]
+    SubPath { container: String, volume: String, why: String },
+    #[error("container {container:?} has runAsNonRoot, and {why}")]
+    Root { container: String, why: String },
     #[error("{field}: {value:?} is not a quantity")]
     Quantity { field: &'static str, value: String },
 }
@@ -193,7 +197,7 @@ pub fn container(
         command: expand(&c.command),
         args: expand(&c.args),
         working_dir: c.working_dir.clone().unwrap_or_default(),
-        mounts: mounts(c, ctx)?,
+        mounts: mounts(c, &envs, ctx)?,
         labels,
         log_path: format!("{}/{attempt}.log", c.name),
         stdin: c.stdin == Some(true),
@@ -208,28 +212,39 @@ pub fn container(
     })
 }
 
+/// Gives the host path of a part of a volume: which mount of the container, and the part's path.
+pub type SubPath<'f> = dyn Fn(usize, &VolumeMount, &str) -> Result<String, String> + Sync + 'f;
+
 pub struct ContainerContext<'a> {
     pub node: &'a Node,
     pub refs: &'a Refs,
     pub image_ref: &'a str,
     /// Host folder or file of each volume of the pod.
     pub host_paths: &'a HashMap<String, String>,
+    pub sub_path: &'a SubPath<'a>,
     /// The pod's addresses, as `status.podIP(s)`.
     pub pod_ips: &'a [String],
 }
 
-fn mounts(c: &Container, ctx: &ContainerContext<'_>) -> Result<Vec<cri::Mount>, ConvertError> {
+fn mounts(
+    c: &Container,
+    envs: &[(String, String)],
+    ctx: &ContainerContext<'_>,
+) -> Result<Vec<cri::Mount>, ConvertError> {
     c.volume_mounts
         .iter()
         .flatten()
-        .map(|m| {
+        .enumerate()
+        .map(|(i, m)| {
             let base = ctx
                 .host_paths
                 .get(&m.name)
                 .ok_or_else(|| ConvertError::NoVolume { container: c.name.clone(), volume: m.name.clone() })?;
-            let host_path = match m.sub_path.as_deref() {
-                Some(sub) if !sub.is_empty() && !sub.split('/').any(|p| p == "..") => format!("{base}/{sub}"),
-                _ => base.clone(),
+            let sub = m.sub_path_expr.as_ref().map(|e| expand(e, envs)).or_else(|| m.sub_path.clone());
+            let refused = |why| ConvertError::SubPath { container: c.name.clone(), volume: m.name.clone(), why };
+            let host_path = match sub.filter(|s| !s.is_empty()) {
+                Some(sub) => (ctx.sub_path)(i, m, &sub).map_err(refused)?,
+                None => base.clone(),
             };
             Ok(cri::Mount {
                 container_path: m.mount_path.clone(),
@@ -461,6 +476,23 @@ fn scaled(q: &Quantity) -> Option<f64> {
         .find_map(|(n, f)| n.parse::<f64>().ok().filter(|v| v.is_finite()).map(|v| v * f))
 }
 
+/// Refuses a container that must not run as root and would. `image_user`: as whom the image runs, a number or a name.
+pub fn may_run(spec: &PodSpec, c: &Container, image_user: Result<i64, &str>) -> Result<(), ConvertError> {
+    let own = c.security_context.as_ref();
+    let pod = spec.security_context.as_ref();
+    if own.and_then(|s| s.run_as_non_root).or(pod.and_then(|s| s.run_as_non_root)) != Some(true) {
+        return Ok(());
+    }
+    let refuse = |why: String| Err(ConvertError::Root { container: c.name.clone(), why });
+    match (own.and_then(|s| s.run_as_user).or(pod.and_then(|s| s.run_as_user)), image_user) {
+        (Some(0), _) => refuse("runAsUser is 0".to_owned()),
+        (Some(_), _) => Ok(()),
+        (None, Ok(0)) => refuse("the image runs as root; set runAsUser".to_owned()),
+        (None, Ok(_)) => Ok(()),
+        (None, Err(name)) => refuse(format!("the image's user {name:?} is not a number; set runAsUser")),
+    }
+}
+
 fn security(spec: &PodSpec, c: &Container) -> cri::LinuxContainerSecurityContext {
     let own = c.security_context.clone().unwrap_or_default();
     let pod = spec.security_context.clone().unwrap_or_default();
@@ -506,7 +538,7 @@ fn capabilities(s: &SecurityContext) -> cri::Capability {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     fn node() -> Node {
         Node {
@@ -532,9 +564,48 @@ mod tests {
             refs,
             image_ref: "img",
             host_paths: &HashMap::from([("v".to_owned(), "/vol/v".to_owned())]),
+            sub_path: &|_, m, sub| match sub {
+                "bad" => Err("no".to_owned()),
+                _ => Ok(format!("/held/{}/{sub}", m.name)),
+            },
             pod_ips: &["10.244.0.7".to_owned()],
         };
         container(&pod, &spec, &spec.containers[0], 0, &ctx)
+    }
+
+    #[test]
+    fn root_is_refused_where_it_must_not_be() {
+        let rows: [(Value, Value, Result<i64, &str>, bool); 7] = [
+            (json!({}), json!({}), Ok(0), true),
+            (json!({"runAsNonRoot": true}), json!({}), Ok(0), false),
+            (json!({"runAsNonRoot": true}), json!({}), Ok(7), true),
+            (json!({"runAsNonRoot": true}), json!({}), Err("app"), false),
+            (json!({"runAsNonRoot": true}), json!({"runAsUser": 7}), Err("app"), true),
+            (json!({"runAsNonRoot": true, "runAsUser": 7}), json!({"runAsUser": 0}), Ok(7), false),
+            (json!({"runAsNonRoot": true}), json!({"runAsNonRoot": false}), Ok(0), true),
+        ];
+        for (pod, own, image, allowed) in rows {
+            let spec: PodSpec = serde_json::from_value(json!({
+                "securityContext": pod, "containers": [{"name": "a", "securityContext": own}]
+            }))
+            .expect("a spec");
+            assert_eq!(may_run(&spec, &spec.containers[0], image).is_ok(), allowed, "{pod} {own} {image:?}");
+        }
+    }
+
+    #[test]
+    fn parts_of_volumes_are_asked_for_by_their_expanded_path() {
+        let mount = |sub: Value| {
+            let mut m = json!({"name": "v", "mountPath": "/m"});
+            m.as_object_mut().expect("an object").extend(sub.as_object().expect("an object").clone());
+            let env = json!([{"name": "WHO", "value": "me"}]);
+            convert(json!({"name": "a", "env": env, "volumeMounts": [m]}), &Refs::default())
+        };
+        let path = |sub: Value| mount(sub).expect("converts").mounts[0].host_path.clone();
+        assert_eq!(path(json!({})), "/vol/v");
+        assert_eq!(path(json!({"subPath": "x/y"})), "/held/v/x/y");
+        assert_eq!(path(json!({"subPathExpr": "of-$(WHO)"})), "/held/v/of-me");
+        assert!(matches!(mount(json!({"subPath": "bad"})), Err(ConvertError::SubPath { .. })));
     }
 
     #[test]

@@ -26,10 +26,33 @@ impl CriError {
 
 type Result<T> = std::result::Result<T, CriError>;
 
+/// Of each call, beyond what the call itself waits for (an app's grace period, a command, a pull's progress).
+const LIMIT: Duration = Duration::from_secs(120);
+/// A pull of a large image over a slow line.
+const PULL_LIMIT: Duration = Duration::from_secs(1800);
+
 #[derive(Clone)]
 pub struct Cri {
     runtime: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
+}
+
+/// An image, and as whom its programs run unless the pod says otherwise.
+pub struct Image {
+    /// The runtime's name for it.
+    pub id: String,
+    uid: Option<i64>,
+    username: String,
+}
+
+impl Image {
+    /// A number, or the name that the image gives; root when it gives none.
+    pub fn user(&self) -> std::result::Result<i64, &str> {
+        match self.uid {
+            None if !self.username.is_empty() => Err(&self.username),
+            uid => Ok(uid.unwrap_or(0)),
+        }
+    }
 }
 
 impl Cri {
@@ -37,13 +60,12 @@ impl Cri {
     pub fn new(socket: PathBuf) -> Result<Self> {
         let at = socket.display().to_string();
         let connect = |source| CriError::Connect { socket: at.clone(), source };
-        let channel = Endpoint::try_from("http://cri")
-            .map_err(connect)?
-            .timeout(Duration::from_secs(240))
-            .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+        let channel = Endpoint::try_from("http://cri").map_err(connect)?.connect_with_connector_lazy(
+            tower::service_fn(move |_: Uri| {
                 let socket = socket.clone();
                 async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-            }));
+            }),
+        );
         let limit = 32 << 20;
         Ok(Self {
             runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(limit),
@@ -53,7 +75,12 @@ impl Cri {
 
     /// The runtime answers and its network plugin is configured; otherwise why not.
     pub async fn ready(&self) -> Result<std::result::Result<(), String>> {
-        let r = self.runtime.clone().status(cri::StatusRequest::default()).await.map_err(CriError::call("Status"))?;
+        let r = self
+            .runtime
+            .clone()
+            .status(limited(cri::StatusRequest::default()))
+            .await
+            .map_err(CriError::call("Status"))?;
         let conditions = r.into_inner().status.unwrap_or_default().conditions;
         Ok(match conditions.iter().find(|c| !c.status) {
             Some(c) => Err(format!("{}: {}", c.r#type, c.message)),
@@ -62,8 +89,12 @@ impl Cri {
     }
 
     pub async fn version(&self) -> Result<String> {
-        let r =
-            self.runtime.clone().version(cri::VersionRequest::default()).await.map_err(CriError::call("Version"))?;
+        let r = self
+            .runtime
+            .clone()
+            .version(limited(cri::VersionRequest::default()))
+            .await
+            .map_err(CriError::call("Version"))?;
         let v = r.into_inner();
         Ok(format!("{}://{}", v.runtime_name, v.runtime_version))
     }
@@ -90,7 +121,8 @@ impl Cri {
         let mut out: HashMap<String, Seen> = HashMap::new();
         let mut by_sandbox: HashMap<String, String> = HashMap::new();
         let filter = cri::PodSandboxFilter { label_selector: selector.clone(), ..Default::default() };
-        let r = self.runtime.clone().list_pod_sandbox(cri::ListPodSandboxRequest { filter: Some(filter) }).await;
+        let r =
+            self.runtime.clone().list_pod_sandbox(limited(cri::ListPodSandboxRequest { filter: Some(filter) })).await;
         for s in r.map_err(CriError::call("ListPodSandbox"))?.into_inner().items {
             let meta = s.metadata.unwrap_or_default();
             by_sandbox.insert(s.id.clone(), meta.uid.clone());
@@ -99,7 +131,8 @@ impl Cri {
             out.entry(meta.uid).or_default().sandboxes.push(seen);
         }
         let filter = cri::ContainerFilter { label_selector: selector, ..Default::default() };
-        let r = self.runtime.clone().list_containers(cri::ListContainersRequest { filter: Some(filter) }).await;
+        let r =
+            self.runtime.clone().list_containers(limited(cri::ListContainersRequest { filter: Some(filter) })).await;
         for c in r.map_err(CriError::call("ListContainers"))?.into_inner().containers {
             let uid = by_sandbox.get(&c.pod_sandbox_id).or_else(|| c.labels.get(LABEL_UID)).cloned();
             if let Some(uid) = uid {
@@ -112,7 +145,7 @@ impl Cri {
     /// Start, end and exit code, which the list does not carry.
     pub async fn container_status(&self, c: &mut ContainerSeen) -> Result<()> {
         let req = cri::ContainerStatusRequest { container_id: c.id.clone(), verbose: false };
-        let r = self.runtime.clone().container_status(req).await.map_err(CriError::call("ContainerStatus"))?;
+        let r = self.runtime.clone().container_status(limited(req)).await.map_err(CriError::call("ContainerStatus"))?;
         let s = r.into_inner().status.unwrap_or_default();
         c.state = state(s.state);
         c.exit_code = s.exit_code;
@@ -128,7 +161,8 @@ impl Cri {
 
     pub async fn sandbox_ips(&self, id: &str) -> Result<Vec<std::net::IpAddr>> {
         let req = cri::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: false };
-        let r = self.runtime.clone().pod_sandbox_status(req).await.map_err(CriError::call("PodSandboxStatus"))?;
+        let r =
+            self.runtime.clone().pod_sandbox_status(limited(req)).await.map_err(CriError::call("PodSandboxStatus"))?;
         let n = r.into_inner().status.unwrap_or_default().network.unwrap_or_default();
         let all = std::iter::once(n.ip).chain(n.additional_ips.into_iter().map(|p| p.ip));
         Ok(all.filter_map(|ip| ip.parse().ok()).collect())
@@ -136,19 +170,19 @@ impl Cri {
 
     pub async fn run_sandbox(&self, config: cri::PodSandboxConfig) -> Result<String> {
         let req = cri::RunPodSandboxRequest { config: Some(config), runtime_handler: String::new() };
-        let r = self.runtime.clone().run_pod_sandbox(req).await.map_err(CriError::call("RunPodSandbox"))?;
+        let r = self.runtime.clone().run_pod_sandbox(limited(req)).await.map_err(CriError::call("RunPodSandbox"))?;
         Ok(r.into_inner().pod_sandbox_id)
     }
 
     pub async fn stop_sandbox(&self, id: &str) -> Result<()> {
         let req = cri::StopPodSandboxRequest { pod_sandbox_id: id.to_owned() };
-        self.runtime.clone().stop_pod_sandbox(req).await.map_err(CriError::call("StopPodSandbox"))?;
+        self.runtime.clone().stop_pod_sandbox(limited(req)).await.map_err(CriError::call("StopPodSandbox"))?;
         Ok(())
     }
 
     pub async fn remove_sandbox(&self, id: &str) -> Result<()> {
         let req = cri::RemovePodSandboxRequest { pod_sandbox_id: id.to_owned() };
-        self.runtime.clone().remove_pod_sandbox(req).await.map_err(CriError::call("RemovePodSandbox"))?;
+        self.runtime.clone().remove_pod_sandbox(limited(req)).await.map_err(CriError::call("RemovePodSandbox"))?;
         Ok(())
     }
 
@@ -163,32 +197,44 @@ impl Cri {
             config: Some(config),
             sandbox_config: Some(sandbox_config),
         };
-        let r = self.runtime.clone().create_container(req).await.map_err(CriError::call("CreateContainer"))?;
+        let r = self.runtime.clone().create_container(limited(req)).await.map_err(CriError::call("CreateContainer"))?;
         Ok(r.into_inner().container_id)
     }
 
     pub async fn start_container(&self, id: &str) -> Result<()> {
         let req = cri::StartContainerRequest { container_id: id.to_owned() };
-        self.runtime.clone().start_container(req).await.map_err(CriError::call("StartContainer"))?;
+        self.runtime.clone().start_container(limited(req)).await.map_err(CriError::call("StartContainer"))?;
         Ok(())
     }
 
-    pub async fn stop_container(&self, id: &str, timeout_s: i64) -> Result<()> {
-        let req = cri::StopContainerRequest { container_id: id.to_owned(), timeout: timeout_s };
+    /// The runtime waits for the app's end up to `grace_s` and then kills it; its own limit is that and a margin.
+    pub async fn stop_container(&self, id: &str, grace_s: i64) -> Result<()> {
+        let message = cri::StopContainerRequest { container_id: id.to_owned(), timeout: grace_s };
+        let mut req = tonic::Request::new(message);
+        req.set_timeout(LIMIT + Duration::from_secs(grace_s.max(0).unsigned_abs()));
         self.runtime.clone().stop_container(req).await.map_err(CriError::call("StopContainer"))?;
         Ok(())
     }
 
     pub async fn remove_container(&self, id: &str) -> Result<()> {
         let req = cri::RemoveContainerRequest { container_id: id.to_owned() };
-        self.runtime.clone().remove_container(req).await.map_err(CriError::call("RemoveContainer"))?;
+        self.runtime.clone().remove_container(limited(req)).await.map_err(CriError::call("RemoveContainer"))?;
+        Ok(())
+    }
+
+    /// Lets the runtime go on with a log file of the same name after it was put aside.
+    pub async fn reopen_log(&self, id: &str) -> Result<()> {
+        let req = cri::ReopenContainerLogRequest { container_id: id.to_owned() };
+        self.runtime.clone().reopen_container_log(limited(req)).await.map_err(CriError::call("ReopenContainerLog"))?;
         Ok(())
     }
 
     /// Exit code and combined output of a command in a container.
     pub async fn exec(&self, id: &str, cmd: Vec<String>, timeout: Duration) -> Result<(i32, String)> {
-        let timeout = i64::try_from(timeout.as_secs().max(1)).unwrap_or(i64::MAX);
-        let req = cri::ExecSyncRequest { container_id: id.to_owned(), cmd, timeout };
+        let timeout_s = i64::try_from(timeout.as_secs().max(1)).unwrap_or(i64::MAX);
+        let mut req =
+            tonic::Request::new(cri::ExecSyncRequest { container_id: id.to_owned(), cmd, timeout: timeout_s });
+        req.set_timeout(LIMIT + timeout);
         let r = self.runtime.clone().exec_sync(req).await.map_err(CriError::call("ExecSync"))?.into_inner();
         let mut out = r.stdout;
         out.extend(r.stderr);
@@ -196,18 +242,26 @@ impl Cri {
         Ok((r.exit_code, String::from_utf8_lossy(&out).into_owned()))
     }
 
-    /// The runtime's name for an image that is on the node.
-    pub async fn image(&self, image: &str) -> Result<Option<String>> {
+    /// An image that is on the node.
+    pub async fn image(&self, image: &str) -> Result<Option<Image>> {
         let req = cri::ImageStatusRequest { image: Some(spec(image)), verbose: false };
-        let r = self.images.clone().image_status(req).await.map_err(CriError::call("ImageStatus"))?;
-        Ok(r.into_inner().image.map(|i| i.id))
+        let r = self.images.clone().image_status(limited(req)).await.map_err(CriError::call("ImageStatus"))?;
+        Ok(r.into_inner().image.map(|i| Image { id: i.id, uid: i.uid.map(|u| u.value), username: i.username }))
     }
 
     pub async fn pull(&self, image: &str) -> Result<()> {
-        let req = cri::PullImageRequest { image: Some(spec(image)), ..Default::default() };
+        let mut req = tonic::Request::new(cri::PullImageRequest { image: Some(spec(image)), ..Default::default() });
+        req.set_timeout(PULL_LIMIT);
         self.images.clone().pull_image(req).await.map_err(CriError::call("PullImage"))?;
         Ok(())
     }
+}
+
+/// A call that ends within [`LIMIT`].
+fn limited<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(LIMIT);
+    request
 }
 
 fn spec(image: &str) -> cri::ImageSpec {

@@ -1,4 +1,4 @@
-//! Events on pods, as `kubectl describe` shows them. Repeats are counted on one object; at most a few hundred kinds of
+//! Events on pods and on the node, as `kubectl describe` shows them. Repeats are counted on one object; at most a few hundred kinds of
 //! them are remembered.
 
 use super::convert::{name, namespace, uid};
@@ -47,6 +47,22 @@ impl Events {
             uid: Some(uid(pod).into()),
             ..ObjectReference::default()
         };
+        self.queue(involved_object, type_, reason, message);
+    }
+
+    /// About the node itself; such events lie in the namespace `default`.
+    pub fn emit_node(&self, node: &str, type_: Type, reason: &str, message: String) {
+        let involved_object = ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some("Node".into()),
+            name: Some(node.into()),
+            uid: Some(node.into()),
+            ..ObjectReference::default()
+        };
+        self.queue(involved_object, type_, reason, message);
+    }
+
+    fn queue(&self, involved_object: ObjectReference, type_: Type, reason: &str, message: String) {
         let event = Event {
             involved_object,
             type_: Some(if type_ == Type::Normal { "Normal" } else { "Warning" }.into()),
@@ -78,7 +94,7 @@ async fn write(
     mut event: Event,
     known: &mut HashMap<String, (String, i32)>,
 ) -> kube::Result<()> {
-    let namespace = event.involved_object.namespace.clone().unwrap_or_default();
+    let namespace = event.involved_object.namespace.clone().unwrap_or_else(|| "default".to_owned());
     let api: Api<Event> = Api::namespaced(client.clone(), &namespace);
     let now = Time(Timestamp::now());
     let key = format!("{:?}|{:?}|{:?}", event.involved_object.uid, event.reason, event.message);

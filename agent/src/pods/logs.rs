@@ -1,5 +1,5 @@
 //! Container logs: the runtime writes one file per run in the CRI format (`time stream F|P text`), this reads them for
-//! `kubectl logs`: tail, since, timestamps, previous, follow, byte limit.
+//! `kubectl logs`: tail, since, timestamps, previous, follow, byte limit. `rotate` keeps them from growing for ever.
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -42,6 +42,41 @@ pub fn find(pod_log_dir: &Path, container: &str, previous: bool) -> io::Result<P
     runs.sort_unstable_by(|a, b| b.cmp(a));
     let run = runs.get(usize::from(previous)).ok_or(io::ErrorKind::NotFound)?;
     Ok(pod_log_dir.join(container).join(format!("{run}.log")))
+}
+
+/// The log folders of a pod, by its UID.
+pub fn folders_of(logs: &Path, uid: &str) -> Vec<PathBuf> {
+    let own = |p: &PathBuf| p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.rsplit('_').next() == Some(uid));
+    std::fs::read_dir(logs).into_iter().flatten().filter_map(|e| Some(e.ok()?.path())).filter(own).collect()
+}
+
+/// A log that is larger is put aside (kubelet's containerLogMaxSize).
+const MAX_SIZE: u64 = 10 << 20;
+/// Files of one run, the one being written included (kubelet's containerLogMaxFiles).
+const MAX_FILES: u32 = 5;
+/// Runs of a container whose logs are kept: this one, and the one before for `--previous`.
+const KEPT_RUNS: u32 = 2;
+
+/// Puts the log of a container's run aside as `<run>.log.1` when it is too large, and removes the oldest files and runs.
+/// True when the runtime must open the file anew.
+pub fn rotate(folder: &Path, run: u32) -> io::Result<bool> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let of: Option<u32> = entry.file_name().to_str().and_then(|n| n.split_once(".log")?.0.parse().ok());
+        if of.is_some_and(|of| of + KEPT_RUNS <= run) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    let current = folder.join(format!("{run}.log"));
+    if std::fs::metadata(&current)?.len() <= MAX_SIZE {
+        return Ok(false);
+    }
+    let aside = |n: u32| folder.join(format!("{run}.log.{n}"));
+    for n in (1..MAX_FILES - 1).rev().filter(|n| aside(*n).exists()) {
+        std::fs::rename(aside(n), aside(n + 1))?;
+    }
+    std::fs::rename(current, aside(1))?;
+    Ok(true)
 }
 
 /// One line of a CRI log file.
@@ -179,6 +214,27 @@ mod tests {
         assert_eq!(read(LINES, since).await, "two\n\n");
         let stamped = LogQuery { timestamps: true, limit_bytes: Some(27), ..LogQuery::default() };
         assert_eq!(read(LINES, stamped).await, "2026-01-01T00:00:01.5Z one\n");
+    }
+
+    #[test]
+    fn large_logs_are_put_aside_and_old_ones_go() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, size: u64| {
+            std::fs::File::create(dir.path().join(name)).and_then(|f| f.set_len(size)).expect("write");
+        };
+        write("7.log", 3);
+        assert!(!rotate(dir.path(), 7).expect("fine"));
+        for old in ["5.log", "5.log.1", "6.log"] {
+            write(old, 1);
+        }
+        for _ in 0..7 {
+            write("7.log", MAX_SIZE + 1);
+            assert!(rotate(dir.path(), 7).expect("fine"));
+        }
+        let mut left: Vec<_> =
+            std::fs::read_dir(dir.path()).expect("list").map(|e| e.expect("file").file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["6.log", "7.log.1", "7.log.2", "7.log.3", "7.log.4"]);
     }
 
     #[test]

@@ -3,7 +3,10 @@
 //! service is in between; exec goes through the runtime.
 
 use super::{PodNetwork, cri::Cri};
-use k8s_openapi::{api::core::v1::Probe, apimachinery::pkg::util::intstr::IntOrString};
+use k8s_openapi::{
+    api::core::v1::{ExecAction, HTTPGetAction, Probe},
+    apimachinery::pkg::util::intstr::IntOrString,
+};
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -87,23 +90,32 @@ pub async fn ask(p: &Probe, t: &Target) -> Result<(), String> {
 
 async fn ask_once(p: &Probe, t: &Target, limit: Duration) -> Result<(), String> {
     if let Some(e) = &p.exec {
-        let cmd = e.command.clone().unwrap_or_default();
-        return match t.cri.exec(&t.container, cmd, limit).await {
-            Ok((0, _)) => Ok(()),
-            Ok((code, out)) => Err(format!("command ended with {code}: {}", out.trim())),
-            Err(e) => Err(e.to_string()),
-        };
+        return exec(e, t, limit).await;
     }
     if let Some(h) = &p.http_get {
-        let host = h.host.as_deref().and_then(|h| h.parse().ok());
-        let stream = dial(t, &h.port, host).await?;
-        let headers: Vec<_> = h.http_headers.iter().flatten().map(|x| (x.name.clone(), x.value.clone())).collect();
-        return http_get(stream, h.path.as_deref().unwrap_or("/"), &t.ip.to_string(), &headers).await;
+        return http(h, t).await;
     }
     if let Some(s) = &p.tcp_socket {
         return dial(t, &s.port, s.host.as_deref().and_then(|h| h.parse().ok())).await.map(|_| ());
     }
     Err("the probe names neither exec, httpGet nor tcpSocket".to_owned())
+}
+
+/// A command in the container; success is exit code 0.
+pub async fn exec(e: &ExecAction, t: &Target, limit: Duration) -> Result<(), String> {
+    match t.cri.exec(&t.container, e.command.clone().unwrap_or_default(), limit).await {
+        Ok((0, _)) => Ok(()),
+        Ok((code, out)) => Err(format!("command ended with {code}: {}", out.trim())),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+/// A GET; success is a status of 200–399.
+pub async fn http(h: &HTTPGetAction, t: &Target) -> Result<(), String> {
+    let host = h.host.as_deref().and_then(|h| h.parse().ok());
+    let stream = dial(t, &h.port, host).await?;
+    let headers: Vec<_> = h.http_headers.iter().flatten().map(|x| (x.name.clone(), x.value.clone())).collect();
+    http_get(stream, h.path.as_deref().unwrap_or("/"), &t.ip.to_string(), &headers).await
 }
 
 async fn dial(t: &Target, port: &IntOrString, host: Option<IpAddr>) -> Result<tokio::net::TcpStream, String> {

@@ -108,7 +108,7 @@ impl Probes {
             live: true,
         };
         let health = *self.shared.health.lock().expect("no holder panics").entry(x.id.clone()).or_insert(first);
-        let Some(target) = target(pod, c, x, seen, deps) else { return };
+        let Some(target) = target(pod, c, &x.id, seen, deps) else { return };
         for (kind, p) in probes {
             let Some(p) = p else { continue };
             let wanted = (kind == Kind::Startup) != health.started;
@@ -124,7 +124,8 @@ impl Probes {
     }
 }
 
-fn target(pod: &Pod, c: &Container, x: &ContainerSeen, seen: &Seen, deps: &Deps) -> Option<Target> {
+/// How a container that runs is asked.
+pub fn target(pod: &Pod, c: &Container, id: &str, seen: &Seen, deps: &Deps) -> Option<Target> {
     let host_network = pod.spec.as_ref()?.host_network == Some(true);
     let (ip, uid) = if host_network {
         (deps.node.host_ip.parse().ok()?, None)
@@ -133,7 +134,7 @@ fn target(pod: &Pod, c: &Container, x: &ContainerSeen, seen: &Seen, deps: &Deps)
     };
     let named = c.ports.iter().flatten().filter_map(|p| Some((p.name.clone()?, u16::try_from(p.container_port).ok()?)));
     Some(Target {
-        container: x.id.clone(),
+        container: id.to_owned(),
         ip,
         pod: uid,
         network: deps.network.clone(),

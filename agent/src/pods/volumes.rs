@@ -1,9 +1,14 @@
 //! The folders behind a pod's volumes on this node: made before the first container, removed with the pod.
 //!
 //! emptyDir on disk or in memory, configMap and secret written as files (secrets only below the run folder, which is
-//! memory), hostPath as it is. Other kinds are refused with their name.
+//! memory), hostPath as it is. Other kinds are refused with their name. Files of configMaps and secrets change all at
+//! once, in the layout that Kubernetes' containers know (`atomic`).
 
-use super::convert::{Refs, uid};
+use super::{
+    atomic,
+    convert::{Refs, uid},
+    logs, subpath,
+};
 use k8s_openapi::api::core::v1::{KeyToPath, Pod, Volume};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -37,6 +42,8 @@ pub struct Dirs {
     pub data: PathBuf,
     /// In memory: secrets, emptyDir with medium Memory.
     pub run: PathBuf,
+    /// The pods' logs.
+    pub logs: PathBuf,
 }
 
 impl Dirs {
@@ -44,7 +51,8 @@ impl Dirs {
         [&self.data, &self.run].map(|d| d.join("pods").join(uid(pod)).join("volumes"))
     }
 
-    /// Makes every volume; the host path of each, by name. Repeating it changes nothing that exists.
+    /// Makes every volume; the host path of each, by name. Repeating it brings changed configMaps and secrets into
+    /// their files and changes nothing else.
     pub fn set_up(&self, pod: &Pod, refs: &Refs) -> Result<HashMap<String, String>, VolumeError> {
         let [disk, memory] = self.of(pod);
         let volumes = pod.spec.iter().flat_map(|s| s.volumes.iter().flatten());
@@ -56,11 +64,25 @@ impl Dirs {
             .collect()
     }
 
-    /// Removes what `set_up` made. Every folder is tried; the first error is returned.
+    /// Host path of a part of a volume, for one mount of one container.
+    pub fn sub_path(&self, uid: &str, volume: &str, container: &str, mount: usize, sub: &str) -> io::Result<String> {
+        let at = self.data.join("pods").join(uid).join("subpaths").join(container).join(mount.to_string());
+        subpath::hold(Path::new(volume), sub, &at)?;
+        Ok(at.to_string_lossy().into_owned())
+    }
+
+    /// Removes what was made for the pod, its logs too. Every folder is tried; the first error is returned.
     pub fn tear_down(&self, uid: &str) -> io::Result<()> {
+        if uid.is_empty() {
+            return Ok(());
+        }
+        let logs = logs::folders_of(&self.logs, uid);
+        let folders = [&self.data, &self.run].map(|base| base.join("pods").join(uid));
+        // A removal would go on into what is mounted.
+        folders.iter().try_for_each(|f| subpath::release(f))?;
         let mut result = Ok(());
-        for base in [&self.data, &self.run] {
-            match fs::remove_dir_all(base.join("pods").join(uid)) {
+        for folder in folders.into_iter().chain(logs) {
+            match fs::remove_dir_all(folder) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => result = result.and(Err(e)),
                 _ => {}
             }
@@ -128,33 +150,25 @@ fn files(
     mode: Option<i32>,
 ) -> Result<(), VolumeError> {
     make_dir(v, dir, 0o755)?;
-    let Some(data) = data else { return Ok(()) };
     let mode = mode.and_then(|m| u32::try_from(m).ok()).unwrap_or(0o644);
+    let empty = Data::new();
+    // Of an optional object that is not there, no key is missed either.
+    let (items, data) = (data.and(items), data.unwrap_or(&empty));
     let all = || data.keys().map(|k| KeyToPath { key: k.clone(), path: k.clone(), mode: None }).collect();
+    let mut wanted = atomic::Files::new();
     for item in items.map_or_else(all, <[KeyToPath]>::to_vec) {
         let bytes = data.get(&item.key).ok_or_else(|| VolumeError::NoKey {
             volume: v.name.clone(),
             name: name.to_owned(),
             key: item.key.clone(),
         })?;
-        if item.path.starts_with('/') || item.path.split('/').any(|p| p == "..") {
+        if item.path.split('/').any(|p| p.is_empty() || p.starts_with("..")) {
             return Err(VolumeError::Path { volume: v.name.clone(), path: item.path });
         }
         let mode = item.mode.and_then(|m| u32::try_from(m).ok()).unwrap_or(mode);
-        write(&dir.join(&item.path), bytes, mode).map_err(io_error(v, dir))?;
+        wanted.insert(item.path, (bytes.clone(), mode));
     }
-    Ok(())
-}
-
-/// Whole or not at all: a container never reads half a file.
-fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    let tmp = path.with_extension("sluice-tmp");
-    fs::write(&tmp, bytes)?;
-    fs::set_permissions(&tmp, fs::Permissions::from_mode(mode))?;
-    fs::rename(tmp, path)
+    atomic::write(dir, &wanted).map_err(io_error(v, dir))
 }
 
 fn host_path(v: &Volume, path: &str, kind: &str) -> Result<PathBuf, VolumeError> {
@@ -164,7 +178,7 @@ fn host_path(v: &Volume, path: &str, kind: &str) -> Result<PathBuf, VolumeError>
         "DirectoryOrCreate" => make_dir(v, &p, 0o755)?,
         "Directory" if !p.is_dir() => return Err(err("is not a directory")),
         "File" if !p.is_file() => return Err(err("is not a file")),
-        "FileOrCreate" if !p.exists() => write(&p, b"", 0o644).map_err(io_error(v, &p))?,
+        "FileOrCreate" if !p.exists() => fs::write(&p, b"").map_err(io_error(v, &p))?,
         _ if !p.is_absolute() => return Err(err("is not absolute")),
         _ => {}
     }
@@ -176,10 +190,14 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    fn dirs(at: &Path) -> Dirs {
+        Dirs { data: at.join("data"), run: at.join("run"), logs: at.join("logs") }
+    }
+
     #[test]
     fn volumes_appear_and_go_with_the_pod() {
         let tmp = tempfile::tempdir().expect("a folder");
-        let dirs = Dirs { data: tmp.path().join("data"), run: tmp.path().join("run") };
+        let dirs = dirs(tmp.path());
         let pod: Pod = serde_json::from_value(json!({
             "metadata": {"uid": "u1"},
             "spec": {"containers": [], "volumes": [
@@ -197,15 +215,22 @@ mod tests {
         let paths = dirs.set_up(&pod, &refs).expect("sets up");
         assert_eq!(fs::read(Path::new(&paths["c"]).join("sub/k.txt")).expect("read"), b"one");
         assert!(Path::new(&paths["s"]).starts_with(&dirs.run), "secrets stay in memory");
+        let changed = Refs { config_maps: HashMap::from([("cm".to_owned(), data(b"three"))]), ..refs };
+        dirs.set_up(&pod, &changed).expect("again");
+        assert_eq!(fs::read(Path::new(&paths["c"]).join("sub/k.txt")).expect("read"), b"three");
+        let part = dirs.sub_path("u1", &paths["e"], "app", 0, "part").expect("a part of it");
+        fs::write(Path::new(&paths["e"]).join("part/x"), "").expect("write");
+        assert!(Path::new(&part).join("x").is_file());
+        fs::create_dir_all(dirs.logs.join("ns_p_u1/app")).expect("logs");
         dirs.tear_down("u1").expect("tears down");
-        assert!(!Path::new(&paths["e"]).exists());
+        assert!(!Path::new(&paths["e"]).exists() && !dirs.logs.join("ns_p_u1").exists());
         dirs.tear_down("u1").expect("twice is fine");
     }
 
     #[test]
     fn paths_that_leave_and_kinds_we_lack_are_refused() {
         let tmp = tempfile::tempdir().expect("a folder");
-        let dirs = Dirs { data: tmp.path().join("data"), run: tmp.path().join("run") };
+        let dirs = dirs(tmp.path());
         let refs = Refs {
             config_maps: HashMap::from([("cm".to_owned(), BTreeMap::from([("k".to_owned(), vec![])]))]),
             ..Refs::default()

@@ -2,17 +2,20 @@
 //! nothing that `plan` and `status` could decide.
 
 use super::{
-    Deps,
+    Deps, SIDECAR,
     convert::{self, ContainerContext, ConvertError, Refs},
-    cri::CriError,
+    cri::{CriError, Image},
     events::Type,
+    hooks,
     plan::{self, Action, Backoff, Inputs, Nanos, Plan, Seen},
-    probes::Probes,
+    probe::Target,
+    probes::{self, Probes},
     status::{self, Context, Waiting},
     volumes::VolumeError,
 };
 use k8s_openapi::{
-    api::core::v1::{ConfigMap, Container, LifecycleHandler, Pod, PodSpec, PodStatus, Secret},
+    api::core::v1::{ConfigMap, Container, LifecycleHandler, Pod, PodSpec, PodStatus, Secret, Volume, VolumeMount},
+    apimachinery::pkg::apis::meta::v1::Time,
     jiff::Timestamp,
 };
 use kube::{
@@ -21,7 +24,7 @@ use kube::{
 };
 use std::{sync::Arc, time::Duration};
 use tokio::{
-    sync::mpsc,
+    sync::watch,
     time::{Instant, sleep_until},
 };
 
@@ -31,19 +34,20 @@ const WITHDRAW_WAIT: Duration = Duration::from_secs(3);
 const WITHDRAW_SETTLE: Duration = Duration::from_millis(300);
 /// Looks again after a failed step.
 const RETRY: Duration = Duration::from_secs(1);
-/// Name of the injected sidecar's container.
-const SIDECAR: &str = "sluice-proxy";
+/// How often the files of config maps and secrets are brought up to date (kubelet's syncFrequency).
+const REFRESH: Duration = Duration::from_secs(60);
+/// How long a postStart hook may take.
+const POST_START_LIMIT: Duration = Duration::from_secs(120);
 /// Steps in one go, before the queue is looked at again.
 const MAX_STEPS: usize = 32;
 
-/// What a worker is told.
-pub enum Message {
-    /// The object as the API now has it.
-    Pod(Box<Pod>),
+/// What a worker is told: the newest state of things. It is told the same again when the runtime shows something new.
+#[derive(Clone)]
+pub struct Told {
+    /// The object as the API last had it.
+    pub pod: Arc<Pod>,
     /// The API no longer has it.
-    Removed,
-    /// The runtime shows something new.
-    Look,
+    pub removed: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +62,8 @@ enum StepError {
     Network(String),
     #[error("{reason}: {message}")]
     Image { reason: &'static str, message: String },
+    #[error("postStart hook: {0}")]
+    PostStart(String),
     #[error("read {what}: {source}")]
     Api { what: String, source: Box<kube::Error> },
 }
@@ -69,6 +75,7 @@ impl StepError {
             Self::Cri(CriError::Call { call: "StartContainer", .. }) => "RunContainerError",
             Self::Cri(_) | Self::Network(_) => "CreateContainerError",
             Self::Convert(_) | Self::Volume(_) | Self::Api { .. } => "CreateContainerConfigError",
+            Self::PostStart(_) => "PostStartHookError",
             Self::Image { reason, .. } => reason,
         }
     }
@@ -77,6 +84,8 @@ impl StepError {
 pub struct Worker {
     deps: Arc<Deps>,
     pod: Pod,
+    /// What `pod` was made from.
+    heard: Arc<Pod>,
     removed: bool,
     seen: Seen,
     backoff: Backoff,
@@ -87,47 +96,51 @@ pub struct Worker {
     deleted_since: Option<Instant>,
     withdrawn_since: Option<Instant>,
     hooks_done: bool,
+    /// When config maps and secrets in files were last read.
+    refreshed: Instant,
     wake: Option<Instant>,
 }
 
 impl Worker {
-    pub fn new(deps: Arc<Deps>, pod: Pod) -> Self {
-        let probes = Probes::new(&pod);
+    pub fn new(deps: Arc<Deps>, heard: Arc<Pod>) -> Self {
         Self {
             deps,
             reported: None,
-            pod,
+            pod: Pod::clone(&heard),
             removed: false,
             seen: Seen::default(),
             backoff: Backoff::default(),
             waiting: Waiting::new(),
             sandbox_error: None,
-            probes,
+            probes: Probes::new(&heard),
+            heard,
             deleted_since: None,
             withdrawn_since: None,
             hooks_done: false,
+            refreshed: Instant::now(),
             wake: None,
         }
     }
 
     /// Until the pod is gone from this node.
-    pub async fn run(mut self, mut messages: mpsc::UnboundedReceiver<Message>) {
+    pub async fn run(mut self, mut told: watch::Receiver<Told>) {
         loop {
             if self.reconcile().await {
                 break;
             }
             let wake = self.wake.unwrap_or_else(|| Instant::now() + Duration::from_secs(30));
             tokio::select! {
-                m = messages.recv() => match m {
-                    Some(m) => self.take(m),
-                    None => return,
-                },
+                heard = told.changed() => {
+                    if heard.is_err() {
+                        return;
+                    }
+                    let now = told.borrow_and_update().clone();
+                    self.take(now);
+                }
                 () = self.probes.changed() => {}
                 () = sleep_until(wake) => {}
             }
-            while let Ok(m) = messages.try_recv() {
-                self.take(m);
-            }
+            self.refresh().await;
             for failure in self.probes.take_failures() {
                 self.event(Type::Warning, "Unhealthy", failure);
             }
@@ -139,20 +152,33 @@ impl Worker {
         }
     }
 
-    fn take(&mut self, m: Message) {
-        match m {
-            Message::Pod(p) => {
-                self.removed = false;
-                self.pod = *p;
-            }
-            Message::Removed => {
-                self.removed = true;
-                if self.pod.metadata.deletion_timestamp.is_none() {
-                    let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::now());
-                    self.pod.metadata.deletion_timestamp = Some(now);
-                }
-            }
-            Message::Look => {}
+    fn take(&mut self, told: Told) {
+        if !Arc::ptr_eq(&told.pod, &self.heard) {
+            self.pod = Pod::clone(&told.pod);
+            self.heard = told.pod;
+        }
+        self.removed = told.removed;
+        if self.removed && self.pod.metadata.deletion_timestamp.is_none() {
+            self.pod.metadata.deletion_timestamp = Some(Time(Timestamp::now()));
+        }
+    }
+
+    /// Brings changed config maps and secrets into the files of running containers, within `REFRESH` and the time
+    /// between two looks. What cannot be read now stays as it is.
+    async fn refresh(&mut self) {
+        let files = |v: &Volume| v.config_map.is_some() || v.secret.is_some();
+        let Some(spec) = self.pod.spec.as_ref().filter(|s| s.volumes.iter().flatten().any(files)) else { return };
+        let running = self.seen.containers.iter().any(|c| c.state == plan::State::Running);
+        if !running || self.refreshed.elapsed() < REFRESH || self.pod.metadata.deletion_timestamp.is_some() {
+            return;
+        }
+        self.refreshed = Instant::now();
+        let written = match self.references(spec).await {
+            Ok(refs) => self.deps.dirs.set_up(&self.pod, &refs).map(drop).map_err(StepError::from),
+            Err(e) => Err(e),
+        };
+        if let Err(error) = written {
+            tracing::warn!(pod = %self.id(), %error, "volumes not brought up to date");
         }
     }
 
@@ -333,12 +359,19 @@ impl Worker {
         }
         let refs = self.references(&spec).await?;
         let host_paths = self.deps.dirs.set_up(&self.pod, &refs)?;
-        let image_ref = self.image(&c).await?;
+        let image = self.image(&c).await?;
+        convert::may_run(&spec, &c, image.user())?;
         let pod_ips: Vec<String> = sandbox.ips.iter().map(ToString::to_string).collect();
+        let sub_path = |i: usize, m: &VolumeMount, sub: &str| {
+            let volume = host_paths.get(&m.name).map(String::as_str).unwrap_or_default();
+            let uid = convert::uid(&self.pod);
+            self.deps.dirs.sub_path(uid, volume, name, i, sub).map_err(|e| e.to_string())
+        };
         let context = ContainerContext {
+            sub_path: &sub_path,
             node: &self.deps.node,
             refs: &refs,
-            image_ref: &image_ref,
+            image_ref: &image.id,
             host_paths: &host_paths,
             pod_ips: &pod_ips,
         };
@@ -355,20 +388,20 @@ impl Worker {
             return Err(e.into());
         }
         self.event(Type::Normal, "Started", format!("Started container {name}"));
-        Ok(())
+        self.post_start(&c, &id).await
     }
 
     /// The image on this node, pulled if the policy says so (Kubernetes: `:latest` means Always, others IfNotPresent).
-    async fn image(&self, c: &Container) -> Result<String, StepError> {
+    async fn image(&self, c: &Container) -> Result<Image, StepError> {
         let image = c.image.clone().unwrap_or_default();
         let tag = image.rsplit('/').next().unwrap_or(&image);
         let latest = !tag.contains('@') && (!tag.contains(':') || tag.ends_with(":latest"));
         let policy = c.image_pull_policy.as_deref().unwrap_or(if latest { "Always" } else { "IfNotPresent" });
         if policy != "Always"
-            && let Some(id) = self.deps.cri.image(&image).await?
+            && let Some(found) = self.deps.cri.image(&image).await?
         {
             self.event(Type::Normal, "Pulled", format!("Container image \"{image}\" already present on machine"));
-            return Ok(id);
+            return Ok(found);
         }
         if policy == "Never" {
             let message = format!("Container image \"{image}\" is not present with pull policy of Never");
@@ -434,22 +467,44 @@ impl Worker {
         for (_, name) in &named {
             self.event(Type::Normal, "Killing", format!("Stopping container {name}: {why}"));
         }
-        let deps = &self.deps;
         let run_hooks = !std::mem::replace(&mut self.hooks_done, self.pod.metadata.deletion_timestamp.is_some());
+        let this = &*self;
         let all = named.iter().map(|(id, name)| {
             let all = spec.containers.iter().chain(spec.init_containers.iter().flatten());
-            let hook = all.clone().find(|c| c.name == *name).and_then(|c| c.lifecycle.as_ref()?.pre_stop.clone());
+            let hook = all.clone().find(|c| c.name == *name).filter(|_| run_hooks).and_then(|c| {
+                let hook = c.lifecycle.as_ref()?.pre_stop.clone()?;
+                Some((hook, probes::target(&this.pod, c, id, &this.seen, &this.deps)?))
+            });
             async move {
-                let left = match hook.filter(|_| run_hooks) {
-                    Some(h) => grace_s - pre_stop(deps, id, &h, grace_s).await,
+                let left = match &hook {
+                    Some((hook, target)) => grace_s - this.pre_stop(hook, target, grace_s).await,
                     None => grace_s,
                 };
-                deps.cri.stop_container(id, left.max(0)).await
+                this.deps.cri.stop_container(id, left.max(0)).await
             }
         });
         let results: Vec<Result<(), CriError>> = futures::future::join_all(all).await;
         results.into_iter().collect::<Result<Vec<_>, _>>()?;
         Ok(())
+    }
+
+    /// Runs a preStop hook; the seconds it took. The container ends whatever the hook says.
+    async fn pre_stop(&self, hook: &LifecycleHandler, target: &Target, grace_s: i64) -> i64 {
+        let began = Instant::now();
+        if let Err(e) = hooks::run(hook, target, Duration::from_secs(grace_s.max(1).unsigned_abs())).await {
+            self.event(Type::Warning, "FailedPreStopHook", format!("PreStopHook failed: {e}"));
+        }
+        i64::try_from(began.elapsed().as_secs()).unwrap_or(i64::MAX)
+    }
+
+    /// Runs a postStart hook; a container whose hook fails is stopped.
+    async fn post_start(&self, c: &Container, id: &str) -> Result<(), StepError> {
+        let Some(hook) = c.lifecycle.as_ref().and_then(|l| l.post_start.as_ref()) else { return Ok(()) };
+        let Some(target) = probes::target(&self.pod, c, id, &self.seen, &self.deps) else { return Ok(()) };
+        let Err(why) = hooks::run(hook, &target, POST_START_LIMIT).await else { return Ok(()) };
+        self.event(Type::Warning, "FailedPostStartHook", format!("PostStartHook failed: {why}"));
+        self.deps.cri.stop_container(id, 1).await?;
+        Err(StepError::PostStart(why))
     }
 
     async fn forget(&mut self) -> Result<(), StepError> {
@@ -467,20 +522,6 @@ impl Worker {
             Err(e) => Err(StepError::Api { what: format!("pod {}", self.id()), source: Box::new(e) }),
         }
     }
-}
-
-/// Runs a preStop hook; the seconds it took.
-async fn pre_stop(deps: &Deps, id: &str, hook: &LifecycleHandler, grace_s: i64) -> i64 {
-    let began = Instant::now();
-    let limit = Duration::from_secs(grace_s.max(1).unsigned_abs());
-    if let Some(e) = &hook.exec {
-        let _ = deps.cri.exec(id, e.command.clone().unwrap_or_default(), limit).await;
-    }
-    if let Some(s) = &hook.sleep {
-        let wanted = Duration::from_secs(s.seconds.max(0).unsigned_abs());
-        tokio::time::sleep(wanted.min(limit)).await;
-    }
-    i64::try_from(began.elapsed().as_secs()).unwrap_or(i64::MAX)
 }
 
 /// Names of the config maps and secrets a pod's containers and volumes refer to.

@@ -21,6 +21,10 @@ pub struct Feed {
     name: Name,
     uid: String,
     destinations: BTreeSet<SocketAddr>,
+    /// The sidecar has said what it uses; before, its part of the view is not known.
+    subscribed: bool,
+    /// A scope was made of that: from here on it is known how the sidecar stands.
+    settled: bool,
     /// Epoch and scope as of the last Update that was queued.
     sent: Option<(String, Scope)>,
     /// Chunks not handed to the stream yet.
@@ -33,8 +37,10 @@ pub struct Feed {
 }
 
 /// How one sidecar stands.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Standing {
+    /// Of which history the revision is.
+    pub epoch: String,
     /// Everything of its view up to here is in force.
     pub revision: Revision,
     pub routes: Vec<Name>,
@@ -50,6 +56,8 @@ impl Feed {
             name: Name::new(workload.namespace.clone(), workload.name.clone()),
             uid: workload.uid.clone(),
             destinations: BTreeSet::new(),
+            subscribed: false,
+            settled: false,
             sent: None,
             queue: VecDeque::new(),
             examined: Revision(0),
@@ -72,6 +80,7 @@ impl Feed {
     }
 
     fn subscribe(&mut self, s: v1::Subscribe) {
+        self.subscribed = true;
         let parse = |d: &v1::Destination| {
             Some(SocketAddr::new(address_from_wire(&d.address).ok()?, u16::try_from(d.port).ok()?))
         };
@@ -96,6 +105,7 @@ impl Feed {
         let before = self.sent.as_ref().filter(|(epoch, _)| *epoch == view.epoch).map(|(_, s)| s);
         self.queue.extend(scope.updates(before, &view.epoch));
         self.examined = view.snapshot.revision;
+        self.settled |= self.subscribed;
         if self.queue.is_empty() {
             return;
         }
@@ -110,15 +120,17 @@ impl Feed {
         self.queue.pop_front()
     }
 
-    pub fn standing(&self) -> Standing {
-        let Some((epoch, scope)) = &self.sent else { return Standing::default() };
+    /// `None` until the stream has said what the sidecar uses: until then it stands as it stood before the stream.
+    pub fn standing(&self) -> Option<Standing> {
+        let (epoch, scope) = self.sent.as_ref().filter(|_| self.settled)?;
         let acked = self.acked.as_ref().filter(|(e, _)| e == epoch).map_or(Revision(0), |(_, r)| *r);
         let all = acked >= scope.resources.revision;
-        Standing {
+        Some(Standing {
+            epoch: epoch.clone(),
             revision: if all { self.examined.max(acked) } else { acked },
             routes: scope.routes(),
             nack: self.nack.clone(),
-        }
+        })
     }
 }
 
@@ -134,7 +146,13 @@ mod tests {
 
     fn feed() -> Feed {
         let workload = WorkloadRef { namespace: "shop".into(), name: "client".into(), uid: "uid-client".into() };
-        Feed::new(&workload, &v1::Hello::default())
+        let mut feed = Feed::new(&workload, &v1::Hello::default());
+        feed.message(Kind::Subscribe(v1::Subscribe::default()));
+        feed
+    }
+
+    fn standing(feed: &Feed) -> Standing {
+        feed.standing().expect("the sidecar has subscribed")
     }
 
     fn dial(feed: &mut Feed) {
@@ -155,11 +173,11 @@ mod tests {
         let mut f = feed();
         f.refresh(&view(3, 10));
         assert!(drain(&mut f)[0].full);
-        assert_eq!(f.standing().revision, Revision(0));
+        assert_eq!(standing(&f).revision, Revision(0));
         ack(&mut f, 3);
         f.refresh(&view(9, 10));
         assert!(!f.queued());
-        assert_eq!(f.standing().revision, Revision(9));
+        assert_eq!(standing(&f).revision, Revision(9));
     }
 
     #[test]
@@ -170,15 +188,16 @@ mod tests {
         drain(&mut f);
         ack(&mut f, 3);
         f.refresh(&view(4, 50));
-        assert_eq!(f.standing(), Standing { revision: Revision(3), routes: f.standing().routes, nack: "".into() });
+        assert_eq!(standing(&f).revision, Revision(3));
+        assert_eq!((standing(&f).routes.len(), standing(&f).nack.as_str()), (1, ""));
         f.refresh(&view(5, 60));
         assert!(drain(&mut f).iter().all(|u| u.revision == 4), "nothing is queued behind an Update");
         f.refresh(&view(6, 70));
         assert_eq!(drain(&mut f).last().map(|u| u.revision), Some(6), "the latest wins");
         ack(&mut f, 4);
-        assert_eq!(f.standing().revision, Revision(4));
+        assert_eq!(standing(&f).revision, Revision(4));
         ack(&mut f, 6);
-        assert_eq!(f.standing().revision, Revision(6));
+        assert_eq!(standing(&f).revision, Revision(6));
     }
 
     #[test]
@@ -187,9 +206,9 @@ mod tests {
         f.refresh(&view(3, 10));
         drain(&mut f);
         f.message(Kind::Nack(v1::Nack { epoch: "e".into(), revision: 3, reason: "no".into() }));
-        assert_eq!(f.standing().nack, "no");
+        assert_eq!(standing(&f).nack, "no");
         ack(&mut f, 4);
-        assert_eq!(f.standing().nack, "");
+        assert_eq!(standing(&f).nack, "");
     }
 
     #[test]
@@ -208,6 +227,21 @@ mod tests {
         ack(&mut f, 3);
         f.refresh(&View { epoch: "other".into(), ..view(1, 10) });
         assert!(drain(&mut f)[0].full);
-        assert_eq!(f.standing().revision, Revision(0));
+        assert_eq!(standing(&f).revision, Revision(0));
+    }
+
+    #[test]
+    fn a_stream_says_nothing_before_its_first_subscription_is_answered() {
+        let workload = WorkloadRef { namespace: "shop".into(), name: "client".into(), uid: "uid-client".into() };
+        let hello = v1::Hello { epoch: "e".into(), revision: 3, ..v1::Hello::default() };
+        let mut f = Feed::new(&workload, &hello);
+        f.refresh(&view(4, 10));
+        assert_eq!(f.standing(), None, "the routes it uses are not known");
+        dial(&mut f);
+        f.refresh(&view(4, 10));
+        assert_eq!(f.standing(), None, "the first Update is on its way, made of no destination");
+        drain(&mut f);
+        f.refresh(&view(4, 10));
+        assert_eq!((standing(&f).revision, standing(&f).routes.len()), (Revision(3), 1));
     }
 }

@@ -120,7 +120,9 @@ impl PodService {
     }
 
     fn note(&self, feed: &Feed) {
-        self.relay.with_state(|s| s.holders.stand(&self.workload, feed.standing()));
+        if let Some(standing) = feed.standing() {
+            self.relay.with_state(|s| s.holders.stand(&self.workload, standing));
+        }
     }
 }
 

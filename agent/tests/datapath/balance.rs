@@ -2,7 +2,8 @@
 //! backends in the right shares, see the address they dialled, and notice nothing of the agent's death.
 
 use crate::{
-    ground::{Ground, NODE, TestPod, until},
+    capture::{inside, meshed, vip},
+    ground::{Ground, NODE, REFUSED, TestPod, until},
     parts::canonical,
 };
 use sluice_model::{
@@ -144,7 +145,13 @@ pub fn story(ground: &Ground) {
     nobody_refuses(&client);
     resolver_on_the_gateway(&client);
 
-    all.push(split(&[("web", 3), ("web-2", 1), ("nobody", 9)]));
+    // A backend without endpoints keeps its share, and refuses it.
+    all.push(split(&[("web", 4), ("web-2", 2), ("nobody", 2)]));
+    ground.apply(all.clone());
+    shares(&client, &[("b1", 0.25), ("b2", 0.25), ("b3", 0.25), (NOT_TAKEN, 0.25)]);
+
+    all.pop();
+    all.push(split(&[("web", 3), ("web-2", 1)]));
     ground.apply(all.clone());
     shares(&client, &[("b1", 0.375), ("b2", 0.375), ("b3", 0.25)]);
     agent_dies_under_load(ground, &client);
@@ -154,6 +161,8 @@ pub fn story(ground: &Ground) {
     ground.apply(all.clone());
     shares(&client, &[("b3", 1.0)]);
     drift_is_repaired(&client);
+    drift_of_a_registration_is_repaired(ground, &all);
+    a_refusal_is_taken_back(ground, &all);
     [b1, b2, b3, client].into_iter().for_each(|p| ground.end_pod(p));
     ground.apply(vec![node()]);
 }
@@ -192,13 +201,22 @@ fn resolver_on_the_gateway(client: &TestPod) {
     assert_eq!(answer.expect("run").expect("an answer"), "resolver");
 }
 
+/// Stands for a pod's name where a connection was refused.
+const NOT_TAKEN: &str = "refused";
+
 /// Five standard deviations: wrong by chance once in some million runs.
 fn shares(client: &TestPod, expected: &[(&str, f64)]) {
     const N: u32 = 4000;
     let to: SocketAddr = DIALS[0].parse().expect("address");
     let seen = client.netns.run(|| {
         let mut seen = HashMap::<String, u32>::new();
-        (0..N).for_each(|_| *seen.entry(ask(to).expect("answered")).or_default() += 1);
+        for _ in 0..N {
+            let answer = ask(to).unwrap_or_else(|e| {
+                assert_eq!(e.kind(), std::io::ErrorKind::ConnectionRefused, "{e}");
+                NOT_TAKEN.to_owned()
+            });
+            *seen.entry(answer).or_default() += 1;
+        }
         seen
     });
     let seen = seen.expect("run");
@@ -261,4 +279,50 @@ fn drift_is_repaired(client: &TestPod) {
     std::fs::remove_file("/sys/fs/bpf/sluice/v1/links/connect4").expect("damage");
     let to: SocketAddr = DIALS[0].parse().expect("address");
     until("connect is translated again", || client.netns.run(|| ask(to)).expect("run").is_ok());
+}
+
+/// A sidecar that is not exempt any more would be given its own connections, for ever.
+fn drift_of_a_registration_is_repaired(ground: &Ground, all: &[Resource]) {
+    use sluice_ebpf::{
+        common::map,
+        maps::{Listeners, PodMaps, pin_dir},
+    };
+    let app = ground.pod("drift");
+    ground.apply(all.iter().cloned().chain(meshed(&app)).collect());
+    let sidecar = ground.sidecar(&app);
+    let captured = || inside(&app, vip("10.1.2.3:4")).is_ok_and(|a| a == "out 10.1.2.3:4");
+    let relayed = || inside(&app, vip(DIALS[0])).is_ok_and(|a| a == "relayed b3");
+    until("the sidecar takes connections", captured);
+    let dir = pin_dir(std::path::Path::new("/sys/fs/bpf"));
+    let (pods, cookie) = (PodMaps::open(&dir).expect("maps").pods, app.netns.cookie().expect("cookie"));
+    let exempt = || pods.get(&cookie).expect("read").map(|p| p.sidecar_cgroup).filter(|c| *c != 0);
+    let before = exempt().expect("registered");
+    pods.remove(&cookie).expect("damage");
+    until("the pod's entry is back with its exemption", || exempt() == Some(before));
+    assert!(captured() && relayed(), "the app is captured, its sidecar is not");
+
+    let listeners = || Listeners::open(&dir).and_then(|l| Ok((l.keys()?, l)));
+    let (keys, map) = listeners().expect("listeners");
+    assert_eq!(keys.len(), 4, "two families, two directions");
+    keys.iter().for_each(|key| assert!(map.remove(key).expect("damage")));
+    until("the listeners are back", || listeners().is_ok_and(|(k, _)| k.len() == keys.len()));
+    assert!(captured() && relayed(), "connections come to the sidecar");
+
+    std::fs::remove_file(dir.join(map::LISTENERS)).expect("damage");
+    until("the listeners are in the map made anew", || listeners().is_ok_and(|(k, _)| k.len() == keys.len()));
+    until("connections come to the sidecar", || captured() && relayed());
+    ground.kill_sidecar(sidecar);
+    ground.end_pod(app);
+}
+
+/// A view that cannot be brought into force is refused; when it can, it is, without another view.
+fn a_refusal_is_taken_back(ground: &Ground, all: &[Resource]) {
+    let leases = std::path::Path::new(sluice_cni::STATE_DIR).join("leases");
+    let aside = leases.with_extension("aside");
+    let _ = std::fs::remove_file(REFUSED);
+    std::fs::rename(&leases, &aside).expect("hide the leases");
+    ground.publish(all.to_vec());
+    until("the view is refused", || std::fs::read_to_string(REFUSED).is_ok_and(|why| why.contains("leases")));
+    std::fs::rename(&aside, &leases).expect("the leases are back");
+    ground.in_force();
 }

@@ -4,14 +4,18 @@
 
 use crate::{
     balance::{ask, endpoints, name, node, serve, service},
-    ground::{EARLY, Ground, NODE, TestPod, until},
+    ground::{EARLY, Ground, NODE, TestPod, said, sidecar_cgroup, until},
 };
 use sluice_model::{InboundMode, Policy, Resource, Workload};
-use sluice_wire::handover::KEEP_S;
+use sluice_wire::{
+    DISCOVERY_SOCKET,
+    handover::{KEEP_S, Message, SOCKET, recv, send},
+};
 use std::{
     io,
     io::Write,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsFd,
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
@@ -19,7 +23,7 @@ use std::{
 
 const EXCLUDED: u16 = 9000;
 
-fn meshed(pod: &TestPod) -> [Resource; 2] {
+pub fn meshed(pod: &TestPod) -> [Resource; 2] {
     let identity = "spiffe://cluster.local/ns/shop/sa/app".parse().expect("identity");
     let (name, uid) = (name(&pod.name), pod.uid());
     let workload = Workload {
@@ -35,7 +39,7 @@ fn meshed(pod: &TestPod) -> [Resource; 2] {
     [Resource::Workload(workload), Resource::Policy(policy)]
 }
 
-fn inside(pod: &TestPod, to: SocketAddr) -> io::Result<String> {
+pub fn inside(pod: &TestPod, to: SocketAddr) -> io::Result<String> {
     pod.netns.run(|| ask(to)).expect("run")
 }
 
@@ -43,7 +47,7 @@ fn at(ip: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
-fn vip(text: &str) -> SocketAddr {
+pub fn vip(text: &str) -> SocketAddr {
     text.parse().expect(text)
 }
 
@@ -63,6 +67,9 @@ pub fn story(ground: &Ground) {
     ten_thousand(ground, &apps, &all);
     sidecars[0] = restart_under_load(ground, &apps[0], &plain, sidecars[0]);
     agent_restart_keeps_capture(ground, &apps[1]);
+    only_the_sidecar_is_handed_listeners(&apps[0]);
+    sidecars[0] = idle_streams_keep_no_sidecar_out(ground, &apps[0], sidecars[0]);
+    a_pod_whose_names_are_squatted_is_closed(ground, &apps[1]);
     early_pod_is_closed_from_the_start(ground);
     stays_away(ground, &apps[0], &plain, sidecars[0]);
     sidecars[1..].iter().for_each(|pid| ground.kill_sidecar(*pid));
@@ -217,6 +224,47 @@ fn agent_restart_keeps_capture(ground: &Ground, app: &TestPod) {
     ground.start_agent();
     (0..200).for_each(|_| assert_eq!(inside(app, to).expect("with a new agent"), before));
     assert_eq!(inside(app, vip("10.96.0.1:80")).expect("the sidecar is still exempt"), "relayed backend");
+}
+
+/// Whoever holds the listeners takes the pod's connections.
+fn only_the_sidecar_is_handed_listeners(app: &TestPod) {
+    let connect = || sluice_netlink::sock::connect_abstract_in(&app.netns, SOCKET);
+    until("the restarted agent serves the pod", || connect().is_ok());
+    let stream = connect().expect("connect");
+    stream.set_read_timeout(Some(Duration::from_secs(5))).expect("timeout");
+    let _ = send(stream.as_fd(), &Message::Take); // the stream may be closed already
+    match recv(stream.as_fd()) {
+        Ok(Some(Message::Err(why))) => assert!(why.contains("is not the pod's sidecar"), "{why}"),
+        other => panic!("another process of the pod got {other:?}"),
+    }
+}
+
+/// Even of the sidecar's own container.
+fn idle_streams_keep_no_sidecar_out(ground: &Ground, app: &TestPod, pid: u32) -> u32 {
+    ground.kill_sidecar(pid);
+    let idler = ground.process(app, "idler", &sidecar_cgroup(&app.name));
+    until("all places are taken", || said("idler").exists());
+    let pid = ground.sidecar(app);
+    until("the next sidecar takes over", || inside(app, vip("10.96.0.1:81")).is_ok());
+    ground.kill_sidecar(idler);
+    pid
+}
+
+fn a_pod_whose_names_are_squatted_is_closed(ground: &Ground, app: &TestPod) {
+    let to = vip("10.96.0.1:81");
+    ground.kill_agent();
+    let squatter = ground.process(app, "squatter", &format!("app-{}", app.name));
+    until("the name is taken", || said("squatter").exists());
+    assert!(inside(app, to).is_ok(), "nothing changes without an agent");
+    ground.start_agent();
+    until("the pod is closed", || inside(app, to).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused));
+    // Of the two sockets both are served or neither: each try to have both ends within moments.
+    until("nobody listens in the agent's name", || {
+        sluice_netlink::sock::connect_abstract_in(&app.netns, DISCOVERY_SOCKET).is_err()
+    });
+    ground.kill_sidecar(squatter);
+    until("the sidecar has registered again", || inside(app, to).is_ok());
+    assert_eq!(inside(app, vip("10.96.0.1:80")).expect("and is exempt"), "relayed backend");
 }
 
 /// The pod is not in the snapshot; the agent was told between its sandbox and its first container.

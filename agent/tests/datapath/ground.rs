@@ -22,6 +22,8 @@ use std::{
 pub const NODE: &str = "n1";
 pub const SNAPSHOT: &str = "/run/sluice-test/snapshot.json";
 pub const ACK: &str = "/run/sluice-test/ack";
+/// Why the agent's last view is not in force.
+pub const REFUSED: &str = "/run/sluice-test/refused";
 pub const EARLY: &str = "/run/sluice-test/early";
 /// Bound of every wait in these stories.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -56,6 +58,16 @@ impl TestPod {
 
 pub fn uid(name: &str) -> String {
     format!("00000000-0000-0000-0000-{name:0>12}")
+}
+
+/// Written by a part when it has done what it is for.
+pub fn said(part: &str) -> PathBuf {
+    PathBuf::from(format!("/run/sluice-test/said/{part}"))
+}
+
+/// Stands for the id of the pod's sidecar container.
+pub fn sidecar_cgroup(pod: &str) -> String {
+    format!("sidecar-{pod}")
 }
 
 /// The plugin's binary beside this test's, built if it is not there or old.
@@ -102,6 +114,8 @@ impl Ground {
         tmpfs("/run");
         tmpfs("/var/lib");
         fs::create_dir_all("/run/sluice-test/pods").expect("folder");
+        fs::create_dir_all("/run/sluice-test/said").expect("folder");
+        std::os::unix::fs::chown("/run/sluice-test/said", Some(1337), None).expect("the parts' own");
         // The node's own addresses: something to send from.
         let mut wanted = State { up: [LO].into(), ..State::default() };
         for text in ["192.168.77.1", "fd00:77::1"] {
@@ -137,6 +151,10 @@ impl Ground {
     /// Gives the agent a snapshot and waits until it is in force.
     pub fn apply(&self, resources: Vec<Resource>) {
         self.publish(resources);
+        self.in_force();
+    }
+
+    pub fn in_force(&self) {
         let revision = self.revision.get().to_string();
         until("the snapshot is in force", || fs::read_to_string(ACK).is_ok_and(|a| a == revision));
     }
@@ -192,16 +210,22 @@ impl Ground {
 
     /// A sidecar in the pod: its own cgroup, an ordinary user, no capability. Ends when killed.
     pub fn sidecar(&self, pod: &TestPod) -> u32 {
+        self.process(pod, "sidecar", &sidecar_cgroup(&pod.name))
+    }
+
+    /// A child in the pod's network namespace that plays `part`, as an ordinary user in a cgroup of its own.
+    pub fn process(&self, pod: &TestPod, part: &str, cgroup: &str) -> u32 {
         use std::os::unix::process::CommandExt;
-        let cgroup = self.cgroup_mount.join(format!("sidecar-{}", pod.name));
-        fs::create_dir_all(&cgroup).expect("sidecar's cgroup");
+        let cgroup = self.cgroup_mount.join(cgroup);
+        fs::create_dir_all(&cgroup).expect("cgroup");
+        let _ = fs::remove_file(said(part));
         let env = [("SLUICE_TEST_POD", pod.name.as_str())];
-        let mut command = self.child("sidecar", &env);
+        let mut command = self.child(part, &env);
         command.uid(1337).gid(1337);
-        let mut child = pod.netns.run(move || command.spawn()).expect("run").expect("sidecar");
-        fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).expect("move the sidecar");
+        let mut child = pod.netns.run(move || command.spawn()).expect("run").expect(part);
+        fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).expect("move the process");
         // It waits for this line, so that it never runs outside its cgroup.
-        child.stdin.take().expect("piped").write_all(b"go\n").expect("start the sidecar");
+        child.stdin.take().expect("piped").write_all(b"go\n").expect("start the process");
         let pid = child.id();
         self.sidecars.borrow_mut().push(child);
         pid
@@ -227,7 +251,8 @@ impl Drop for Ground {
             let _ = ns::remove_named(&pod);
         }
         let subs = fs::read_dir(&self.cgroup_mount).into_iter().flatten().flatten();
-        for sub in subs.filter(|s| s.file_name().to_string_lossy().starts_with("sidecar-")) {
+        for sub in subs.filter(|s| ["sidecar-", "app-"].iter().any(|p| s.file_name().to_string_lossy().starts_with(p)))
+        {
             let _ = fs::remove_dir(sub.path());
         }
         for _ in ["cgroup2", "tmpfs"] {

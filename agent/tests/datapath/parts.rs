@@ -1,27 +1,32 @@
 //! The parts that children of the test play: the agent, and a sidecar that tells what it was asked for.
 
-use crate::ground::{ACK, EARLY, NODE, SNAPSHOT};
+use crate::ground::{ACK, EARLY, NODE, REFUSED, SNAPSHOT, said, sidecar_cgroup};
+use k8s_openapi::api::core::v1::Pod;
 use sluice_agent::{
+    attest::Gate,
     datapath::{Datapath, DatapathConfig},
     handover::Handover,
+    network::Network,
+    pods::PodNetwork,
+    relay::{NoSigner, Relay},
+    uplink,
+    view::View,
 };
-use sluice_model::Snapshot;
-use sluice_netlink::Netns;
+use sluice_model::{Revision, Snapshot};
 use sluice_wire::handover::{Message, Role, SOCKET, recv, send};
 use std::{
-    collections::HashMap,
     fs,
     io::{BufRead, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
     os::{
         fd::{AsFd, OwnedFd},
         linux::net::SocketAddrExt,
-        unix::net::{SocketAddr as UnixAddr, UnixStream},
+        unix::net::{SocketAddr as UnixAddr, UnixListener, UnixStream},
     },
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
-use tokio_util::sync::CancellationToken;
 
 pub const PART: &str = "SLUICE_TEST_PART";
 /// A destination port at which the sidecar does as a real one: dials on and passes the answer back.
@@ -31,12 +36,15 @@ pub fn play(part: &str) {
     match part {
         "agent" => agent(),
         "sidecar" => sidecar(),
+        "idler" => idler(),
+        "squatter" => squatter(),
         other => panic!("no part {other:?}"),
     }
 }
 
-/// The library as the agent's main loop uses it, fed from a file.
+/// The agent's own loop, fed from a file. Sidecars are known by the names that the ground gives their cgroups.
 fn agent() {
+    tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Runtime::new().expect("runtime");
     let _inside = runtime.enter();
     let config = DatapathConfig {
@@ -45,64 +53,73 @@ fn agent() {
         node: NODE.into(),
         dns: Some("10.96.0.10".parse().expect("address")),
     };
-    let mut datapath = Datapath::open(&config).expect("open");
-    let handover = Handover::new(&config.bpffs, None).expect("handover");
-    let mut served = HashMap::new();
-    let (mut snapshot, mut repaired) = (Snapshot::default(), Instant::now());
+    let datapath = Datapath::open(&config).expect("open");
+    let gate = Arc::new(Gate::new().expect("gate"));
+    let handover = Handover::new(&config.bpffs, Some(gate.clone())).expect("handover");
+    let (mut source, ends) = uplink::channels(View::default());
+    let relay = Relay::new(ends.views.clone(), ends.metrics_interval, ends.holders, Arc::new(NoSigner), None);
+    let network = Network::new(NODE.into(), datapath, handover, gate.clone(), relay, ends.views);
+    runtime.spawn(network.clone().run(ends.verdicts));
+    let mut revision = Revision::default();
     loop {
         if let Ok(uid) = fs::read_to_string(EARLY) {
-            datapath.set_pod_mesh(&uid, true, &[9000]).expect("set_pod_mesh");
+            network.attached(&injected_pod(&uid)).expect("attached");
             fs::remove_file(EARLY).expect("done");
         }
         let text = fs::read(SNAPSHOT).unwrap_or_default();
         let next: Snapshot = serde_json::from_slice(&text).unwrap_or_default();
-        if next.revision > snapshot.revision {
-            let applied = datapath.apply(&next).expect("apply");
-            assert!(applied.problems.is_empty(), "{:?}", applied.problems);
-            fs::write(ACK, next.revision.to_string()).expect("ack");
-            snapshot = next;
+        if next.revision > revision {
+            revision = next.revision;
+            next.workloads().for_each(|w| gate.expect(&w.uid, &sidecar_cgroup(&w.name.name)));
+            source.views.send_replace(View { epoch: "test".into(), snapshot: Arc::new(next) });
         }
-        serve(&datapath, &handover, &snapshot, &mut served);
-        if repaired.elapsed() > Duration::from_millis(200) {
-            for wrong in datapath.repair().expect("repair") {
-                eprintln!("agent repaired: {wrong}");
+        while let Ok(verdict) = source.verdicts.try_recv() {
+            assert!(verdict.problems.is_empty(), "{:?}", verdict.problems);
+            match verdict.result {
+                Ok(()) => fs::write(ACK, verdict.revision.to_string()).expect("ack"),
+                Err(error) => fs::write(REFUSED, error).expect("refusal"),
             }
-            repaired = Instant::now();
         }
         thread::sleep(Duration::from_millis(10));
     }
 }
 
-fn serve(
-    datapath: &Datapath,
-    handover: &std::sync::Arc<Handover>,
-    snapshot: &Snapshot,
-    served: &mut HashMap<String, CancellationToken>,
-) {
-    let here = datapath.pods().expect("pods");
-    served.retain(|uid, stop| {
-        let stays = here.iter().any(|p| p.uid == *uid);
-        if !stays {
-            stop.cancel();
-        }
-        stays
-    });
-    for w in snapshot.workloads().filter(|w| w.meshed && w.node == NODE) {
-        if let Some(pod) = here.iter().find(|p| p.uid == w.uid)
-            && !served.contains_key(&w.uid)
-        {
-            let stop = CancellationToken::new();
-            let netns = Netns::open(&pod.netns).expect("netns");
-            handover.serve(&netns, &w.uid, stop.clone()).expect("serve");
-            served.insert(w.uid.clone(), stop);
-        }
-    }
+/// As control injects it, excluding port 9000.
+fn injected_pod(uid: &str) -> Pod {
+    let annotation = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    let annotations =
+        [annotation("sluice.dev/sidecar", "injected"), annotation("sluice.dev/exclude-inbound-ports", "9000")];
+    let mut pod = Pod::default();
+    (pod.metadata.uid, pod.metadata.annotations) = (Some(uid.to_owned()), Some(annotations.into()));
+    pod
+}
+
+fn told_to_go() {
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line).expect("told to go");
+}
+
+/// Opens as many streams as the agent has places for, and says nothing on them.
+fn idler() {
+    told_to_go();
+    let address = UnixAddr::from_abstract_name(SOCKET).expect("name");
+    let _streams: Vec<_> = (0..8).map(|_| UnixStream::connect_addr(&address).expect("connect")).collect();
+    fs::write(said("idler"), "").expect("say so");
+    thread::sleep(Duration::MAX);
+}
+
+/// Takes the agent's place while it is away.
+fn squatter() {
+    told_to_go();
+    let address = UnixAddr::from_abstract_name(SOCKET).expect("name");
+    let _socket = UnixListener::bind_addr(&address).expect("bind");
+    fs::write(said("squatter"), "").expect("say so");
+    thread::sleep(Duration::MAX);
 }
 
 /// Answers every captured connection with its direction and original destination.
 fn sidecar() {
-    let mut line = String::new();
-    std::io::stdin().lock().read_line(&mut line).expect("told to go");
+    told_to_go();
     let address = UnixAddr::from_abstract_name(SOCKET).expect("name");
     let begun = Instant::now();
     let stream = loop {
