@@ -16,9 +16,12 @@ up: setup build images
 down:
 	target/release/sluice down
 
-# Everything once: the programs, then the tests, which use those programs.
-test: setup build images
-	cargo test $(CARGO_FLAGS)
+# The programs and the tests in one build: what only tests depend on turns on features of shared crates, so that a build
+# without them would be another one. Then the tests, which use those programs. One failure hides no other.
+test: setup
+	cargo build $(CARGO_FLAGS) --all-targets
+	@target/release/xtask images
+	cargo test $(CARGO_FLAGS) --no-fail-fast
 
 setup:
 	@./scripts/setup.sh

@@ -5,6 +5,7 @@ use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use sluice_wire::traffic::{PATH, Row};
 use std::{future::Future, path::Path};
 
 /// One thread is plenty for a command line.
@@ -19,24 +20,14 @@ pub async fn connect(kubeconfig: &Path) -> Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
-/// What the sidecars counted, per route and backend (control's own resource).
-#[derive(Clone, Debug, Default, serde::Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Row {
-    pub route: String,
-    pub backend: String,
-    pub requests: u64,
-    pub failures: u64,
-    pub latency_us_sum: u64,
-}
-
 #[derive(serde::Deserialize)]
 struct Traffic {
     items: Vec<Row>,
 }
 
+/// What the sidecars counted, per route and backend.
 pub async fn traffic(client: &Client) -> Result<Vec<Row>> {
-    let request = http::Request::get("/apis/traffic.sluice.dev/v1alpha1/routes").body(vec![])?;
+    let request = http::Request::get(PATH).body(vec![])?;
     let t: Traffic = client.request(request).await.context("read the measured traffic")?;
     Ok(t.items)
 }

@@ -8,6 +8,10 @@ use std::{
     collections::HashMap,
     fs,
     net::Ipv4Addr,
+    os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener},
+    },
     path::{Path, PathBuf},
 };
 
@@ -60,6 +64,13 @@ impl Cluster {
         }
     }
 
+    /// Held by whoever changes which machines run. It ends with the process and leaves no file behind.
+    pub fn lock(name: &str) -> Result<UnixListener> {
+        let address = SocketAddr::from_abstract_name(format!("sluice-local-{name}"))?;
+        let taken = || format!("cluster {name:?} is being started or taken down by another sluice; wait for it to end");
+        UnixListener::bind_addr(&address).with_context(taken)
+    }
+
     pub fn save(&self) -> Result<()> {
         fs::create_dir_all(self.dir()).with_context(|| format!("make {}", self.dir().display()))?;
         Ok(fs::write(Self::file(&self.name), serde_json::to_vec_pretty(self)?)?)
@@ -84,6 +95,11 @@ impl Cluster {
 
     pub fn kubeconfig(&self) -> PathBuf {
         self.control().disk().join("control/admin.kubeconfig")
+    }
+
+    /// Passphrase of the authority's key: beside control's disk, which holds the key, and not on it.
+    pub fn ca_passphrase(&self) -> PathBuf {
+        self.dir().join("control/ca-passphrase")
     }
 
     fn machine(&self, name: &str, programs: Vec<Program>) -> Machine {
@@ -114,6 +130,7 @@ impl Cluster {
             self.bin("sluice-control"),
             "serve".into(),
             "--data-dir=/var/lib/sluice/control".into(),
+            format!("--ca-passphrase-file={}", self.ca_passphrase().display()),
             "--listen=0.0.0.0:6443".into(),
             "--discovery-listen=0.0.0.0:6444".into(),
             format!("--advertise-url={}", self.api_url()),

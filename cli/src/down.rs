@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail};
 use std::fs;
 
 pub fn run(name: &str) -> Result<()> {
+    let _lock = Cluster::lock(name)?;
     let Some(cluster) = Cluster::load(name)? else {
         println!("no local cluster {name:?} is there");
         return Ok(());

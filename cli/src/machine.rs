@@ -107,11 +107,22 @@ impl Machine {
 
     /// Switches it off at once, as a power cut would. Its disk stays.
     pub fn kill(&self) {
-        let Some(pid) = self.pid() else { return };
-        if let Some(p) = Pid::from_raw(pid) {
+        if let Some(p) = self.pid().and_then(Pid::from_raw) {
             let _ = kill_process(p, Signal::KILL);
         }
         while self.pid().is_some() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        // One that was interrupted while it started has not noted its first process yet.
+        let until = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < until {
+            let left: Vec<_> = hierarchies().iter().flat_map(|h| processes(&h.join(&self.cgroup))).collect();
+            if left.is_empty() {
+                return;
+            }
+            for p in left {
+                let _ = kill_process(p, Signal::KILL);
+            }
             thread::sleep(Duration::from_millis(5));
         }
     }
@@ -154,6 +165,15 @@ fn hierarchies() -> Vec<PathBuf> {
         .filter(|p| p.join("cgroup.procs").exists())
         .collect();
     all.sort();
+    all
+}
+
+/// Processes in a cgroup and below.
+fn processes(cgroup: &Path) -> Vec<Pid> {
+    let own = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let mut all: Vec<Pid> = own.lines().filter_map(|l| Pid::from_raw(l.parse().ok()?)).collect();
+    let below = fs::read_dir(cgroup).into_iter().flatten().flatten().filter(|e| e.path().is_dir());
+    all.extend(below.flat_map(|e| processes(&e.path())));
     all
 }
 

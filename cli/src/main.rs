@@ -10,6 +10,7 @@ mod machine;
 mod preflight;
 mod split;
 mod status;
+mod token;
 mod up;
 mod wiring;
 
@@ -78,6 +79,11 @@ enum Command {
         #[arg(long, default_value_t = 30)]
         timeout: u64,
     },
+    /// One-time tokens with which nodes join
+    Token {
+        #[command(subcommand)]
+        command: token::Command,
+    },
     /// Switch one machine of the local cluster off, as a power cut would
     #[command(hide = true)]
     NodeKill { node: u8 },
@@ -137,6 +143,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         Command::Split { ref service, ref weights, ref namespace, timeout } => {
             split::run(&config(), namespace, service, weights, timeout)
         }
+        Command::Token { ref command } => token::run(&config(), command),
         Command::NodeKill { node } => {
             require(&args.cluster)?.node(node).kill();
             Ok(())

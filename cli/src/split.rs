@@ -69,16 +69,15 @@ fn of_service(r: &HttpRoute, service: &str) -> bool {
     r.spec.parent_refs.iter().flatten().any(|p| p.kind.as_deref() == Some("Service") && p.name == service)
 }
 
-/// What the route's status says of a generation: in force with a message, or not yet and why.
+/// What the route's status says of a generation: in force under all parents with a message, or not yet and why.
 fn in_force(r: &HttpRoute, generation: i64) -> std::result::Result<String, String> {
-    let conditions: Vec<&Condition> = r
-        .status
-        .iter()
-        .flat_map(|s| &s.parents)
-        .filter(|p| p.controller_name == "sluice.dev/control")
-        .flat_map(|p| &p.conditions)
-        .filter(|c| c.observed_generation == Some(generation))
-        .collect();
+    let ours = r.status.iter().flat_map(|s| &s.parents).filter(|p| p.controller_name == "sluice.dev/control");
+    let all: Vec<String> = ours.map(|p| in_force_under(&p.conditions, generation)).collect::<Result<_, _>>()?;
+    all.into_iter().next_back().ok_or_else(|| "control has not looked at it yet".to_owned())
+}
+
+fn in_force_under(conditions: &[Condition], generation: i64) -> std::result::Result<String, String> {
+    let conditions: Vec<&Condition> = conditions.iter().filter(|c| c.observed_generation == Some(generation)).collect();
     let of = |type_: &str| conditions.iter().find(|c| c.type_ == type_);
     if let Some(c) = of("Accepted").filter(|c| c.status == "False") {
         return Err(format!("not accepted: {} ({})", c.message, c.reason));

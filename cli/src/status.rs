@@ -1,10 +1,11 @@
 //! `sluice status`: nodes, pods per node, routes with their weights, and the split as the sidecars measured it.
 
-use crate::client::{Row, block_on, connect, traffic};
+use crate::client::{block_on, connect, traffic};
 use anyhow::{Context, Result, bail};
 use gateway_api::httproutes::HttpRoute;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::{Api, Client, ResourceExt, api::ListParams};
+use sluice_wire::traffic::Row;
 use std::{
     path::Path,
     time::{Duration, Instant},

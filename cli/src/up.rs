@@ -2,9 +2,12 @@
 
 use crate::{
     cluster::{CNI_NAMES, Cluster},
-    down, kubeconfig, kubectl, preflight, status, wiring,
+    down, kubeconfig, kubectl, preflight, status, token, wiring,
 };
 use anyhow::{Context, Result, bail};
+use k8s_openapi::jiff::SignedDuration;
+use rand::random;
+use sluice_wire::join::JoinToken;
 use std::{
     fs,
     io::{IsTerminal, Write},
@@ -27,17 +30,9 @@ pub struct Options {
 
 pub fn run(o: &Options) -> Result<()> {
     let began = Instant::now();
+    let lock = Cluster::lock(&o.cluster.name)?;
     let c = match Cluster::load(&o.cluster.name)? {
-        Some(running) if running.control().pid().is_some() => {
-            if running.nodes != o.cluster.nodes {
-                bail!(
-                    "cluster {:?} already runs with {} nodes; `sluice down` first to change that",
-                    running.name,
-                    running.nodes
-                );
-            }
-            running
-        }
+        Some(running) if running.control().pid().is_some() => complete(running, o.cluster.nodes)?,
         leftover => {
             // Of a machine that was switched off without `sluice down`.
             if let Some(old) = leftover {
@@ -53,6 +48,8 @@ pub fn run(o: &Options) -> Result<()> {
             o.cluster.clone()
         }
     };
+    // All machines run; the rest only waits and may be repeated beside others.
+    drop(lock);
     let config = c.kubeconfig();
     step("waiting for the API", || wait_api(&config, &c))?;
     if o.write_kubeconfig {
@@ -67,6 +64,25 @@ pub fn run(o: &Options) -> Result<()> {
         next_steps(&c)?;
     }
     Ok(())
+}
+
+/// A running cluster with this many nodes: those that are not there yet, or are off, are started.
+fn complete(running: Cluster, nodes: u8) -> Result<Cluster> {
+    if running.nodes > nodes {
+        bail!(
+            "cluster {:?} already runs with {} nodes; `sluice down` first to have fewer",
+            running.name,
+            running.nodes
+        );
+    }
+    let c = Cluster { nodes, ..running };
+    let off: Vec<u8> = (0..nodes).filter(|i| c.node(*i).pid().is_none()).collect();
+    if !off.is_empty() {
+        // First the plan, so that `down` knows of every machine.
+        c.save()?;
+        step(&format!("starting {} more nodes", off.len()), || off.into_iter().try_for_each(|i| start_node(&c, i)))?;
+    }
+    Ok(c)
 }
 
 /// Shows what is being done, and that it was.
@@ -88,6 +104,7 @@ fn start(c: &Cluster, socket: TcpListener) -> Result<()> {
     c.save()?;
     step("starting control", || {
         let control = c.control();
+        write_private(&c.ca_passphrase(), &format!("{:032x}{:032x}\n", random::<u128>(), random::<u128>()))?;
         control.start(Some(socket))?;
         wiring::underlay(&control, Cluster::control_ip()).context("make the underlay network")?;
         wait_file(&c.kubeconfig(), &control.log("control"))
@@ -107,9 +124,11 @@ pub fn start_node(c: &Cluster, i: u8) -> Result<()> {
     let join = node.disk().join("join");
     fs::create_dir_all(&join)?;
     fs::copy(control.join("ca.crt"), join.join("ca.crt")).context("copy the cluster's CA")?;
-    let token = fs::read_to_string(control.join("join-token")).context("read the join token")?;
-    let mut f = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(join.join("token"))?;
-    f.write_all(token.as_bytes())?;
+    // A node that has its certificate needs no token any more.
+    if !node.disk().join("agent/identity/node.json").exists() {
+        let token = join_token(c, &node.name).with_context(|| format!("make a join token for {}", node.name))?;
+        write_private(&join.join("token"), &format!("{token}\n"))?;
+    }
     fs::write(node.disk().join("containerd.toml"), c.containerd_toml())?;
     let plugins = node.disk().join("cni-bin");
     fs::create_dir_all(&plugins)?;
@@ -121,6 +140,26 @@ pub fn start_node(c: &Cluster, i: u8) -> Result<()> {
     }
     node.start(None)?;
     wiring::connect(&c.control(), &node, i, Cluster::node_ip(i)).with_context(|| format!("connect {}", node.name))
+}
+
+/// A token for one machine. Control writes its kubeconfig a moment before it answers.
+fn join_token(c: &Cluster, node: &str) -> Result<JoinToken> {
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        match token::create(&c.kubeconfig(), Some(node), SignedDuration::from_hours(1)) {
+            Err(e) if Instant::now() < until && !matches!(e.downcast_ref(), Some(kube::Error::Api(_))) => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            other => return other,
+        }
+    }
+}
+
+fn write_private(path: &Path, text: &str) -> Result<()> {
+    let failed = || format!("write {}", path.display());
+    fs::create_dir_all(path.parent().unwrap_or(path)).with_context(failed)?;
+    let mut f = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    f.write_all(text.as_bytes()).with_context(failed)
 }
 
 fn wait_file(path: &Path, log: &Path) -> Result<()> {

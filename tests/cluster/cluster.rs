@@ -7,13 +7,23 @@ use std::{
     io::Write,
     net::TcpListener,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
 };
+
+pub const NODES: [&str; 3] = ["node-1", "node-2", "node-3"];
 
 pub struct Cluster {
     name: String,
     bin: PathBuf,
+    /// Programs of the data path in the kernel before this cluster was started.
+    pub programs_before: usize,
+}
+
+/// How many programs of the data path the kernel has, whoever loaded them.
+pub fn programs() -> usize {
+    let ours = |p: &aya::programs::ProgramInfo| matches!(p.name_as_str(), Some("steer_pod" | "connect4" | "sendmsg6"));
+    aya::programs::loaded_programs().filter_map(Result::ok).filter(ours).count()
 }
 
 /// The folder of the built programs: two above the test's own.
@@ -29,7 +39,7 @@ fn text(out: &Output) -> String {
 impl Cluster {
     pub fn start() -> Result<Self> {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let c = Self { name: format!("test-{}", std::process::id()), bin: bin() };
+        let c = Self { name: format!("test-{}", std::process::id()), bin: bin(), programs_before: programs() };
         eprintln!("starting a cluster of three nodes (cluster {})", c.name);
         let args = [
             "up",
@@ -75,7 +85,7 @@ impl Cluster {
 
     fn logs(&self) -> String {
         let mut out = String::new();
-        for machine in ["control", "node-1", "node-2", "node-3"] {
+        for machine in ["control"].into_iter().chain(NODES) {
             for program in ["control", "agent", "init"] {
                 let path = self.dir().join(machine).join("log").join(format!("{program}.log"));
                 if let Ok(t) = fs::read_to_string(&path) {
@@ -195,6 +205,19 @@ impl Cluster {
             .output()?;
         ensure!(out.status.success(), "in {machine}: {script}: {}", text(&out));
         Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    /// The load generator as a process of a machine, outside of all pods. It ends by itself.
+    pub fn host_load(&self, machine: &str, args: &[&str]) -> Result<Child> {
+        let pid = self.machine_pid(machine)?.to_string();
+        // Programs at the machine's cgroup see only processes that are in it.
+        let name = format!("sluice-{}-{machine}", self.name);
+        let roots = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
+        let cgroup = roots.iter().map(|r| Path::new(r).join(&name)).find(|c| c.join("cgroup.procs").exists());
+        let mut c = Command::new("/bin/sh");
+        c.args(["-c", r#"echo $$ >"$0/cgroup.procs" && exec "$@""#]).arg(cgroup.context("the machine's cgroup")?);
+        c.args(["nsenter", "-t", &pid, "-m", "-n", "-C", "-u", "-i", "-p", "--"]).arg(self.bin.join("load")).args(args);
+        c.stdin(Stdio::null()).stdout(Stdio::null()).spawn().context("start the load generator")
     }
 
     /// `kill -9` of a machine's program, by the pid that the machine noted.

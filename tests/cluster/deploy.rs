@@ -117,15 +117,21 @@ pub fn containers_come_back(c: &Cluster) -> Result<()> {
             .iter()
             .any(|p| p["status"]["containerStatuses"][0]["restartCount"] == 1 && ready(p)))
     };
-    let took = c.wait("the killed container runs again", 20, restarted)?;
+    let took = c.wait("the killed container runs again", 2, restarted)?;
     eprintln!("container back after {took:?}");
     c.kubectl(&["-n", "back", "delete", "pod", name, "--wait=false"])?;
     let replaced = || -> Result<bool> {
         let pods = c.pods("back", "app=web")?;
         Ok(pods.len() == 2 && pods.iter().all(ready) && pods.iter().all(|p| p["metadata"]["name"] != name))
     };
-    let took = c.wait("another pod took its place", 30, replaced)?;
+    let took = c.wait("another pod took its place", 5, replaced)?;
     eprintln!("pod replaced after {took:?}");
+    let events = c.json(&["-n", "back", "get", "events"])?;
+    let reasons: BTreeSet<_> =
+        events["items"].as_array().into_iter().flatten().filter_map(|e| e["reason"].as_str()).collect();
+    for said in ["Started", "Killing", "SuccessfulCreate"] {
+        ensure!(reasons.contains(said), "an event says what happened: {said} is not in {reasons:?}");
+    }
     c.delete_namespace("back")
 }
 

@@ -1,33 +1,70 @@
 //! What dies, and what must go on meanwhile.
 
 use crate::{
-    cluster::{Cluster, ready},
-    load::{Load, echo, prove_exactly_once, service},
+    cluster::{Cluster, programs, ready},
+    load::{Load, echo, prove_exactly_once, service, split_service, version},
 };
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
-use std::{collections::BTreeSet, fs};
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
-/// Mission row 19: agents and control are killed and come back; no request fails, no pod is doubled.
+/// Mission row 19: agents and control are killed and come back; traffic, split and names go on, no pod is doubled.
 pub fn agent_and_control_killed_under_load(c: &Cluster) -> Result<()> {
     c.namespace("kills", true)?;
-    c.apply(&[echo("kills", "echo-v1", "v1", 3), service("kills", "echo", json!({"app": "echo"}))])?;
+    c.apply(&[echo("kills", "echo-v1", "v1", 2), echo("kills", "echo-v2", "v2", 1)])?;
+    c.apply(&split_service("kills", 80, 20))?;
     c.rollout("kills", "echo-v1")?;
+    c.rollout("kills", "echo-v2")?;
     let uids = || -> Result<BTreeSet<String>> {
         Ok(c.pods("kills", "app=echo")?.iter().map(|p| p["metadata"]["uid"].to_string()).collect())
     };
     let before = uids()?;
     let load = Load { rps: 300, seconds: 20, fresh: true, headers: vec![] };
     load.start(c, "kills", "kills", "http://echo/")?;
+    // Beside the load, whose client asks for the name once: a pod that asks again and again, for 20 seconds too.
+    c.apply(&[asker("kills")])?;
+    c.wait("names are asked for", 30, || Ok(c.kubectl(&["-n", "kills", "logs", "asker"])?.contains("asking")))?;
+    let began = Instant::now();
     for (machine, program) in [("node-1", "agent"), ("node-2", "agent"), ("node-3", "agent"), ("control", "control")] {
         c.kill_program(machine, program)?;
     }
     c.wait("control answers again", 30, || Ok(c.kubectl(&["get", "nodes"]).is_ok()))?;
+    ensure!(began.elapsed() < Duration::from_secs(12), "the kills were over before the load: {:?}", began.elapsed());
     let report = load.finish(c, "kills", "kills")?;
     prove_exactly_once(c, "kills", "kills", &report)?;
+    let (sent, v2) = (report["sent"].as_u64().context("sent")?, version(&report, "v2"));
+    ensure!(v2.abs_diff(sent / 5) <= 2, "{v2} of {sent} at 20 %");
+    c.kubectl(&["-n", "kills", "wait", "--for=jsonpath={.status.phase}=Succeeded", "pod/asker", "--timeout=60s"])?;
+    let asked = c.kubectl(&["-n", "kills", "logs", "asker"])?;
+    eprintln!("names while agents and control were killed: {}", asked.trim());
+    ensure!(asked.contains(" 0 wrong"), "{asked}");
     ensure!(uids()? == before, "the same pods, none twice");
     c.kubectl(&["wait", "--for=condition=Ready", "node", "--all", "--timeout=30s"])?;
     c.delete_namespace("kills")
+}
+
+/// Asks for a service's name for twenty seconds. While an agent is being started again its resolver's socket is away: a
+/// refused question is asked again each second and must be answered within ten.
+fn asker(namespace: &str) -> Value {
+    let script = "ask() { nslookup echo.$NS.svc.cluster.local 10.96.0.10 >/dev/null 2>&1; }
+        echo asking; n=0; again=0; bad=0; end=$(($(date +%s)+20))
+        while [ $(date +%s) -lt $end ]; do
+            n=$((n+1)); ask && continue
+            again=$((again+1)); tries=0
+            until sleep 1; ask; do tries=$((tries+1)); [ $tries -lt 10 ] || { bad=$((bad+1)); break; }; done
+        done
+        echo $n asked, $again asked again, $bad wrong";
+    json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "asker", "namespace": namespace, "labels": {"sluice.dev/inject": "disabled"}},
+        "spec": {"restartPolicy": "Never", "containers": [{
+            "name": "sh", "image": "sluice.local/echo:1", "command": ["/bin/sh", "-c", script],
+            "env": [{"name": "NS", "value": namespace}]}]}
+    })
 }
 
 /// Mission row 4: a machine is switched off; its pods' endpoints go, its pods come up elsewhere.
@@ -51,30 +88,63 @@ pub fn a_lost_node_loses_its_pods(c: &Cluster) -> Result<()> {
     c.delete_namespace("lost")
 }
 
-/// `down` leaves no namespace, cgroup, mount, pin or process; the cluster is up again afterwards for whoever follows.
+/// `down` leaves no namespace, cgroup, mount, program of the kernel or process. It is the last test: the cluster is gone.
 pub fn down_leaves_nothing(c: &Cluster) -> Result<()> {
-    let pids: Vec<i32> =
-        ["control", "node-1", "node-2", "node-3"].iter().map(|m| c.machine_pid(m)).collect::<Result<_>>()?;
-    c.sluice_ok(&["down"])?;
-    for pid in pids {
-        ensure!(!fs::exists(format!("/proc/{pid}"))?, "process {pid} is gone");
-    }
-    ensure!(!c.dir().exists(), "the folder is gone");
     let mine = format!("sluice-{}-", c.name());
-    for h in fs::read_dir("/sys/fs/cgroup")?
-        .flatten()
-        .chain(fs::read_dir("/sys/fs/cgroup/unified").into_iter().flatten().flatten())
-    {
-        ensure!(!h.file_name().to_string_lossy().starts_with(&mine), "cgroup {:?}", h.path());
-        for inner in fs::read_dir(h.path()).into_iter().flatten().flatten() {
-            ensure!(!inner.file_name().to_string_lossy().starts_with(&mine), "cgroup {:?}", inner.path());
-        }
-    }
+    let cgroups = cgroups_of(&mine)?;
+    let pids: BTreeSet<i32> =
+        cgroups.iter().map(|d| pids_below(d)).collect::<Result<Vec<_>>>()?.concat().into_iter().collect();
+    let inside: BTreeSet<PathBuf> = pids.iter().flat_map(|pid| namespaces(*pid)).collect();
+    let host: BTreeSet<_> = namespaces(std::process::id().cast_signed()).into_iter().collect();
+    let own: BTreeSet<_> = inside.difference(&host).cloned().collect();
+    // Four machines: each has a first process and what it runs, and namespaces of three kinds.
+    ensure!(pids.len() >= 12 && own.len() >= 12, "{} processes in {} namespaces run", pids.len(), own.len());
+    c.sluice_ok(&["down"])?;
+    ensure!(!c.dir().exists(), "the folder is gone");
+    ensure!(cgroups_of(&mine)?.is_empty(), "cgroups are left: {:?}", cgroups_of(&mine)?);
     let mounts = fs::read_to_string("/proc/mounts")?;
     ensure!(!mounts.contains(c.name()), "a mount is left: {mounts}");
-    let left = fs::read_dir("/proc")?.flatten().filter_map(|e| fs::read_to_string(e.path().join("cmdline")).ok());
-    let left: Vec<_> = left.filter(|l| l.contains(&c.dir().to_string_lossy().into_owned())).collect();
-    ensure!(left.is_empty(), "processes are left: {left:?}");
+    // Namespaces live as long as a process, a mount or a descriptor is in them; the first two can be seen.
+    let all = fs::read_dir("/proc")?.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    for pid in all {
+        let left: Vec<_> = namespaces(pid).into_iter().filter(|n| own.contains(n)).collect();
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default().replace('\0', " ");
+        ensure!(left.is_empty(), "process {pid} ({line}) is left in {left:?}");
+    }
+    // Programs are freed a moment after their last link.
+    c.wait("the kernel's programs are gone", 10, || Ok(programs() <= c.programs_before))?;
     c.sluice_ok(&["down"]).context("a second down is harmless")?;
     Ok(())
+}
+
+/// Folders of a cluster's machines in all hierarchies.
+fn cgroups_of(prefix: &str) -> Result<Vec<PathBuf>> {
+    let root = fs::read_dir("/sys/fs/cgroup")?.flatten();
+    let (mut found, mut hierarchies) = (vec![], vec![]);
+    for entry in root {
+        if entry.file_name().to_string_lossy().starts_with(prefix) {
+            found.push(entry.path());
+        } else {
+            hierarchies.push(entry.path());
+        }
+    }
+    for entry in hierarchies.iter().flat_map(|h| fs::read_dir(h).into_iter().flatten().flatten()) {
+        if entry.file_name().to_string_lossy().starts_with(prefix) {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}
+
+fn pids_below(cgroup: &Path) -> Result<Vec<i32>> {
+    let own = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let mut pids: Vec<i32> = own.lines().filter_map(|l| l.parse().ok()).collect();
+    for entry in fs::read_dir(cgroup)?.flatten().filter(|e| e.path().is_dir()) {
+        pids.extend(pids_below(&entry.path())?);
+    }
+    Ok(pids)
+}
+
+fn namespaces(pid: i32) -> Vec<PathBuf> {
+    ["net", "mnt", "pid"].iter().filter_map(|n| fs::read_link(format!("/proc/{pid}/ns/{n}")).ok()).collect()
 }

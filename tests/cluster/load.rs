@@ -1,7 +1,7 @@
 //! Load inside the cluster: an echo deployment whose every answered request is on record, an open-loop client with
 //! numbered requests, and the comparison of both.
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, NODES};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::{collections::HashMap, fs};
@@ -125,7 +125,7 @@ fn phase(c: &Cluster, namespace: &str, name: &str) -> Result<String> {
 /// How often each request id is in the logs of all backends of a namespace, on all nodes.
 pub fn deliveries(c: &Cluster, namespace: &str, prefix: &str) -> Result<HashMap<String, u32>> {
     let mut seen = HashMap::new();
-    for node in ["node-1", "node-2", "node-3"] {
+    for node in NODES {
         let dir = c.dir().join(node).join("disk/echo-logs");
         for file in fs::read_dir(&dir).into_iter().flatten().flatten() {
             if !file.file_name().to_string_lossy().starts_with(&format!("{namespace}_")) {
@@ -140,6 +140,16 @@ pub fn deliveries(c: &Cluster, namespace: &str, prefix: &str) -> Result<HashMap<
         }
     }
     Ok(seen)
+}
+
+/// Time in milliseconds and request id of each line of a pod's log; failed probes have the id `-`.
+pub fn request_log(c: &Cluster, node: &str, namespace: &str, pod: &str) -> Result<Vec<(u64, String)>> {
+    let text = fs::read_to_string(c.dir().join(node).join(format!("disk/echo-logs/{namespace}_{pod}.log")))?;
+    let line = |l: &str| {
+        let id = l.split_whitespace().nth(1)?.to_owned();
+        Some((l.split_whitespace().last()?.parse().ok()?, id))
+    };
+    Ok(text.lines().filter_map(line).collect())
 }
 
 /// No request failed, and the backends' own logs have each exactly once.

@@ -1,8 +1,8 @@
 //! Names, virtual addresses, and the kernel's state.
 
 use crate::{
-    cluster::{Cluster, ready},
-    load::{echo, service},
+    cluster::{Cluster, NODES, ready},
+    load::{echo, request_log, service},
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -59,6 +59,82 @@ pub fn services_have_names_and_stable_addresses(c: &Cluster) -> Result<()> {
     c.delete_namespace("names")
 }
 
+/// Mission row 7: a pod that is not ready is out of every node's endpoints. The pod's own log has the probe that failed
+/// and every request, with times of one clock.
+pub fn readiness_withdraws_on_all_nodes(c: &Cluster) -> Result<()> {
+    c.namespace("ready", false)?;
+    let mut web = echo("ready", "web", "v1", 3);
+    web["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["failureThreshold"] = 1.into();
+    c.apply(&[web, service("ready", "web", json!({"app": "echo"}))])?;
+    c.rollout("ready", "web")?;
+    let ip = c.json(&["-n", "ready", "get", "service", "web"])?["spec"]["clusterIP"].as_str().context("ip")?.to_owned();
+    let callers: Vec<_> = NODES
+        .iter()
+        .map(|node| {
+            c.host_load(
+                node,
+                &[
+                    &format!("--url=http://{ip}/"),
+                    "--rps=100",
+                    "--fresh",
+                    "--duration=30",
+                    &format!("--id-prefix={node}-"),
+                ],
+            )
+        })
+        .collect::<Result<_>>()?;
+    let pods = c.pods("ready", "app=echo")?;
+    for pod in pods.iter().cycle().take(6) {
+        let (name, node) =
+            (pod["metadata"]["name"].as_str().context("name")?, pod["spec"]["nodeName"].as_str().context("node")?);
+        let url = format!("http://{}:8080/faults", pod["status"]["podIP"].as_str().context("ip")?);
+        let told = |unready: bool| c.inside(node, &format!("curl -sf -XPOST -d '{{\"unready\":{unready}}}' {url}"));
+        let before = request_log(c, node, "ready", name)?.len();
+        told(true)?;
+        c.wait("three probes have failed", 30, || {
+            Ok(request_log(c, node, "ready", name)?[before..].iter().filter(|l| l.1 == "-").count() >= 3)
+        })?;
+        told(false)?;
+        c.wait("it is back", 30, || {
+            let pod = c.json(&["-n", "ready", "get", "pod", name])?;
+            Ok(ready(&pod))
+        })?;
+    }
+    for mut caller in callers {
+        ensure!(caller.wait()?.success(), "a client ended badly");
+    }
+    let mut late_ms = vec![];
+    for pod in &pods {
+        let (name, node) =
+            (pod["metadata"]["name"].as_str().context("name")?, pod["spec"]["nodeName"].as_str().context("node")?);
+        let log = request_log(c, node, "ready", name)?;
+        for caller in NODES {
+            let calls = log.iter().filter(|l| l.1.starts_with(&format!("{caller}-"))).count();
+            ensure!(calls > 100, "{caller} dialled {name} {calls} times: too few to see anything");
+        }
+        late_ms.extend(sights_after_detection(&log));
+    }
+    late_ms.sort_unstable();
+    ensure!(late_ms.len() == 6, "six withdrawals were seen: {late_ms:?}");
+    eprintln!("failed probe to last new connection from any of three nodes, ms: {late_ms:?}");
+    // The second failed probe comes a second after the first; nobody dials the pod after that.
+    ensure!(late_ms.iter().all(|ms| *ms < 1000), "{late_ms:?}");
+    c.delete_namespace("ready")
+}
+
+/// For each run of failed probes: how long after the first of them a request still came before the last of them.
+fn sights_after_detection(log: &[(u64, String)]) -> Vec<u64> {
+    let mut all = vec![];
+    let probes: Vec<u64> = log.iter().filter(|l| l.1 == "-").map(|l| l.0).collect();
+    // Probes come every second; a longer pause separates two runs.
+    for run in probes.chunk_by(|a, b| b - a < 1900) {
+        let (first, last) = (run[0], run[run.len() - 1]);
+        let late = log.iter().filter(|l| l.1 != "-" && (first..last).contains(&l.0)).map(|l| l.0 - first).max();
+        all.push(late.unwrap_or(0));
+    }
+    all
+}
+
 /// Mission row 20.
 pub fn containers_of_a_pod_share_localhost(c: &Cluster) -> Result<()> {
     c.namespace("two", false)?;
@@ -85,7 +161,15 @@ pub fn kernel_state_is_put_right(c: &Cluster) -> Result<()> {
     let gateway = "172.30.0.11";
     let range = c.json(&["get", "node", "node-2"])?["spec"]["podCIDR"].as_str().context("a range")?.to_owned();
     c.inside("node-1", &format!("ip route del {range} via {gateway}"))?;
-    let took = c.wait("the route is back", 5, || Ok(routes()? == before))?;
+    let took = c.wait("the route is back", 2, || Ok(routes()? == before))?;
     eprintln!("route back after {took:?}");
+    c.wait("an event on the node says so", 10, || {
+        let events = c.json(&["get", "events"])?;
+        let all = events["items"].as_array().cloned().unwrap_or_default();
+        Ok(all.iter().any(|e| {
+            let text = e["message"].as_str().unwrap_or_default();
+            e["reason"] == "DatapathRepaired" && e["involvedObject"]["name"] == "node-1" && text.contains(&range)
+        }))
+    })?;
     Ok(())
 }
