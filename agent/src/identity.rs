@@ -284,6 +284,7 @@ mod tests {
         fs::write(paths.dir.join(FILE), "{").expect("damaged");
         assert!(paths.load().is_none(), "damaged");
     }
+
     #[test]
     fn a_join_is_repeated_with_the_same_key_until_there_is_a_certificate() {
         let data = tempfile::tempdir().expect("a folder");

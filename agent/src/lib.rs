@@ -4,6 +4,7 @@
 pub mod attest;
 pub mod cni_config;
 pub mod datapath;
+mod file;
 pub mod handover;
 pub mod identity;
 pub mod network;

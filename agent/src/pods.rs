@@ -171,11 +171,17 @@ impl Manager {
     async fn rotate_logs(&self) {
         let Ok(listed) = self.deps.cri.list().await else { return };
         for (uid, seen) in &listed {
-            let folder = logs::folders_of(&self.deps.dirs.logs, uid).into_iter().next().unwrap_or_default();
-            for c in seen.containers.iter().filter(|c| c.state == plan::State::Running) {
-                let done = match logs::rotate(&folder.join(&c.name), c.attempt) {
+            let Some(folder) = logs::folders_of(&self.deps.dirs.logs, uid).into_iter().next() else { continue };
+            for c in &seen.containers {
+                let folder = folder.join(&c.name);
+                // One that crashes again and again may never be seen running.
+                let pruned = logs::prune(&folder, c.attempt).map(|()| c.state == plan::State::Running);
+                let rotated = pruned.and_then(|runs| Ok(runs && logs::rotate(&folder, c.attempt)?));
+                let done = match rotated {
                     Ok(true) => self.deps.cri.reopen_log(&c.id).await.map_err(|e| e.to_string()),
                     Ok(false) => Ok(()),
+                    // Created, and has written nothing yet.
+                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
                     Err(e) => Err(e.to_string()),
                 };
                 if let Err(error) = done {

@@ -214,10 +214,8 @@ impl Signer for Signing {
 }
 
 async fn start_dns(o: &Options, mut views: watch::Receiver<View>) -> Result<()> {
-    let address = SocketAddr::new(IpAddr::V4(sluice_netlink::plan::GATEWAY4), DNS_PORT);
-    let listen = || format!("listen for DNS on {address}; does another server hold it?");
-    let udp = Arc::new(UdpSocket::bind(address).await.with_context(listen)?);
-    let tcp = TcpListener::bind(address).await.with_context(listen)?;
+    let (udp, tcp) = dns_sockets(SocketAddr::new(IpAddr::V4(sluice_netlink::plan::GATEWAY4), DNS_PORT))?;
+    let (udp, tcp) = (Arc::new(UdpSocket::from_std(udp)?), TcpListener::from_std(tcp)?);
     let domain = o.cluster_domain.clone();
     let resolver = Resolver::new(Zone::new(&domain, &views.borrow().snapshot), o.upstream_dns.clone());
     tokio::spawn(sluice_dns::server::serve_udp(resolver.clone(), udp));
@@ -229,6 +227,27 @@ async fn start_dns(o: &Options, mut views: watch::Receiver<View>) -> Result<()> 
         }
     });
     Ok(())
+}
+
+/// Those that a supervisor keeps and passes by `LISTEN_FDS` (a datagram socket and a listener of `address`): questions
+/// wait in them while the agent is started again. Without a supervisor's, new ones.
+fn dns_sockets(address: SocketAddr) -> Result<(std::net::UdpSocket, std::net::TcpListener)> {
+    let listen = || format!("listen for DNS on {address}; does another server hold it?");
+    let mut passed = listenfd::ListenFd::from_env();
+    let (mut udp, mut tcp) = (None, None);
+    for index in 0..passed.len() {
+        // Each has one type: asked for the other, it stays where it is.
+        if let Ok(Some(s)) = passed.take_udp_socket(index) {
+            udp = Some(s).filter(|s| s.local_addr().is_ok_and(|a| a == address)).or(udp);
+        } else if let Ok(Some(s)) = passed.take_tcp_listener(index) {
+            tcp = Some(s).filter(|s| s.local_addr().is_ok_and(|a| a == address)).or(tcp);
+        }
+    }
+    let udp = udp.map_or_else(|| std::net::UdpSocket::bind(address), Ok).with_context(listen)?;
+    let tcp = tcp.map_or_else(|| std::net::TcpListener::bind(address), Ok).with_context(listen)?;
+    udp.set_nonblocking(true)?;
+    tcp.set_nonblocking(true)?;
+    Ok((udp, tcp))
 }
 
 fn api_client(c: &Cluster, id: &NodeIdentity) -> Result<Client> {

@@ -1,6 +1,7 @@
 //! The agent's view of the cluster: what control last sent, whole updates only, also on disk so that a restarted agent
 //! serves from it before control answers.
 
+use crate::file;
 use sluice_model::{Delta, Resource, ResourceKey, Revision, Snapshot};
 use sluice_wire::{Malformed, convert, v1};
 use std::{fs, io, path::PathBuf, sync::Arc};
@@ -93,12 +94,7 @@ impl Store {
     /// Whole or not at all.
     pub fn save(&self, view: &View) -> io::Result<()> {
         let file = File { epoch: view.epoch.clone(), snapshot: (*view.snapshot).clone() };
-        if let Some(dir) = self.path.parent() {
-            fs::create_dir_all(dir)?;
-        }
-        let tmp = self.path.with_extension("new");
-        fs::write(&tmp, serde_json::to_vec(&file)?)?;
-        fs::rename(tmp, &self.path)
+        file::replace(&self.path, &serde_json::to_vec(&file)?)
     }
 }
 

@@ -1,13 +1,14 @@
 //! The local cluster's plan: which machines there are, what runs on each, and where everything lies. It decides and
 //! writes down; `up` and `down` act.
 
-use crate::machine::{Machine, Program};
+use crate::machine::{Machine, Program, Sockets};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
+use sluice_netlink::plan::GATEWAY4;
 use std::{
     collections::HashMap,
     fs,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddrV4},
     os::{
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixListener},
@@ -117,7 +118,7 @@ impl Cluster {
             ("RUST_LOG".to_owned(), std::env::var("SLUICE_LOG").unwrap_or_else(|_| "info".to_owned())),
             ("PATH".to_owned(), format!("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{path}")),
         ]);
-        Program { name: name.to_owned(), argv, env, once: false, ready: None, socket: false }
+        Program { name: name.to_owned(), argv, env, once: false, ready: None, sockets: Sockets::None }
     }
 
     fn bin(&self, program: &str) -> String {
@@ -137,7 +138,7 @@ impl Cluster {
             format!("--san={ip}"),
         ];
         let argv = argv.into_iter().chain(self.control_args.clone()).collect();
-        let control = Program { socket: true, ..self.program("control", argv) };
+        let control = Program { sockets: Sockets::Host, ..self.program("control", argv) };
         self.machine("control", vec![control])
     }
 
@@ -157,7 +158,8 @@ impl Cluster {
             self.images.display()
         );
         let import = Program { once: true, ..self.program("images", vec!["/bin/sh".into(), "-c".into(), import]) };
-        let agent = self.program("agent", self.agent_argv(&name, i));
+        let resolver = SocketAddrV4::new(GATEWAY4, 53).into();
+        let agent = Program { sockets: Sockets::Bound(resolver), ..self.program("agent", self.agent_argv(&name, i)) };
         self.machine(&name, vec![containerd, import, agent])
     }
 

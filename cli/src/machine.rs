@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::HashMap,
     fs, io,
-    os::{fd::AsFd, unix::net::UnixStream, unix::process::CommandExt},
+    net::{SocketAddr, TcpListener, UdpSocket},
+    os::{fd::{AsFd, OwnedFd}, unix::net::UnixStream, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -21,6 +22,7 @@ use std::{
 };
 
 const CGROUPS: &str = "/sys/fs/cgroup";
+const LISTEN_BACKLOG: i32 = 128;
 /// A program that ended starts again after this.
 const RESTART_AFTER: Duration = Duration::from_millis(200);
 
@@ -43,8 +45,18 @@ pub struct Program {
     pub once: bool,
     /// The next one starts when this unix socket takes connections.
     pub ready: Option<PathBuf>,
-    /// Gets the machine's standard input, a listening socket of the host, by the LISTEN_FDS protocol.
-    pub socket: bool,
+    pub sockets: Sockets,
+}
+
+/// What a program gets by the `LISTEN_FDS` protocol. It stays open while the program is started again: what comes
+/// meanwhile waits.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub enum Sockets {
+    None,
+    /// The machine's standard input, a listening socket of the host.
+    Host,
+    /// A datagram socket and a listener on this address, which the machine need not have yet.
+    Bound(SocketAddr),
 }
 
 impl Machine {
@@ -77,7 +89,7 @@ impl Machine {
     }
 
     /// Starts it and waits until its first process runs. `socket` becomes its standard input.
-    pub fn start(&self, socket: Option<std::net::TcpListener>) -> Result<()> {
+    pub fn start(&self, socket: Option<TcpListener>) -> Result<()> {
         for d in [self.disk(), self.dir.join("log")] {
             fs::create_dir_all(&d).with_context(|| format!("make {}", d.display()))?;
         }
@@ -283,16 +295,17 @@ fn mount_cgroups(hierarchies: &[PathBuf], hybrid: bool) -> Result<()> {
 
 /// Starts the programs in order and keeps them running; never returns.
 fn run(m: &Machine) -> Result<()> {
-    let mut running: HashMap<i32, &Program> = HashMap::new();
+    let mut running: HashMap<i32, (&Program, Kept)> = HashMap::new();
     for p in &m.programs {
+        let kept = keep(p.sockets).with_context(|| format!("sockets of {}", p.name))?;
         if p.once {
-            let status = command(m, p)?.status().with_context(|| format!("run {}", p.name))?;
+            let status = command(m, p, &kept)?.status().with_context(|| format!("run {}", p.name))?;
             if !status.success() {
                 eprintln!("{} ended with {status}; its log is {}", p.name, m.log(&p.name).display());
             }
             continue;
         }
-        running.insert(spawn(m, p)?, p);
+        running.insert(spawn(m, p, &kept)?, (p, kept));
         if let Some(socket) = &p.ready {
             let until = Instant::now() + Duration::from_secs(30);
             while UnixStream::connect(socket).is_err() && Instant::now() < until {
@@ -308,37 +321,71 @@ fn run(m: &Machine) -> Result<()> {
                 continue;
             }
         };
-        if let Some(p) = running.remove(&ended) {
+        if let Some((p, kept)) = running.remove(&ended) {
             eprintln!("{} (pid {ended}) ended, starting it again", p.name);
             thread::sleep(RESTART_AFTER);
-            running.insert(spawn(m, p)?, p);
+            running.insert(spawn(m, p, &kept)?, (p, kept));
         }
     }
 }
 
-fn spawn(m: &Machine, p: &Program) -> Result<i32> {
-    let child = command(m, p)?.spawn().with_context(|| format!("start {}", p.name))?;
+/// A program's sockets, in the order in which it gets them.
+type Kept = Vec<OwnedFd>;
+
+fn keep(sockets: Sockets) -> Result<Kept> {
+    Ok(match sockets {
+        Sockets::None => vec![],
+        Sockets::Host => vec![io::stdin().as_fd().try_clone_to_owned()?],
+        Sockets::Bound(address) => {
+            let bound = |kind| {
+                let s = socket2::Socket::new(socket2::Domain::IPV4, kind, None)?;
+                s.set_freebind_v4(true)?;
+                s.bind(&address.into())?;
+                io::Result::Ok(s)
+            };
+            let listener = bound(socket2::Type::STREAM)?;
+            listener.listen(LISTEN_BACKLOG)?;
+            vec![UdpSocket::from(bound(socket2::Type::DGRAM)?).into(), TcpListener::from(listener).into()]
+        }
+    })
+}
+
+fn spawn(m: &Machine, p: &Program, kept: &Kept) -> Result<i32> {
+    let child = command(m, p, kept)?.spawn().with_context(|| format!("start {}", p.name))?;
     let pid = i32::try_from(child.id())?;
     // Named so that tests and operators can end exactly this one.
     fs::write(format!("/run/sluice/{}.pid", p.name), format!("{pid}\n"))?;
     Ok(pid)
 }
 
-fn command(m: &Machine, p: &Program) -> Result<Command> {
+fn command(m: &Machine, p: &Program, kept: &Kept) -> Result<Command> {
     let log = fs::OpenOptions::new().create(true).append(true).open(m.log(&p.name))?;
     let (first, rest) = p.argv.split_first().with_context(|| format!("{} has no command", p.name))?;
-    let mut c = if p.socket {
-        // The shell's pid is the program's, as the LISTEN_FDS protocol asks.
+    // The shell's pid is the program's, as the LISTEN_FDS protocol asks.
+    let through = |script: &str| {
         let mut c = Command::new("/bin/sh");
-        c.arg("-c").arg("exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" \"$@\"").arg(first);
-        c.stdin(io::stdin().as_fd().try_clone_to_owned()?);
-        c
-    } else {
-        let mut c = Command::new(first);
-        c.stdin(Stdio::null());
+        c.arg("-c").arg(format!("{script}; LISTEN_FDS={} LISTEN_PID=$$ exec \"$0\" \"$@\"", kept.len())).arg(first);
         c
     };
-    c.args(rest).envs(&p.env).stdout(log.try_clone()?).stderr(log);
+    let mut c = match kept.as_slice() {
+        [] => {
+            let mut c = Command::new(first);
+            c.stdin(Stdio::null()).stdout(log.try_clone()?);
+            c
+        }
+        [one] => {
+            let mut c = through("exec 3<&0 </dev/null");
+            c.stdin(one.try_clone()?).stdout(log.try_clone()?);
+            c
+        }
+        [one, two] => {
+            let mut c = through("exec 3<&0 4<&1 </dev/null >&2");
+            c.stdin(one.try_clone()?).stdout(two.try_clone()?);
+            c
+        }
+        more => bail!("{} cannot be given {} sockets", p.name, more.len()),
+    };
+    c.args(rest).envs(&p.env).stderr(log);
     Ok(c)
 }
 

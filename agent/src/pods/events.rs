@@ -1,5 +1,5 @@
-//! Events on pods and on the node, as `kubectl describe` shows them. Repeats are counted on one object; at most a few hundred kinds of
-//! them are remembered.
+//! Events on pods and on the node, as `kubectl describe` shows them. Repeats are counted on one object; at most a few
+//! hundred kinds of them are remembered.
 
 use super::convert::{name, namespace, uid};
 use k8s_openapi::{

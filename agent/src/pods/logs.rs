@@ -1,10 +1,12 @@
 //! Container logs: the runtime writes one file per run in the CRI format (`time stream F|P text`), this reads them for
-//! `kubectl logs`: tail, since, timestamps, previous, follow, byte limit. `rotate` keeps them from growing for ever.
+//! `kubectl logs`: tail, since, timestamps, previous, follow, byte limit. `rotate` and `prune` keep them from growing for
+//! ever.
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use std::{
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -57,9 +59,8 @@ const MAX_FILES: u32 = 5;
 /// Runs of a container whose logs are kept: this one, and the one before for `--previous`.
 const KEPT_RUNS: u32 = 2;
 
-/// Puts the log of a container's run aside as `<run>.log.1` when it is too large, and removes the oldest files and runs.
-/// True when the runtime must open the file anew.
-pub fn rotate(folder: &Path, run: u32) -> io::Result<bool> {
+/// Removes the logs of runs long before `run`.
+pub fn prune(folder: &Path, run: u32) -> io::Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
         let of: Option<u32> = entry.file_name().to_str().and_then(|n| n.split_once(".log")?.0.parse().ok());
@@ -67,6 +68,12 @@ pub fn rotate(folder: &Path, run: u32) -> io::Result<bool> {
             std::fs::remove_file(entry.path())?;
         }
     }
+    Ok(())
+}
+
+/// Puts the log of a container's run aside as `<run>.log.1` when it is too large, and removes the oldest put aside.
+/// True when the runtime must open the file anew.
+pub fn rotate(folder: &Path, run: u32) -> io::Result<bool> {
     let current = folder.join(format!("{run}.log"));
     if std::fs::metadata(&current)?.len() <= MAX_SIZE {
         return Ok(false);
@@ -97,7 +104,7 @@ pub fn parse(line: &[u8]) -> Option<Line<'_>> {
 }
 
 /// Sends what `query` asks for, until the end of the file, or, following, until the receiver goes or `ended` says the
-/// container is done.
+/// container is done. A file put aside meanwhile is read to its end, then the new one.
 pub async fn stream(
     path: PathBuf,
     query: LogQuery,
@@ -114,6 +121,7 @@ pub async fn stream(
     let mut left = query.limit_bytes.unwrap_or(u64::MAX);
     let mut line = Vec::new();
     let mut starts_line = true;
+    let mut put_aside = false;
     loop {
         let n = (&mut reader).take(MAX_LINE as u64).read_until(b'\n', &mut line).await?;
         if !line.ends_with(b"\n") && n < MAX_LINE {
@@ -122,7 +130,14 @@ pub async fn stream(
                 return Ok(());
             }
             let over = ended().await;
-            if over && n == 0 {
+            if n == 0 && put_aside {
+                (reader, put_aside) = (BufReader::new(File::open(&path).await?), false);
+                line.clear();
+                continue;
+            }
+            // Looked at before the end is seen once more: the runtime writes to the old file until it has the new one.
+            put_aside = is_another(&path, reader.get_ref()).await?;
+            if over && n == 0 && !put_aside {
                 return Ok(());
             }
             tokio::time::sleep(FOLLOW_EVERY).await;
@@ -148,6 +163,12 @@ pub async fn stream(
         }
         line.clear();
     }
+}
+
+/// Whether at `path` there now is another file than `open`; nothing yet is none.
+async fn is_another(path: &Path, open: &File) -> io::Result<bool> {
+    let open = open.metadata().await?;
+    Ok(tokio::fs::metadata(path).await.is_ok_and(|m| (m.dev(), m.ino()) != (open.dev(), open.ino())))
 }
 
 /// The earliest time wanted, in the form in which lines carry theirs (RFC 3339, UTC), so that text compares as time.
@@ -201,7 +222,8 @@ mod tests {
         String::from_utf8(out).expect("text")
     }
 
-    const LINES: &str = "2026-01-01T00:00:01.5Z stdout F one\n2026-01-01T00:00:02Z stderr P tw\n2026-01-01T00:00:02Z stderr F o\n2026-01-01T00:00:03Z stdout F \n";
+    const LINES: &str = "2026-01-01T00:00:01.5Z stdout F one\n2026-01-01T00:00:02Z stderr P tw\n\
+        2026-01-01T00:00:02Z stderr F o\n2026-01-01T00:00:03Z stdout F \n";
 
     #[tokio::test]
     async fn lines_are_joined_cut_and_filtered() {
@@ -216,6 +238,29 @@ mod tests {
         assert_eq!(read(LINES, stamped).await, "2026-01-01T00:00:01.5Z one\n");
     }
 
+    #[tokio::test]
+    async fn a_follower_goes_on_in_the_new_file() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let line = |text: &str| format!("2026-01-01T00:00:01Z stdout F {text}\n");
+        let (path, aside) = (dir.path().join("0.log"), dir.path().join("0.log.1"));
+        std::fs::write(&path, line("one")).expect("write");
+        let (tx, mut rx) = mpsc::channel(64);
+        let query = LogQuery { follow: true, ..LogQuery::default() };
+        let follower = tokio::spawn(stream(path.clone(), query, tx, || Box::pin(async { false })));
+        assert_eq!(rx.recv().await.expect("a line"), "one\n");
+        std::fs::rename(&path, &aside).expect("put aside");
+        // The runtime has not opened the new file yet.
+        std::fs::OpenOptions::new()
+            .append(true)
+            .open(&aside)
+            .and_then(|mut f| io::Write::write_all(&mut f, line("two").as_bytes()))
+            .expect("write");
+        assert_eq!(rx.recv().await.expect("a line"), "two\n");
+        std::fs::write(&path, line("three")).expect("write");
+        assert_eq!(rx.recv().await.expect("a line"), "three\n");
+        follower.abort();
+    }
+
     #[test]
     fn large_logs_are_put_aside_and_old_ones_go() {
         let dir = tempfile::tempdir().expect("a folder");
@@ -227,6 +272,7 @@ mod tests {
         for old in ["5.log", "5.log.1", "6.log"] {
             write(old, 1);
         }
+        prune(dir.path(), 7).expect("fine");
         for _ in 0..7 {
             write("7.log", MAX_SIZE + 1);
             assert!(rotate(dir.path(), 7).expect("fine"));

@@ -3,6 +3,7 @@
 //! and not synced: no sidecar outlives the machine.
 
 use super::{feed::Standing, holders::Holders};
+use crate::file;
 use serde::{Deserialize, Serialize};
 use sluice_wire::v1::WorkloadRef;
 use std::{fs, io, path::PathBuf};
@@ -54,12 +55,7 @@ impl Kept {
             standing: standing.clone(),
         };
         let entries: Vec<Entry> = holders.all().map(entry).collect();
-        if let Some(dir) = self.path.parent() {
-            fs::create_dir_all(dir)?;
-        }
-        let tmp = self.path.with_extension("new");
-        fs::write(&tmp, serde_json::to_vec(&entries)?)?;
-        fs::rename(tmp, &self.path)
+        file::replace(&self.path, &serde_json::to_vec(&entries)?)
     }
 }
 

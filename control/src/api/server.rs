@@ -114,21 +114,10 @@ async fn connection(
     connection.await
 }
 
-/// Listening sockets passed by a supervisor (`LISTEN_FDS`, `LISTEN_PID`), as systemd does: descriptors 3 and up. They
-/// are duplicated through a descriptor of our own process, so that no number is taken on trust.
+/// Listening sockets passed by a supervisor (`LISTEN_FDS`, `LISTEN_PID`), as systemd does: descriptors 3 and up.
 pub fn inherited() -> std::io::Result<Vec<std::net::TcpListener>> {
-    use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
-    let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<i32>().ok());
-    let for_us = number("LISTEN_PID").is_none_or(|pid| u32::try_from(pid).ok() == Some(std::process::id()));
-    let count = number("LISTEN_FDS").filter(|_| for_us).unwrap_or(0).clamp(0, 16);
-    let mut sockets = Vec::new();
-    if count > 0 {
-        let own = pidfd_open(getpid(), PidfdFlags::empty())?;
-        for fd in 3..3 + count {
-            sockets.push(std::net::TcpListener::from(pidfd_getfd(&own, fd, PidfdGetfdFlags::empty())?));
-        }
-    }
-    Ok(sockets)
+    let mut passed = listenfd::ListenFd::from_env();
+    (0..passed.len()).filter_map(|index| passed.take_tcp_listener(index).transpose()).collect()
 }
 
 /// Binds an address.

@@ -184,20 +184,31 @@ fn read_head(stream: &mut TcpStream) -> String {
 /// An HTTP/2 app that answers with the request's body, the names of its headers, and a trailer. A request to `/together`
 /// is answered when `together` of them are there.
 pub fn http2_app(together: usize) -> SocketAddr {
+    let all_there = Arc::new(Barrier::new(together));
+    serve_each(move |stream| {
+        let all_there = all_there.clone();
+        let service = service_fn(move |request| echo(request, all_there.clone()));
+        let mut builder = server::Builder::new(TokioExecutor::new());
+        builder.max_concurrent_streams(10_000);
+        // How it ends is seen at the other side.
+        async move { drop(builder.serve_connection(TokioIo::new(stream), service).await) }
+    })
+}
+
+/// A server on a thread of its own; `serve` takes each connection.
+pub fn serve_each<F>(serve: impl Fn(tokio::net::TcpStream) -> F + Send + 'static) -> SocketAddr
+where
+    F: Future<Output = ()> + Send + 'static,
+{
     let listener = TcpListener::bind(LOCAL).expect("bind");
     let address = listener.local_addr().expect("an address");
     listener.set_nonblocking(true).expect("non-blocking");
     std::thread::spawn(move || {
         block_on(async {
             let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
-            let all_there = Arc::new(Barrier::new(together));
             loop {
                 let (stream, _) = listener.accept().await.expect("accept");
-                let all_there = all_there.clone();
-                let service = service_fn(move |request| echo(request, all_there.clone()));
-                let mut builder = server::Builder::new(TokioExecutor::new());
-                builder.max_concurrent_streams(10_000);
-                tokio::spawn(builder.serve_connection(TokioIo::new(stream), service));
+                tokio::spawn(serve(stream));
             }
         });
     });

@@ -6,7 +6,7 @@ use http_body_util::Full;
 use sluice_proxy::tls::Offer;
 use std::{
     io::{Read, Write},
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     sync::Arc,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -111,25 +111,15 @@ fn opaque_ports_never_get_requests_multiplexed() {
 /// A sidecar that has never heard of `sluice-h2`: it takes bytes over mTLS and hands them to `app`.
 fn older_server(authority: &Authority, app: SocketAddr) -> SocketAddr {
     let acceptor = authority.tls("server").acceptor(Offer::Tcp);
-    let listener = TcpListener::bind(LOCAL).expect("bind");
-    let address = listener.local_addr().expect("an address");
-    listener.set_nonblocking(true).expect("non-blocking");
-    std::thread::spawn(move || {
-        block_on(async {
-            let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
-            loop {
-                let (stream, _) = listener.accept().await.expect("accept");
-                let acceptor = acceptor.clone();
-                tokio::spawn(async move {
-                    let mut near = acceptor.accept(stream).await.expect("a peer of the mesh");
-                    let mut far = tokio::net::TcpStream::connect(app).await.expect("the app");
-                    // How it ends is seen at the other sides.
-                    let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
-                });
-            }
-        });
-    });
-    address
+    serve_each(move |stream| {
+        let acceptor = acceptor.clone();
+        async move {
+            let mut near = acceptor.accept(stream).await.expect("a peer of the mesh");
+            let mut far = tokio::net::TcpStream::connect(app).await.expect("the app");
+            // How it ends is seen at the other sides.
+            let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+        }
+    })
 }
 
 #[test]
