@@ -6,6 +6,7 @@
 mod node;
 mod pods;
 mod repair;
+mod reset;
 
 use crate::attest;
 use node::Wires;
@@ -78,6 +79,8 @@ pub struct Applied {
     pub services: Changes,
     /// Pods whose flags or ports changed.
     pub pods: usize,
+    /// Connected UDP sockets that were closed because their service lost the backend.
+    pub closed: usize,
     /// What the snapshot asks and cannot be had; the rest is in force.
     pub problems: Vec<String>,
 }
@@ -146,6 +149,11 @@ impl Datapath {
         applied.services = table?;
         applied.pods = pods?;
         let leases = self.store.held().map_err(Error::Leases)?;
+        let netns = leases.iter().map(|l| l.netns.clone());
+        let withdrawn = self.table.take_withdrawn();
+        let (closed, failed) = reset::reset(&self.table, &withdrawn, netns);
+        applied.closed = closed;
+        applied.problems.extend(failed.iter().map(|e| describe(e)));
         // A node that cannot be reached is no reason to keep the whole cluster from this snapshot.
         applied.problems.extend(self.wires.reconcile(&leases).err().map(|e| describe(&e)));
         Ok(applied)

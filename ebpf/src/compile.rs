@@ -9,7 +9,7 @@ use crate::{
     layout::{Target, Wanted, WantedGroup},
 };
 use sluice_ebpf_common::{MAX_GROUPS, ServiceKey, TCP, UDP};
-use sluice_model::{Name, Policy, Protocol, Route, Rule, Service, ServicePort, Snapshot, Workload};
+use sluice_model::{Name, Place, Policy, Protocol, Route, Rule, Service, ServicePort, Snapshot, Workload};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
@@ -50,10 +50,13 @@ pub enum Problem {
 pub fn compile(snapshot: &Snapshot, node: &str, dns: Option<DnsOverlay>) -> Compiled {
     let mut out = Compiled::default();
     let routes = routes_by_parent(snapshot);
+    let place = snapshot.place(node);
     let mut owners = BTreeMap::<ServiceKey, &Name>::new();
-    for service in snapshot.services() {
+    // No service takes another's own address by naming it as an external one.
+    let own = snapshot.services().map(|s| (s, &s.virtual_ips));
+    for (service, addresses) in own.chain(snapshot.services().map(|s| (s, &s.external_ips))) {
         let attached = routes.get(&service.name).map_or(&[][..], Vec::as_slice);
-        for (port, vip) in service.ports.iter().flat_map(|p| service.virtual_ips.iter().map(move |v| (p, *v))) {
+        for (port, vip) in service.ports.iter().flat_map(|p| addresses.iter().map(move |v| (p, *v))) {
             let key = key(vip, port.port, port.protocol);
             if let Some(winner) = owners.get(&key) {
                 let (winner, loser) = ((*winner).clone(), service.name.clone());
@@ -61,8 +64,9 @@ pub fn compile(snapshot: &Snapshot, node: &str, dns: Option<DnsOverlay>) -> Comp
                 continue;
             }
             owners.insert(key, &service.name);
-            let wanted = wanted(snapshot, attached, service, port, vip.is_ipv4(), &mut out.problems);
-            out.services.insert(key, wanted);
+            let view = View { snapshot, place, v4: vip.is_ipv4() };
+            let wanted = view.wanted(attached, service, port, &mut out.problems);
+            out.services.insert(key, wanted.affine(service.affinity_s));
         }
     }
     out.services.extend(dns.iter().flat_map(overlay));
@@ -104,28 +108,44 @@ fn routes_by_parent(snapshot: &Snapshot) -> BTreeMap<&Name, Vec<&Route>> {
     by_parent
 }
 
-fn wanted(
-    snapshot: &Snapshot,
-    routes: &[&Route],
-    service: &Service,
-    port: &ServicePort,
+/// The snapshot as one family of a place sees it.
+#[derive(Clone, Copy)]
+struct View<'a> {
+    snapshot: &'a Snapshot,
+    place: Place<'a>,
     v4: bool,
-    problems: &mut Vec<Problem>,
-) -> Wanted {
-    let Some((route, rule)) = catch_all(routes, port) else {
-        let targets = ready_targets(snapshot, service, port, v4);
-        return Wanted::new(false, vec![WantedGroup { weight: 1, targets }]);
-    };
-    let takers: Vec<_> = rule.backends.iter().filter(|b| b.weight > 0).collect();
-    let mut groups: Vec<WantedGroup> = takers
-        .iter()
-        .map(|b| WantedGroup { weight: b.weight, targets: backend_targets(snapshot, &b.service, b.port, v4) })
-        .collect();
-    if groups.len() > MAX_GROUPS {
-        problems.push(Problem::TooManyBackends { route: route.name.clone(), backends: groups.len() });
-        groups.truncate(MAX_GROUPS);
+}
+
+impl View<'_> {
+    fn wanted(self, routes: &[&Route], service: &Service, port: &ServicePort, problems: &mut Vec<Problem>) -> Wanted {
+        let Some((route, rule)) = catch_all(routes, port) else {
+            return Wanted::new(false, vec![WantedGroup { weight: 1, targets: self.ready_targets(service, port) }]);
+        };
+        let takers = rule.backends.iter().filter(|b| b.weight > 0);
+        let mut groups: Vec<WantedGroup> = takers
+            .map(|b| WantedGroup { weight: b.weight, targets: self.backend_targets(&b.service, b.port) })
+            .collect();
+        if groups.len() > MAX_GROUPS {
+            problems.push(Problem::TooManyBackends { route: route.name.clone(), backends: groups.len() });
+            groups.truncate(MAX_GROUPS);
+        }
+        Wanted::new(false, groups)
     }
-    Wanted::new(false, groups)
+
+    fn backend_targets(self, service: &Name, port: u16) -> Vec<Target> {
+        let port_of = |s: &Service| s.ports.iter().find(|p| p.port == port && p.protocol == Protocol::Tcp).cloned();
+        let Some(service) = self.snapshot.service(service) else { return vec![] };
+        port_of(service).map_or(vec![], |port| self.ready_targets(service, &port))
+    }
+
+    fn ready_targets(self, service: &Service, port: &ServicePort) -> Vec<Target> {
+        let Some(set) = self.snapshot.endpoint_set(&service.name) else { return vec![] };
+        set.seen_from(service, self.place)
+            .ready_on(&port.name, port.protocol)
+            .filter(|(e, _)| e.address.is_ipv4() == self.v4)
+            .map(|(e, number)| Target { addr: addr(e.address), port_be: number.to_be() })
+            .collect()
+    }
 }
 
 /// Routes divide TCP only: HTTP and TCP routes are the kinds there are.
@@ -135,20 +155,6 @@ fn catch_all<'a>(routes: &[&'a Route], port: &ServicePort) -> Option<(&'a Route,
     }
     let attached = routes.iter().filter(|r| r.parent_port.is_none_or(|p| p == port.port));
     attached.copied().find_map(|r| Some((r, r.rules.iter().find(|rule| rule.catch_all())?)))
-}
-
-fn backend_targets(snapshot: &Snapshot, service: &Name, port: u16, v4: bool) -> Vec<Target> {
-    let port_of = |s: &Service| s.ports.iter().find(|p| p.port == port && p.protocol == Protocol::Tcp).cloned();
-    let Some(service) = snapshot.service(service) else { return vec![] };
-    port_of(service).map_or(vec![], |port| ready_targets(snapshot, service, &port, v4))
-}
-
-fn ready_targets(snapshot: &Snapshot, service: &Service, port: &ServicePort, v4: bool) -> Vec<Target> {
-    let Some(set) = snapshot.endpoint_set(&service.name) else { return vec![] };
-    set.ready_on(&port.name, port.protocol)
-        .filter(|(e, _)| e.address.is_ipv4() == v4)
-        .map(|(e, number)| Target { addr: addr(e.address), port_be: number.to_be() })
-        .collect()
 }
 
 #[cfg(test)]
