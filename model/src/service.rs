@@ -202,12 +202,15 @@ mod tests {
         EndpointSet { name: Name::new("shop", "web"), endpoints: list.iter().enumerate().map(endpoint).collect() }
     }
 
+    /// Policy and preference, the endpoints, the caller's node and zone, and which of them it may use.
+    type Row<'a> = (InternalPolicy, Distribution, &'a [&'a str], &'a str, &'a str, &'a [usize]);
+
     #[test]
     fn who_may_be_reached_from_where() {
         use Distribution::{Even, SameNode, SameZone};
         use InternalPolicy::{Cluster, Local};
         let all = ["+n1/a", "+n2/a", "+n3/b", "-n4/c", "~n4/c"];
-        let table: [(InternalPolicy, Distribution, &[&str], &str, &str, &[usize]); 13] = [
+        let table: [Row<'_>; 13] = [
             (Cluster, Even, &all, "n1", "a", &[0, 1, 2]),
             (Local, Even, &all, "n1", "a", &[0]),
             (Local, Even, &all, "n4", "c", &[4]),
