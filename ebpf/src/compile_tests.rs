@@ -226,6 +226,23 @@ fn snapshots() -> impl Strategy<Value = Snapshot> {
 }
 
 proptest! {
+    #[test]
+    fn one_after_the_other_is_as_each_by_itself(all in proptest::collection::vec((snapshots(), any::<bool>()), 1..6)) {
+        let dns = DnsOverlay { vip: "10.96.0.2".parse().expect("vip"), server: "169.254.1.1:53".parse().expect("server") };
+        let mut compiler = Compiler::new("n1".into(), Some(dns));
+        let mut present = Snapshot::default();
+        for (drawn, endpoints_only) in all {
+            let is_set = |r: &Arc<Resource>| r.kind() == Kind::EndpointSet;
+            let (from, rest) = if endpoints_only { (&drawn, &present) } else { (&drawn, &drawn) };
+            let sets = from.iter().filter(|r| is_set(r));
+            let next = Snapshot::from_shared(Revision(1), sets.chain(rest.iter().filter(|r| !is_set(r))).cloned());
+            prop_assert_eq!(compiler.compile(Arc::new(next.clone())), &compile(&next, "n1", Some(dns)));
+            present = next;
+        }
+    }
+}
+
+proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
     #[test]
     fn entries_give_the_shares_of_the_obvious_reference(s in snapshots()) {

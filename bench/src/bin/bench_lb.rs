@@ -13,7 +13,7 @@ use rustix::{
 };
 use sluice_ebpf::{
     common::{ServiceKey, TCP},
-    compile::compile,
+    compile::Compiler,
     layout::{Target, Wanted, WantedGroup},
     loader::{self, Place},
     maps::{ServiceMaps, pin_dir},
@@ -29,6 +29,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Arc,
     time::Instant,
 };
 
@@ -364,10 +365,12 @@ fn snapshot(changed: bool) -> m::Snapshot {
 fn following(ground: &Ground) -> anyhow::Result<()> {
     let mut table = ground.table()?;
     table.apply(&BTreeMap::new())?;
-    let before = snapshot(false);
+    let before = Arc::new(snapshot(false));
     let delta = before.diff(&snapshot(true));
+    let after = Arc::new(before.apply(&delta, m::Revision(2)));
+    let mut compiler = Compiler::new("n1".into(), None);
     let began = Instant::now();
-    let compiled = compile(&before, "n1", None);
+    let compiled = compiler.compile(before.clone());
     let decided = began.elapsed();
     let changes = table.apply(&compiled.services)?;
     let full = began.elapsed();
@@ -376,9 +379,9 @@ fn following(ground: &Ground) -> anyhow::Result<()> {
     }
     let mut one = vec![];
     for round in 0..21 {
-        let next = if round % 2 == 0 { before.apply(&delta, m::Revision(2)) } else { before.clone() };
+        let next = if round % 2 == 0 { &after } else { &before };
         let began = Instant::now();
-        let compiled = compile(&next, "n1", None);
+        let compiled = compiler.compile(next.clone());
         let changes = table.apply(&compiled.services)?;
         one.push(began.elapsed().as_secs_f64() * 1000.0);
         ensure!(changes.written == 1, "{changes:?}");
