@@ -8,7 +8,7 @@ CARGO_FLAGS := --workspace --release
 # Clean builds are faster and a third of the size without; `cargo` by hand stays incremental.
 export CARGO_INCREMENTAL ?= 0
 
-.PHONY: up down test setup build images lint bench bench-proxy
+.PHONY: up down test setup build images lint bench bench-proxy bench-lb
 
 up: setup build images
 	target/release/sluice up
@@ -36,9 +36,14 @@ lint:
 	cargo fmt --all --check
 	cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
 
-bench: bench-proxy
+bench: bench-proxy bench-lb
 
 # The sidecar beside nginx and HAProxy (apt packages), CPU time per request.
 bench-proxy:
 	cargo build --release -p sluice-proxy -p sluice-bench
 	@target/release/bench-proxy
+
+# A service's address beside the pod's own and kube-proxy's nftables rules: CPU and time per connection; following changes.
+bench-lb:
+	cargo build --release -p sluice-bench
+	@target/release/bench-lb

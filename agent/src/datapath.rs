@@ -6,13 +6,14 @@
 mod node;
 mod pods;
 mod repair;
+mod reset;
 
 use crate::attest;
 use node::Wires;
 use pods::{Overrides, PodTable};
 use sluice_cni::{Lease, Store, store::Lock};
 use sluice_ebpf::{
-    compile::{Compiled, DnsOverlay, compile},
+    compile::{Compiler, DnsOverlay},
     loader::{self, Loaded, Place},
     maps::{Counters, ServiceMaps, pin_dir},
     table::{Changes, ServiceTable},
@@ -23,6 +24,7 @@ use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 const DNS_PORT: u16 = 53;
@@ -54,6 +56,13 @@ pub struct DatapathConfig {
     pub dns: Option<IpAddr>,
 }
 
+impl DatapathConfig {
+    fn overlay(&self) -> Option<DnsOverlay> {
+        let vip = self.dns?;
+        Some(DnsOverlay { vip, server: SocketAddr::new(GATEWAY4.into(), DNS_PORT) }).filter(|d| d.vip.is_ipv4())
+    }
+}
+
 /// A pod of this node, by its lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodInfo {
@@ -78,6 +87,8 @@ pub struct Applied {
     pub services: Changes,
     /// Pods whose flags or ports changed.
     pub pods: usize,
+    /// Connected UDP sockets that were closed because their service lost the backend.
+    pub closed: usize,
     /// What the snapshot asks and cannot be had; the rest is in force.
     pub problems: Vec<String>,
 }
@@ -92,8 +103,8 @@ pub struct Datapath {
     pod_table: PodTable,
     counters: Counters,
     wires: Wires,
-    /// `None` before the first snapshot: the entries of the agent before us stay as they are.
-    compiled: Option<Compiled>,
+    /// Nothing before the first snapshot: the entries of the agent before us stay as they are.
+    compiler: Compiler,
     overrides: Overrides,
 }
 
@@ -111,21 +122,10 @@ impl Datapath {
             loader::load(&place).map_err(Error::Load)?
         };
         let (table, pod_table, counters) = open_maps(&place.bpffs).map_err(Error::Load)?;
+        let compiler = Compiler::new(config.node.clone(), config.overlay());
         let config = config.clone();
         let overrides = Overrides::default();
-        Ok(Self {
-            config,
-            place,
-            loaded,
-            state_dir,
-            store,
-            table,
-            pod_table,
-            counters,
-            wires,
-            compiled: None,
-            overrides,
-        })
+        Ok(Self { config, place, loaded, state_dir, store, table, pod_table, counters, wires, compiler, overrides })
     }
 
     /// What loading found: whether refused connections see ECONNREFUSED, how many pods were steered on.
@@ -135,17 +135,21 @@ impl Datapath {
 
     /// Brings the snapshot into force. Services change one by one, each at an instant; what could not be done is
     /// tried again by [`Self::repair`].
-    pub fn apply(&mut self, snapshot: &Snapshot) -> Result<Applied, Error> {
-        let compiled = compile(snapshot, &self.config.node, self.overlay());
+    pub fn apply(&mut self, snapshot: &Arc<Snapshot>) -> Result<Applied, Error> {
+        let compiled = self.compiler.compile(snapshot.clone());
         let mut applied =
             Applied { problems: compiled.problems.iter().map(ToString::to_string).collect(), ..Applied::default() };
         let table = self.table.apply(&compiled.services).map_err(Error::Services);
-        self.compiled = Some(compiled);
         let pods = self.locked(|d, _| d.apply_pods());
         self.wires.want(snapshot, &self.config.node, &mut applied.problems);
         applied.services = table?;
         applied.pods = pods?;
         let leases = self.store.held().map_err(Error::Leases)?;
+        let netns = leases.iter().map(|l| l.netns.clone());
+        let withdrawn = self.table.take_withdrawn();
+        let (closed, failed) = reset::reset(&self.table, &withdrawn, netns);
+        applied.closed = closed;
+        applied.problems.extend(failed.iter().map(|e| describe(e)));
         // A node that cannot be reached is no reason to keep the whole cluster from this snapshot.
         applied.problems.extend(self.wires.reconcile(&leases).err().map(|e| describe(&e)));
         Ok(applied)
@@ -171,13 +175,8 @@ impl Datapath {
 
     /// Under the lock. The number of flags and ports that changed.
     fn apply_pods(&mut self) -> Result<usize, Error> {
-        let snapshot = self.compiled.as_ref().map(|c| &c.pods);
+        let snapshot = self.compiler.compiled().map(|c| &c.pods);
         self.pod_table.apply(snapshot, &mut self.overrides).map_err(Error::Pods)
-    }
-
-    fn overlay(&self) -> Option<DnsOverlay> {
-        let vip = self.config.dns?;
-        Some(DnsOverlay { vip, server: SocketAddr::new(GATEWAY4.into(), DNS_PORT) }).filter(|d| d.vip.is_ipv4())
     }
 
     fn locked<T>(&mut self, work: impl FnOnce(&mut Self, &Lock) -> Result<T, Error>) -> Result<T, Error> {

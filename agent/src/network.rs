@@ -143,7 +143,12 @@ impl Network {
         };
         let applied = tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(e.to_string()));
         let (result, problems) = match applied {
-            Ok(applied) => (Ok(()), applied.problems),
+            Ok(applied) => {
+                if applied.closed > 0 {
+                    tracing::info!(sockets = applied.closed, "closed connected UDP sockets whose backend has gone");
+                }
+                (Ok(()), applied.problems)
+            }
             Err(error) => (Err(error), Vec::new()),
         };
         Verdict { epoch, revision, result, problems }

@@ -44,7 +44,14 @@ pub type NotReady = Option<String>;
 fn resources(f: &Facts) -> BTreeMap<String, Quantity> {
     let q = |k: &str, v: String| (k.to_owned(), Quantity(v));
     BTreeMap::from([
-        q("cpu", if f.cpu_milli % 1000 == 0 { (f.cpu_milli / 1000).to_string() } else { format!("{}m", f.cpu_milli) }),
+        q(
+            "cpu",
+            if f.cpu_milli.is_multiple_of(1000) {
+                (f.cpu_milli / 1000).to_string()
+            } else {
+                format!("{}m", f.cpu_milli)
+            },
+        ),
         q("memory", format!("{}Ki", f.memory_bytes / 1024)),
         q("ephemeral-storage", format!("{}Ki", f.disk_bytes / 1024)),
         q("pods", f.pods.to_string()),
@@ -94,7 +101,6 @@ fn status(f: &Facts, not_ready: &NotReady, old: Option<&NodeStatus>) -> NodeStat
             boot_id: f.boot_id.clone(),
             machine_id: f.name.clone(),
             system_uuid: f.name.clone(),
-            ..NodeSystemInfo::default()
         }),
         ..NodeStatus::default()
     }

@@ -104,7 +104,8 @@ mod tests {
     use sluice_model::{Name, Node};
 
     fn node(name: &str) -> v1::Resource {
-        let n = Node { name: Name::cluster(name), addresses: vec![], pod_cidrs: vec![], ready: true };
+        let n =
+            Node { name: Name::cluster(name), addresses: vec![], pod_cidrs: vec![], zone: String::new(), ready: true };
         convert::resource_to_wire(&Resource::Node(n), Revision(1))
     }
 

@@ -14,7 +14,11 @@ use std::{
     collections::HashMap,
     fs, io,
     net::{SocketAddr, TcpListener, UdpSocket},
-    os::{fd::{AsFd, OwnedFd}, unix::net::UnixStream, unix::process::CommandExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+        unix::process::CommandExt,
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,

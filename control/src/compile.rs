@@ -9,11 +9,15 @@ pub use routes::{ParentStatus, RouteStatus, Unmeshed, Verdict};
 use crate::inject;
 use gateway_api::{experimental::tcproutes::TcpRoute, httproutes::HttpRoute};
 use k8s_openapi::api::{
-    core::v1::{Node, Pod, Service},
+    core::v1::{Node, Pod, Service, ServiceSpec},
     discovery::v1::EndpointSlice,
 };
 use sluice_model as m;
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+
+/// `timeoutSeconds` of a service that sets none (the API's default: three hours).
+const AFFINITY_S: u32 = 10_800;
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 /// The objects that matter to the data plane, by namespace and name.
 #[derive(Clone, Default)]
@@ -108,8 +112,37 @@ fn service(s: &Service) -> Option<m::Service> {
     Some(m::Service {
         name: name_of(&s.metadata)?,
         virtual_ips: ips.into_iter().filter_map(|i| i.parse().ok()).collect(),
+        external_ips: external_ips(s),
         ports: ports.collect(),
+        affinity_s: affinity_s(spec),
+        internal_policy: match spec.internal_traffic_policy.as_deref() {
+            Some("Local") => m::InternalPolicy::Local,
+            _ => m::InternalPolicy::Cluster,
+        },
+        distribution: match spec.traffic_distribution.as_deref() {
+            Some("PreferClose" | "PreferSameZone") => m::Distribution::SameZone,
+            Some("PreferSameNode") => m::Distribution::SameNode,
+            _ => m::Distribution::Even,
+        },
     })
+}
+
+/// `externalIPs`, and the load balancer's addresses that are to be reached without a detour over it (`ipMode`, KEP-1860).
+fn external_ips(s: &Service) -> Vec<IpAddr> {
+    let own = s.spec.iter().flat_map(|spec| spec.external_ips.iter().flatten());
+    let balancer = s.status.as_ref().and_then(|status| status.load_balancer.as_ref());
+    let ingress = balancer.iter().flat_map(|b| b.ingress.iter().flatten());
+    let direct = ingress.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_ref());
+    let mut all: Vec<IpAddr> = own.chain(direct).filter_map(|ip| ip.parse().ok()).collect();
+    all.sort();
+    all.dedup();
+    all
+}
+
+fn affinity_s(spec: &ServiceSpec) -> Option<u32> {
+    let client_ip = spec.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+    let timeout = client_ip.and_then(|c| c.timeout_seconds).and_then(|s| u32::try_from(s).ok());
+    (spec.session_affinity.as_deref() == Some("ClientIP")).then_some(timeout.unwrap_or(AFFINITY_S))
 }
 
 pub(crate) fn name_of(meta: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta) -> Option<m::Name> {
@@ -174,8 +207,13 @@ fn node(n: &Node) -> Option<m::Node> {
         name: m::Name::cluster(n.metadata.name.clone()?),
         addresses: addresses.filter_map(|a| a.address.parse().ok()).collect(),
         pod_cidrs: spec.pod_cidrs.filter(|v| !v.is_empty()).unwrap_or_else(|| spec.pod_cidr.into_iter().collect()),
+        zone: zone(n),
         ready,
     })
+}
+
+fn zone(n: &Node) -> String {
+    n.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL)).cloned().unwrap_or_default()
 }
 
 #[cfg(test)]

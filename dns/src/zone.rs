@@ -113,12 +113,15 @@ mod tests {
                 name: Name::new("shop", name),
                 virtual_ips: ips.iter().map(|i| ip(i)).collect(),
                 ports: vec![],
+                ..Service::default()
             })
         };
         let endpoint = |address: &str, ready| Endpoint {
             address: ip(address),
             ready,
             node: String::new(),
+            zone: String::new(),
+            draining: false,
             workload: None,
             hostname: Some("db-0".into()),
             mesh: Mesh::Plain,

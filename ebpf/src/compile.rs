@@ -9,10 +9,11 @@ use crate::{
     layout::{Target, Wanted, WantedGroup},
 };
 use sluice_ebpf_common::{MAX_GROUPS, ServiceKey, TCP, UDP};
-use sluice_model::{Name, Policy, Protocol, Route, Rule, Service, ServicePort, Snapshot, Workload};
+use sluice_model::{Kind, Name, Place, Policy, Protocol, Route, Rule, Service, ServicePort, Snapshot, Workload};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 /// The cluster DNS address and the node's own resolver, which answers for it.
@@ -37,6 +38,8 @@ pub struct Compiled {
     pub pods: BTreeMap<String, WantedPod>,
     /// What could not be honoured, for the log and the status.
     pub problems: Vec<Problem>,
+    /// Whose entry each is.
+    owners: BTreeMap<ServiceKey, Name>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -47,28 +50,95 @@ pub enum Problem {
     TooManyBackends { route: Name, backends: usize },
 }
 
+/// Compiles one snapshot after the other for one node. Where only endpoints changed, only what leads to them is decided
+/// anew; the outcome is that of [`compile`].
+pub struct Compiler {
+    node: String,
+    dns: Option<DnsOverlay>,
+    last: Option<(Arc<Snapshot>, Compiled)>,
+}
+
+impl Compiler {
+    pub fn new(node: String, dns: Option<DnsOverlay>) -> Self {
+        Self { node, dns, last: None }
+    }
+
+    /// Of the last snapshot; `None` before the first.
+    pub fn compiled(&self) -> Option<&Compiled> {
+        self.last.as_ref().map(|(_, compiled)| compiled)
+    }
+
+    pub fn compile(&mut self, snapshot: Arc<Snapshot>) -> &Compiled {
+        let next = match self.last.take() {
+            Some((before, mut compiled)) => match moved(&before, &snapshot) {
+                Some(sets) => {
+                    compiled.lead_anew(&snapshot, &self.node, &sets);
+                    compiled
+                }
+                None => compile(&snapshot, &self.node, self.dns),
+            },
+            None => compile(&snapshot, &self.node, self.dns),
+        };
+        &self.last.insert((snapshot, next)).1
+    }
+}
+
+/// The endpoint sets that differ, if nothing else does.
+fn moved(before: &Snapshot, after: &Snapshot) -> Option<BTreeSet<Name>> {
+    let delta = before.diff(after);
+    let keys = delta.changed.iter().map(|r| r.key()).chain(delta.removed);
+    keys.map(|key| (key.kind == Kind::EndpointSet).then_some(key.name)).collect()
+}
+
 pub fn compile(snapshot: &Snapshot, node: &str, dns: Option<DnsOverlay>) -> Compiled {
     let mut out = Compiled::default();
     let routes = routes_by_parent(snapshot);
-    let mut owners = BTreeMap::<ServiceKey, &Name>::new();
-    for service in snapshot.services() {
+    let place = snapshot.place(node);
+    // No service takes another's own address by naming it as an external one.
+    let own = snapshot.services().map(|s| (s, &s.virtual_ips));
+    for (service, addresses) in own.chain(snapshot.services().map(|s| (s, &s.external_ips))) {
         let attached = routes.get(&service.name).map_or(&[][..], Vec::as_slice);
-        for (port, vip) in service.ports.iter().flat_map(|p| service.virtual_ips.iter().map(move |v| (p, *v))) {
+        for (port, vip) in service.ports.iter().flat_map(|p| addresses.iter().map(move |v| (p, *v))) {
             let key = key(vip, port.port, port.protocol);
-            if let Some(winner) = owners.get(&key) {
-                let (winner, loser) = ((*winner).clone(), service.name.clone());
+            if let Some(winner) = out.owners.get(&key) {
+                let (winner, loser) = (winner.clone(), service.name.clone());
                 out.problems.push(Problem::AddressTaken { winner, loser, vip, port: port.port });
                 continue;
             }
-            owners.insert(key, &service.name);
-            let wanted = wanted(snapshot, attached, service, port, vip.is_ipv4(), &mut out.problems);
+            out.owners.insert(key, service.name.clone());
+            let view = View { snapshot, place, v4: vip.is_ipv4() };
+            let wanted = view.wanted(attached, service, port, &mut out.problems);
             out.services.insert(key, wanted);
         }
     }
-    out.services.extend(dns.iter().flat_map(overlay));
+    for (key, wanted) in dns.iter().flat_map(overlay) {
+        out.owners.remove(&key);
+        out.services.insert(key, wanted);
+    }
     out.pods =
         snapshot.workloads().filter(|w| w.node == node).map(|w| (w.uid.clone(), wanted_pod(snapshot, w))).collect();
     out
+}
+
+impl Compiled {
+    /// After nothing but `sets` changed: services and routes, and so owners and problems, are what they were.
+    fn lead_anew(&mut self, snapshot: &Snapshot, node: &str, sets: &BTreeSet<Name>) {
+        let routes = routes_by_parent(snapshot);
+        let place = snapshot.place(node);
+        let leads = |r: &&Route| r.rules.iter().flat_map(|rule| &rule.backends).any(|b| sets.contains(&b.service));
+        let parents = snapshot.routes().filter(leads).map(|r| &r.parent);
+        let affected: BTreeSet<&Name> = sets.iter().chain(parents).collect();
+        for service in affected.into_iter().filter_map(|name| snapshot.service(name)) {
+            let attached = routes.get(&service.name).map_or(&[][..], Vec::as_slice);
+            for (port, vip) in service.ports.iter().flat_map(|p| service.addresses().map(move |v| (p, v))) {
+                let key = key(vip, port.port, port.protocol);
+                if self.owners.get(&key) == Some(&service.name) {
+                    let view = View { snapshot, place, v4: vip.is_ipv4() };
+                    self.services.insert(key, view.wanted(attached, service, port, &mut vec![]));
+                }
+            }
+        }
+    }
 }
 
 fn key(vip: IpAddr, port: u16, protocol: Protocol) -> ServiceKey {
@@ -104,28 +174,45 @@ fn routes_by_parent(snapshot: &Snapshot) -> BTreeMap<&Name, Vec<&Route>> {
     by_parent
 }
 
-fn wanted(
-    snapshot: &Snapshot,
-    routes: &[&Route],
-    service: &Service,
-    port: &ServicePort,
+/// The snapshot as one family of a place sees it.
+#[derive(Clone, Copy)]
+struct View<'a> {
+    snapshot: &'a Snapshot,
+    place: Place<'a>,
     v4: bool,
-    problems: &mut Vec<Problem>,
-) -> Wanted {
-    let Some((route, rule)) = catch_all(routes, port) else {
-        let targets = ready_targets(snapshot, service, port, v4);
-        return Wanted::new(false, vec![WantedGroup { weight: 1, targets }]);
-    };
-    let takers: Vec<_> = rule.backends.iter().filter(|b| b.weight > 0).collect();
-    let mut groups: Vec<WantedGroup> = takers
-        .iter()
-        .map(|b| WantedGroup { weight: b.weight, targets: backend_targets(snapshot, &b.service, b.port, v4) })
-        .collect();
-    if groups.len() > MAX_GROUPS {
-        problems.push(Problem::TooManyBackends { route: route.name.clone(), backends: groups.len() });
-        groups.truncate(MAX_GROUPS);
+}
+
+impl View<'_> {
+    fn wanted(self, routes: &[&Route], service: &Service, port: &ServicePort, problems: &mut Vec<Problem>) -> Wanted {
+        let Some((route, rule)) = catch_all(routes, port) else {
+            let group = WantedGroup { weight: 1, targets: self.ready_targets(service, port) };
+            return Wanted::new(false, vec![group]).affine(service.affinity_s);
+        };
+        let takers = rule.backends.iter().filter(|b| b.weight > 0);
+        let mut groups: Vec<WantedGroup> = takers
+            .map(|b| WantedGroup { weight: b.weight, targets: self.backend_targets(&b.service, b.port) })
+            .collect();
+        if groups.len() > MAX_GROUPS {
+            problems.push(Problem::TooManyBackends { route: route.name.clone(), backends: groups.len() });
+            groups.truncate(MAX_GROUPS);
+        }
+        Wanted::new(false, groups).affine(service.affinity_s)
     }
-    Wanted::new(false, groups)
+
+    fn backend_targets(self, service: &Name, port: u16) -> Vec<Target> {
+        let port_of = |s: &Service| s.ports.iter().find(|p| p.port == port && p.protocol == Protocol::Tcp).cloned();
+        let Some(service) = self.snapshot.service(service) else { return vec![] };
+        port_of(service).map_or(vec![], |port| self.ready_targets(service, &port))
+    }
+
+    fn ready_targets(self, service: &Service, port: &ServicePort) -> Vec<Target> {
+        let Some(set) = self.snapshot.endpoint_set(&service.name) else { return vec![] };
+        set.seen_from(service, self.place)
+            .ready_on(&port.name, port.protocol)
+            .filter(|(e, _)| e.address.is_ipv4() == self.v4)
+            .map(|(e, number)| Target { addr: addr(e.address), port_be: number.to_be() })
+            .collect()
+    }
 }
 
 /// Routes divide TCP only: HTTP and TCP routes are the kinds there are.
@@ -135,20 +222,6 @@ fn catch_all<'a>(routes: &[&'a Route], port: &ServicePort) -> Option<(&'a Route,
     }
     let attached = routes.iter().filter(|r| r.parent_port.is_none_or(|p| p == port.port));
     attached.copied().find_map(|r| Some((r, r.rules.iter().find(|rule| rule.catch_all())?)))
-}
-
-fn backend_targets(snapshot: &Snapshot, service: &Name, port: u16, v4: bool) -> Vec<Target> {
-    let port_of = |s: &Service| s.ports.iter().find(|p| p.port == port && p.protocol == Protocol::Tcp).cloned();
-    let Some(service) = snapshot.service(service) else { return vec![] };
-    port_of(service).map_or(vec![], |port| ready_targets(snapshot, service, &port, v4))
-}
-
-fn ready_targets(snapshot: &Snapshot, service: &Service, port: &ServicePort, v4: bool) -> Vec<Target> {
-    let Some(set) = snapshot.endpoint_set(&service.name) else { return vec![] };
-    set.ready_on(&port.name, port.protocol)
-        .filter(|(e, _)| e.address.is_ipv4() == v4)
-        .map(|(e, number)| Target { addr: addr(e.address), port_be: number.to_be() })
-        .collect()
 }
 
 #[cfg(test)]

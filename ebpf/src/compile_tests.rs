@@ -15,7 +15,12 @@ fn name(n: &str) -> Name {
 
 fn service(n: &str, vip: &str, protocol: Protocol) -> Resource {
     let port = ServicePort { name: "http".into(), protocol, port: 80, app_protocol: AppProtocol::Detect };
-    Resource::Service(Service { name: name(n), virtual_ips: vec![vip.parse().expect(vip)], ports: vec![port] })
+    Resource::Service(Service {
+        name: name(n),
+        virtual_ips: vec![vip.parse().expect(vip)],
+        ports: vec![port],
+        ..Service::default()
+    })
 }
 
 fn endpoints(n: &str, protocol: Protocol, list: &[(&str, bool)]) -> Resource {
@@ -23,6 +28,8 @@ fn endpoints(n: &str, protocol: Protocol, list: &[(&str, bool)]) -> Resource {
         address: address.parse().expect(address),
         ready: *ready,
         node: String::new(),
+        zone: String::new(),
+        draining: false,
         workload: None,
         hostname: None,
         mesh: Mesh::Plain,
@@ -219,6 +226,23 @@ fn snapshots() -> impl Strategy<Value = Snapshot> {
 }
 
 proptest! {
+    #[test]
+    fn one_after_the_other_is_as_each_by_itself(all in proptest::collection::vec((snapshots(), any::<bool>()), 1..6)) {
+        let dns = DnsOverlay { vip: "10.96.0.2".parse().expect("vip"), server: "169.254.1.1:53".parse().expect("server") };
+        let mut compiler = Compiler::new("n1".into(), Some(dns));
+        let mut present = Snapshot::default();
+        for (drawn, endpoints_only) in all {
+            let is_set = |r: &Arc<Resource>| r.kind() == Kind::EndpointSet;
+            let (from, rest) = if endpoints_only { (&drawn, &present) } else { (&drawn, &drawn) };
+            let sets = from.iter().filter(|r| is_set(r));
+            let next = Snapshot::from_shared(Revision(1), sets.chain(rest.iter().filter(|r| !is_set(r))).cloned());
+            prop_assert_eq!(compiler.compile(Arc::new(next.clone())), &compile(&next, "n1", Some(dns)));
+            present = next;
+        }
+    }
+}
+
+proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
     #[test]
     fn entries_give_the_shares_of_the_obvious_reference(s in snapshots()) {
@@ -231,4 +255,49 @@ proptest! {
             }
         }
     }
+}
+
+fn changed(resource: Resource, change: impl FnOnce(&mut Service)) -> Resource {
+    let Resource::Service(mut service) = resource else { panic!("a service") };
+    change(&mut service);
+    Resource::Service(service)
+}
+
+#[test]
+fn external_addresses_mean_the_service_but_never_anothers_own() {
+    let ips = |list: &[&str]| list.iter().map(|ip| ip.parse().expect("address")).collect::<Vec<IpAddr>>();
+    let all = [
+        changed(service("a-thief", "10.96.0.9", Protocol::Tcp), |s| s.external_ips = ips(&["10.96.0.1", "192.0.2.1"])),
+        endpoints("a-thief", Protocol::Tcp, &[("10.244.6.6", true)]),
+        changed(service("web", "10.96.0.1", Protocol::Tcp), |s| s.external_ips = ips(&["192.0.2.1", "192.0.2.2"])),
+        endpoints("web", Protocol::Tcp, &[("10.244.1.1", true)]),
+    ];
+    let compiled = compile(&Snapshot::new(Revision(1), all), "n1", None);
+    for (vip, to) in [("10.96.0.1", "10.244.1.1"), ("192.0.2.1", "10.244.6.6"), ("192.0.2.2", "10.244.1.1")] {
+        assert_eq!(groups(&compiled, vip), [(1, vec![format!("{to}:8080")])], "{vip}");
+    }
+    assert_eq!(compiled.problems.len(), 2, "both conflicts are named");
+}
+
+#[test]
+fn a_backend_of_a_route_is_seen_from_the_callers_node_too() {
+    let place = |resource: Resource, nodes: &[&str]| {
+        let Resource::EndpointSet(mut set) = resource else { panic!("endpoints") };
+        set.endpoints.iter_mut().zip(nodes).for_each(|(e, n)| (*n).clone_into(&mut e.node));
+        Resource::EndpointSet(set)
+    };
+    let all = [
+        service("web", "10.96.0.1", Protocol::Tcp),
+        changed(service("v2", "10.96.0.2", Protocol::Tcp), |s| {
+            (s.internal_policy, s.affinity_s) = (sluice_model::InternalPolicy::Local, Some(60));
+        }),
+        place(endpoints("v2", Protocol::Tcp, &[("10.244.1.1", true), ("10.244.2.1", true)]), &["n1", "n2"]),
+        route("r", "web", None, 1, vec![split(&[("v2", 1)])]),
+    ];
+    let compiled = compile(&Snapshot::new(Revision(1), all), "n2", None);
+    for vip in ["10.96.0.1", "10.96.0.2"] {
+        assert_eq!(groups(&compiled, vip), [(1, vec!["10.244.2.1:8080".to_owned()])]);
+    }
+    let affinity = |vip| compiled.services[&only_v4(vip)].affinity_s;
+    assert_eq!((affinity("10.96.0.1"), affinity("10.96.0.2")), (0, 60));
 }

@@ -2,7 +2,9 @@
 //!
 //! `lookup` is the user-space mirror of the programs' choice; tests compare it with a slow, obvious reference.
 
-use sluice_ebpf_common::{Addr, Backend, BackendKey, Group, MAX_GROUPS, SERVICE_NODE_LOCAL, Service, ServiceKey};
+use sluice_ebpf_common::{
+    Addr, Backend, BackendKey, Group, MAX_GROUPS, MemberKey, SERVICE_NODE_LOCAL, Service, ServiceKey,
+};
 
 /// Where a connection may go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,6 +25,8 @@ pub struct WantedGroup {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     pub node_local: bool,
+    /// Seconds for which a client keeps its backend; 0: none does.
+    pub affinity_s: u32,
     pub groups: Vec<WantedGroup>,
 }
 
@@ -41,18 +45,34 @@ impl Wanted {
             g.targets.sort_unstable();
             g.targets.dedup();
         }
-        Self { node_local, groups }
+        Self { node_local, affinity_s: 0, groups }
     }
 
-    pub fn target_count(&self) -> usize {
-        self.groups.iter().map(|g| g.targets.len()).sum()
+    /// Clients keep their backends for so many seconds.
+    pub fn affine(self, affinity_s: Option<u32>) -> Self {
+        Self { affinity_s: affinity_s.unwrap_or(0), ..self }
+    }
+
+    /// What says that a backend belongs to `set`; nothing where no client asks.
+    pub fn members(&self, set: u32) -> impl Iterator<Item = MemberKey> + '_ {
+        self.targets().filter(|_| self.affinity_s > 0).map(move |t| MemberKey {
+            set,
+            port_be: t.port_be,
+            pad: 0,
+            addr: t.addr,
+        })
+    }
+
+    pub fn targets(&self) -> impl Iterator<Item = &Target> {
+        self.groups.iter().flat_map(|g| &g.targets)
     }
 }
 
 /// The values for one service under the set id `set`.
 pub fn lay_out(key: &ServiceKey, wanted: &Wanted, set: u32) -> (Service, Vec<(BackendKey, Backend)>) {
     let flags = if wanted.node_local { SERVICE_NODE_LOCAL } else { 0 };
-    let mut service = Service { set, groups: wanted.groups.len() as u32, flags, ..Service::default() };
+    let (groups, affinity_s) = (wanted.groups.len() as u32, wanted.affinity_s);
+    let mut service = Service { set, groups, flags, affinity_s, ..Service::default() };
     let (mut upto, mut first) = (0u32, 0u32);
     for (slot, group) in service.group.iter_mut().zip(&wanted.groups) {
         upto = upto.saturating_add(group.weight);
@@ -66,8 +86,7 @@ pub fn lay_out(key: &ServiceKey, wanted: &Wanted, set: u32) -> (Service, Vec<(Ba
         service_port_be: key.port_be,
         service_word: key.addr.words[3],
     };
-    let targets = wanted.groups.iter().flat_map(|g| &g.targets);
-    let backends = targets.zip(0..).map(|(t, index)| (BackendKey { set, index }, backend(t))).collect();
+    let backends = wanted.targets().zip(0..).map(|(t, index)| (BackendKey { set, index }, backend(t))).collect();
     (service, backends)
 }
 
@@ -89,7 +108,8 @@ pub fn read_back(
         };
         groups.push(WantedGroup { weight, targets: (0..g.count).map(target).collect::<Option<_>>()? });
     }
-    let wanted = Wanted { node_local: service.flags & SERVICE_NODE_LOCAL != 0, groups };
+    let node_local = service.flags & SERVICE_NODE_LOCAL != 0;
+    let wanted = Wanted { node_local, affinity_s: service.affinity_s, groups };
     let canonical = lay_out(key, &wanted, service.set).0 == *service;
     canonical.then_some(wanted)
 }
@@ -126,6 +146,7 @@ mod tests {
             Wanted::new(true, vec![group(1, &[1])]),
             Wanted::new(false, vec![group(90, &[1, 2, 3]), group(10, &[4])]),
             Wanted::new(false, vec![group(90, &[]), group(10, &[4])]),
+            Wanted::new(false, vec![group(1, &[1, 2])]).affine(Some(10_800)),
         ] {
             let (service, backends) = lay_out(&key, &wanted, 7);
             let get = |k| backends.iter().find(|(x, _)| *x == k).map(|(_, b)| *b);

@@ -2,8 +2,8 @@
 
 use crate::{Error, error::Result, sys};
 use sluice_ebpf_common::{
-    Addr, Backend, BackendKey, LAYOUT, ListenKey, MAX_REASONS, Plain, Pod, PodAddr, PortKey, Reason, Service,
-    ServiceKey, Uid, map,
+    Addr, Backend, BackendKey, LAYOUT, ListenKey, MAX_REASONS, MemberKey, Plain, Pod, PodAddr, PortKey, Reason,
+    Reverse, ReverseKey, Service, ServiceKey, Uid, map,
 };
 use std::{
     marker::PhantomData,
@@ -213,11 +213,18 @@ impl PodMaps {
 pub struct ServiceMaps {
     pub services: HashMap<ServiceKey, Service>,
     pub backends: HashMap<BackendKey, Backend>,
+    pub members: HashMap<MemberKey, u32>,
+    pub reverse: HashMap<ReverseKey, Reverse>,
 }
 
 impl ServiceMaps {
     pub fn open(dir: &Path) -> Result<Self> {
-        Ok(Self { services: HashMap::open(dir, map::SERVICES)?, backends: HashMap::open(dir, map::BACKENDS)? })
+        Ok(Self {
+            services: HashMap::open(dir, map::SERVICES)?,
+            backends: HashMap::open(dir, map::BACKENDS)?,
+            members: HashMap::open(dir, map::MEMBERS)?,
+            reverse: HashMap::open(dir, map::REVERSE)?,
+        })
     }
 }
 

@@ -6,11 +6,11 @@
 
 use crate::{
     error::Result,
-    layout::{Wanted, lay_out, read_back},
+    layout::{Target, Wanted, lay_out, read_back},
     maps::ServiceMaps,
 };
-use sluice_ebpf_common::{Backend, BackendKey, Service, ServiceKey};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use sluice_ebpf_common::{Backend, BackendKey, MemberKey, Service, ServiceKey};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// What an application of wanted entries did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,11 +21,17 @@ pub struct Changes {
 }
 
 struct Present {
-    set: u32,
-    /// Size of the set, also of one that does not read back.
-    backends: u32,
+    entries: Entries,
     /// `None`: what is there is damaged and will be replaced.
     wanted: Option<Wanted>,
+}
+
+/// What belongs to one set, also to one that does not read back.
+#[derive(Default)]
+struct Entries {
+    set: u32,
+    backends: u32,
+    members: Vec<MemberKey>,
 }
 
 /// The service maps and what this process knows to be in them.
@@ -33,12 +39,13 @@ pub struct ServiceTable {
     maps: ServiceMaps,
     present: BTreeMap<ServiceKey, Present>,
     next_set: u32,
+    withdrawn: BTreeSet<(ServiceKey, Target)>,
 }
 
 impl ServiceTable {
     /// Reads what is there: a restarted agent goes on from it.
     pub fn open(maps: ServiceMaps) -> Result<Self> {
-        let mut table = Self { maps, present: BTreeMap::new(), next_set: 1 };
+        let mut table = Self { maps, present: BTreeMap::new(), next_set: 1, withdrawn: BTreeSet::new() };
         table.reread()?;
         Ok(table)
     }
@@ -51,6 +58,13 @@ impl ServiceTable {
         for key in backends.keys().filter(|k| !sets.contains(&k.set)) {
             self.maps.backends.remove(key)?;
         }
+        let mut members = HashMap::<u32, Vec<MemberKey>>::new();
+        for (key, _) in self.maps.members.entries()? {
+            match sets.contains(&key.set) {
+                true => members.entry(key.set).or_default().push(key),
+                false => drop(self.maps.members.remove(&key)?),
+            }
+        }
         let highest = sets.iter().chain(backends.keys().map(|k| &k.set)).max().copied().unwrap_or(0);
         self.next_set = self.next_set.max(highest.wrapping_add(1).max(1));
         let mut sizes = HashMap::<u32, u32>::new();
@@ -59,8 +73,12 @@ impl ServiceTable {
             *size = (*size).max(key.index + 1);
         }
         let present = |(key, s): (ServiceKey, Service)| {
-            let wanted = read_back(&key, &s, |k| backends.get(&k).copied());
-            (key, Present { set: s.set, backends: sizes.get(&s.set).copied().unwrap_or(0), wanted })
+            let members = members.remove(&s.set).unwrap_or_default();
+            let there: HashSet<&MemberKey> = members.iter().collect();
+            let all_there = |w: &Wanted| w.members(s.set).all(|m| there.contains(&m));
+            let wanted = read_back(&key, &s, |k| backends.get(&k).copied()).filter(all_there);
+            let backends = sizes.get(&s.set).copied().unwrap_or(0);
+            (key, Present { entries: Entries { set: s.set, backends, members }, wanted })
         };
         self.present = services.into_iter().map(present).collect();
         Ok(())
@@ -72,24 +90,40 @@ impl ServiceTable {
         let mut changes = Changes::default();
         let mut stale = Vec::new();
         let outcome = self.write(wanted, &mut changes, &mut stale);
-        for (set, count) in stale {
-            for index in 0..count {
-                self.maps.backends.remove(&BackendKey { set, index })?;
-            }
+        for entries in stale {
+            self.remove(&entries)?;
         }
         outcome.map(|()| changes)
+    }
+
+    /// Backends that services have lost since the last call.
+    pub fn take_withdrawn(&mut self) -> BTreeSet<(ServiceKey, Target)> {
+        std::mem::take(&mut self.withdrawn)
+    }
+
+    /// Sockets, by cookie, that one of `withdrawn` was chosen for, with the backend.
+    pub fn stranded(&self, withdrawn: &BTreeSet<(ServiceKey, Target)>) -> Result<HashMap<u64, HashSet<Target>>> {
+        let mut found = HashMap::<u64, HashSet<Target>>::new();
+        for (to, from) in self.maps.reverse.entries()? {
+            let service = ServiceKey { addr: from.addr, port_be: from.port_be, proto: to.proto, pad: 0 };
+            let target = Target { addr: to.addr, port_be: to.port_be };
+            if withdrawn.contains(&(service, target)) {
+                found.entry(to.socket).or_default().insert(target);
+            }
+        }
+        Ok(found)
     }
 
     fn write(
         &mut self,
         wanted: &BTreeMap<ServiceKey, Wanted>,
         changes: &mut Changes,
-        stale: &mut Vec<(u32, u32)>,
+        stale: &mut Vec<Entries>,
     ) -> Result<()> {
         let gone: Vec<ServiceKey> = self.present.keys().filter(|k| !wanted.contains_key(k)).copied().collect();
         for key in gone {
             self.maps.services.remove(&key)?;
-            stale.extend(self.present.remove(&key).map(|p| (p.set, p.backends)));
+            stale.extend(self.replaced(&key, None, None));
             changes.removed += 1;
         }
         for (key, w) in wanted {
@@ -98,7 +132,7 @@ impl ServiceTable {
                 continue;
             }
             let next = self.replace(key, w)?;
-            stale.extend(self.present.insert(*key, next).map(|p| (p.set, p.backends)));
+            stale.extend(self.replaced(key, Some(next), Some(w)));
             changes.written += 1;
         }
         Ok(())
@@ -108,16 +142,36 @@ impl ServiceTable {
         let set = self.next_set;
         self.next_set = self.next_set.wrapping_add(1).max(1);
         let (service, backends) = lay_out(key, wanted, set);
+        let entries = Entries { set, backends: backends.len() as u32, members: wanted.members(set).collect() };
         let written = backends
             .iter()
             .try_for_each(|(k, b)| self.maps.backends.set(k, b))
+            .and_then(|()| entries.members.iter().try_for_each(|m| self.maps.members.set(m, &1)))
             .and_then(|()| self.maps.services.set(key, &service));
         if let Err(e) = written {
-            for (k, _) in &backends {
-                let _ = self.maps.backends.remove(k); // the error that counts is the one below
-            }
+            let _ = self.remove(&entries); // the error that counts is the one below
             return Err(e);
         }
-        Ok(Present { set, backends: backends.len() as u32, wanted: Some(wanted.clone()) })
+        Ok(Present { entries, wanted: Some(wanted.clone()) })
+    }
+
+    /// Notes what a service is now; the entries of what it was.
+    fn replaced(&mut self, key: &ServiceKey, next: Option<Present>, wanted: Option<&Wanted>) -> Option<Entries> {
+        let before = match next {
+            Some(next) => self.present.insert(*key, next),
+            None => self.present.remove(key),
+        }?;
+        let kept: HashSet<&Target> = wanted.into_iter().flat_map(Wanted::targets).collect();
+        let lost = before.wanted.iter().flat_map(Wanted::targets).filter(|t| !kept.contains(t));
+        self.withdrawn.extend(lost.map(|t| (*key, *t)));
+        Some(before.entries)
+    }
+
+    fn remove(&self, entries: &Entries) -> Result<()> {
+        let set = entries.set;
+        for index in 0..entries.backends {
+            self.maps.backends.remove(&BackendKey { set, index })?;
+        }
+        entries.members.iter().try_for_each(|m| self.maps.members.remove(m).map(drop))
     }
 }

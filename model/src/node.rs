@@ -13,6 +13,9 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// Pod ranges in CIDR notation (`10.244.1.0/24`), at most one per family.
     pub pod_cidrs: Vec<String>,
+    /// `topology.kubernetes.io/zone`; empty when it has none.
+    #[serde(default)]
+    pub zone: String,
     /// The node's lease is live and its agent reports ready.
     pub ready: bool,
 }

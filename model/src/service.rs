@@ -2,7 +2,7 @@
 
 use crate::{Identity, Name};
 use serde::{Deserialize, Serialize};
-use std::net::IpAddr;
+use std::{borrow::Cow, net::IpAddr};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
@@ -35,19 +35,63 @@ pub struct ServicePort {
     pub app_protocol: AppProtocol,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Which endpoints a caller in the cluster may reach (Kubernetes `internalTrafficPolicy`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum InternalPolicy {
+    #[default]
+    Cluster,
+    /// Only those on the caller's node; none there: refused.
+    Local,
+}
+
+/// Which endpoints are preferred while there are any (Kubernetes `trafficDistribution`, KEP-4444 and KEP-3015).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Distribution {
+    #[default]
+    Even,
+    /// Those in the caller's zone.
+    SameZone,
+    /// Those on the caller's node, then those in its zone.
+    SameNode,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Service {
     pub name: Name,
     /// Virtual addresses (ClusterIPs), at most one per family; empty for a headless service.
     #[serde(default)]
     pub virtual_ips: Vec<IpAddr>,
+    /// Other addresses that mean this service: `externalIPs` and those of its load balancer.
+    #[serde(default)]
+    pub external_ips: Vec<IpAddr>,
     pub ports: Vec<ServicePort>,
+    /// Seconds for which a client that has no connection stays with its endpoint (`sessionAffinity: ClientIP`).
+    #[serde(default)]
+    pub affinity_s: Option<u32>,
+    #[serde(default)]
+    pub internal_policy: InternalPolicy,
+    #[serde(default)]
+    pub distribution: Distribution,
 }
 
 impl Service {
     pub fn headless(&self) -> bool {
         self.virtual_ips.is_empty()
     }
+
+    /// Every address that a caller may dial to reach it.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.virtual_ips.iter().chain(&self.external_ips).copied()
+    }
+}
+
+/// Where callers are: the name of their node, and its zone, empty when it has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place<'a> {
+    pub node: &'a str,
+    pub zone: &'a str,
 }
 
 /// Whether, and as whom, an endpoint takes mTLS.
@@ -66,9 +110,15 @@ pub struct Endpoint {
     pub address: IpAddr,
     /// Readiness, with Kubernetes' terminating fallback already applied: only these take new traffic.
     pub ready: bool,
+    /// Terminates and still serves: takes new traffic where no other endpoint may (KEP-1669).
+    #[serde(default)]
+    pub draining: bool,
     /// Name of the node it runs on; empty when unknown.
     #[serde(default)]
     pub node: String,
+    /// Zone of that node; empty when unknown.
+    #[serde(default)]
+    pub zone: String,
     /// Name of the pod; absent for endpoints that are none.
     #[serde(default)]
     pub workload: Option<Name>,
@@ -98,6 +148,24 @@ pub struct EndpointSet {
 }
 
 impl EndpointSet {
+    /// The set as callers at `place` may use it: those that they may not, or need not, are not ready.
+    pub fn seen_from(&self, service: &Service, place: Place<'_>) -> Cow<'_, Self> {
+        let near = |e: &Endpoint| !place.node.is_empty() && e.node == place.node;
+        let in_zone = |e: &Endpoint| !place.zone.is_empty() && e.zone == place.zone;
+        let keep = |takes: &dyn Fn(&Endpoint) -> bool| {
+            let endpoints = self.endpoints.iter().map(|e| Endpoint { ready: takes(e), ..e.clone() }).collect();
+            Cow::Owned(Self { name: self.name.clone(), endpoints })
+        };
+        let any = |near: &dyn Fn(&Endpoint) -> bool| self.endpoints.iter().any(|e| e.ready && near(e));
+        match (service.internal_policy, service.distribution) {
+            (InternalPolicy::Local, _) if any(&near) => keep(&|e| e.ready && near(e)),
+            (InternalPolicy::Local, _) => keep(&|e| e.draining && near(e)),
+            (_, Distribution::SameNode) if any(&near) => keep(&|e| e.ready && near(e)),
+            (_, Distribution::SameNode | Distribution::SameZone) if any(&in_zone) => keep(&|e| e.ready && in_zone(e)),
+            _ => Cow::Borrowed(self),
+        }
+    }
+
     /// Ready endpoints and the port number each serves `port_name` on.
     pub fn ready_on<'a>(
         &'a self,
@@ -108,5 +176,62 @@ impl EndpointSet {
             let port = e.ports.iter().find(|p| p.protocol == protocol && p.name == port_name)?;
             Some((e, port.port))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Endpoints as `node/zone` with `+` ready, `-` not, `~` draining.
+    fn set(list: &[&str]) -> EndpointSet {
+        let endpoint = |(at, text): (usize, &&str)| {
+            let (node, zone) = text[1..].split_once('/').expect("node/zone");
+            Endpoint {
+                address: IpAddr::from([10, 0, 0, at as u8]),
+                ready: text.starts_with('+'),
+                draining: text.starts_with('~'),
+                node: node.into(),
+                zone: zone.into(),
+                workload: None,
+                hostname: None,
+                mesh: Mesh::Plain,
+                ports: vec![],
+            }
+        };
+        EndpointSet { name: Name::new("shop", "web"), endpoints: list.iter().enumerate().map(endpoint).collect() }
+    }
+
+    /// Policy and preference, the endpoints, the caller's node and zone, and which of them it may use.
+    type Row<'a> = (InternalPolicy, Distribution, &'a [&'a str], &'a str, &'a str, &'a [usize]);
+
+    #[test]
+    fn who_may_be_reached_from_where() {
+        use Distribution::{Even, SameNode, SameZone};
+        use InternalPolicy::{Cluster, Local};
+        let all = ["+n1/a", "+n2/a", "+n3/b", "-n4/c", "~n4/c"];
+        let table: [Row<'_>; 13] = [
+            (Cluster, Even, &all, "n1", "a", &[0, 1, 2]),
+            (Local, Even, &all, "n1", "a", &[0]),
+            (Local, Even, &all, "n4", "c", &[4]),
+            (Local, Even, &all, "n5", "a", &[]),
+            (Local, SameZone, &all, "n5", "a", &[]),
+            (Local, Even, &all, "", "", &[]),
+            (Cluster, SameNode, &all, "n2", "a", &[1]),
+            (Cluster, SameNode, &all, "n9", "a", &[0, 1]),
+            (Cluster, SameNode, &all, "n4", "c", &[0, 1, 2]),
+            (Cluster, SameZone, &all, "n1", "a", &[0, 1]),
+            (Cluster, SameZone, &all, "n1", "z", &[0, 1, 2]),
+            (Cluster, SameZone, &["+n1/", "+n2/"], "n1", "", &[0, 1]),
+            (Cluster, SameNode, &["+/a", "+n1/b"], "", "z", &[0, 1]),
+        ];
+        for (internal_policy, distribution, endpoints, node, zone, wanted) in table {
+            let service = Service { internal_policy, distribution, ..Service::default() };
+            let set = set(endpoints);
+            let seen = set.seen_from(&service, Place { node, zone });
+            let ready: Vec<usize> =
+                seen.endpoints.iter().enumerate().filter(|(_, e)| e.ready).map(|(index, _)| index).collect();
+            assert_eq!(ready, wanted, "{internal_policy:?} {distribution:?} from {node}/{zone}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! A snapshot is never changed: [`Snapshot::apply`] makes the next one, sharing every resource that stayed the same,
 //! so control can hold one for thousands of streams.
 
-use crate::{EndpointSet, Kind, Name, Node, Policy, Resource, ResourceKey, Revision, Route, Service, Workload};
+use crate::{EndpointSet, Kind, Name, Node, Place, Policy, Resource, ResourceKey, Revision, Route, Service, Workload};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -102,6 +102,11 @@ impl Snapshot {
         Snapshot { revision, resources }
     }
 
+    /// Where callers on the node of that name are.
+    pub fn place<'a>(&'a self, node: &'a str) -> Place<'a> {
+        Place { node, zone: self.node(&Name::cluster(node)).map_or("", |n| &n.zone) }
+    }
+
     fn of_kind(&self, kind: Kind) -> impl Iterator<Item = &Arc<Resource>> {
         let from = ResourceKey { kind, name: Name::default() };
         self.resources.range(from..).take_while(move |(k, _)| k.kind == kind).map(|(_, r)| r)
@@ -144,6 +149,7 @@ mod tests {
                 port,
                 app_protocol: crate::AppProtocol::Detect,
             }],
+            ..Service::default()
         })
     }
 

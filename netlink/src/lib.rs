@@ -2,10 +2,11 @@
 //! made inside a namespace.
 //!
 //! [`plan`] is pure: wanted state against present state gives operations. [`kernel`] reads the present state and
-//! carries operations out, [`link`] makes and removes veth pairs. No eBPF here, and no decision about what is wanted.
+//! carries operations out, [`link`] makes and removes veth pairs, [`diag`] finds and closes sockets. No eBPF here, and no decision about what is wanted.
 
 #![allow(unsafe_code)] // setns, unshare and two socket options have no safe wrapper; each use says why it is sound
 
+pub mod diag;
 mod error;
 pub mod kernel;
 pub mod lab;

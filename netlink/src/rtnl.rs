@@ -150,19 +150,29 @@ impl Connection {
                 other => break other.map_err(|e| Error::io("receive from", "rtnetlink", e))?,
             }
         };
-        let mut rest = &self.buffer[..got.min(self.buffer.len())];
-        while rest.len() >= 16 {
-            let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
-            if length < 16 || length > rest.len() {
-                return Err(Error::Answer(format!("a message of {length} bytes in {}", rest.len())));
-            }
-            if let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length])
+        for message in messages(&self.buffer[..got.min(self.buffer.len())]) {
+            if let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(message?)
                 && !take(message)?
             {
                 return Ok(());
             }
-            rest = &rest[length.next_multiple_of(4).min(rest.len())..];
         }
         Ok(())
     }
+}
+
+/// The netlink messages of one datagram; a length that cannot be ends it with an error.
+pub(crate) fn messages(datagram: &[u8]) -> impl Iterator<Item = Result<&[u8]>> {
+    let mut rest = datagram;
+    std::iter::from_fn(move || {
+        let length = u32::from_ne_bytes(*rest.get(..16)?.first_chunk()?) as usize;
+        if length < 16 || length > rest.len() {
+            let wrong = Error::Answer(format!("a message of {length} bytes in {}", rest.len()));
+            rest = &[];
+            return Some(Err(wrong));
+        }
+        let message = &rest[..length];
+        rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+        Some(Ok(message))
+    })
 }

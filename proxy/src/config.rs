@@ -170,6 +170,7 @@ mod tests {
                     port: 80,
                     app_protocol: AppProtocol::Http,
                 }],
+                ..Service::default()
             })
         };
         let set = |name: &str, ip: &str, ready| {
@@ -179,6 +180,8 @@ mod tests {
                     address: ip.parse().expect("address"),
                     ready,
                     node: String::new(),
+                    zone: String::new(),
+                    draining: false,
                     workload: None,
                     hostname: None,
                     mesh: Mesh::Plain,

@@ -14,14 +14,17 @@ pub struct Resolved {
 /// Looks `destination` up in `snapshot`. Scans: callers ask once per destination and revision, not per connection.
 pub fn resolve(snapshot: &Snapshot, destination: SocketAddr) -> Resolved {
     let ip = destination.ip().to_canonical();
-    match snapshot.services().find(|s| serves(s, ip, destination.port())) {
+    // No service takes another's own address by naming it as an external one.
+    let own = snapshot.services().find(|s| s.virtual_ips.contains(&ip) && serves(s, destination.port()));
+    let external = || snapshot.services().find(|s| s.external_ips.contains(&ip) && serves(s, destination.port()));
+    match own.or_else(external) {
         Some(service) => Resolved { service: Some(service.name.clone()), identity: None },
         None => Resolved { service: None, identity: pod_identity(snapshot, ip) },
     }
 }
 
-fn serves(service: &Service, ip: IpAddr, port: u16) -> bool {
-    service.virtual_ips.contains(&ip) && service.ports.iter().any(|p| p.protocol == Protocol::Tcp && p.port == port)
+fn serves(service: &Service, port: u16) -> bool {
+    service.ports.iter().any(|p| p.protocol == Protocol::Tcp && p.port == port)
 }
 
 /// From the workload where it is known, else from any service the pod is behind.
@@ -48,7 +51,9 @@ mod tests {
         let endpoint = Endpoint {
             address: "10.244.1.5".parse().expect("address"),
             ready: true,
+            draining: false,
             node: "n1".into(),
+            zone: String::new(),
             workload: None,
             hostname: None,
             mesh: Mesh::Mtls("spiffe://cluster.local/ns/shop/sa/web".parse().expect("identity")),
@@ -61,6 +66,7 @@ mod tests {
                     name: name.clone(),
                     virtual_ips: vec!["10.96.0.1".parse().expect("address")],
                     ports: vec![port],
+                    ..Service::default()
                 }),
                 Resource::EndpointSet(EndpointSet { name, endpoints: vec![endpoint] }),
             ],

@@ -165,6 +165,19 @@ impl From<&m::Service> for v1::Service {
                     .into(),
                 })
                 .collect(),
+            external_ips: s.external_ips.iter().map(|a| address_to_wire(*a)).collect(),
+            affinity_s: s.affinity_s.unwrap_or(0),
+            internal_policy: match s.internal_policy {
+                m::InternalPolicy::Cluster => v1::InternalPolicy::Cluster,
+                m::InternalPolicy::Local => v1::InternalPolicy::Local,
+            }
+            .into(),
+            distribution: match s.distribution {
+                m::Distribution::Even => v1::Distribution::Even,
+                m::Distribution::SameZone => v1::Distribution::SameZone,
+                m::Distribution::SameNode => v1::Distribution::SameNode,
+            }
+            .into(),
         }
     }
 }
@@ -191,6 +204,19 @@ impl TryFrom<v1::Service> for m::Service {
             name: name(s.name)?,
             virtual_ips: addresses_from_wire(&s.virtual_ips)?,
             ports: s.ports.into_iter().map(service_port).collect::<Result<_, _>>()?,
+            external_ips: addresses_from_wire(&s.external_ips)?,
+            affinity_s: Some(s.affinity_s).filter(|s| *s > 0),
+            internal_policy: match v1::InternalPolicy::try_from(s.internal_policy) {
+                Ok(v1::InternalPolicy::Cluster) => m::InternalPolicy::Cluster,
+                Ok(v1::InternalPolicy::Local) => m::InternalPolicy::Local,
+                Err(_) => return Err(invalid("internal policy", s.internal_policy)),
+            },
+            // A preference from a newer control is one that this program does not have.
+            distribution: match v1::Distribution::try_from(s.distribution).unwrap_or(v1::Distribution::Even) {
+                v1::Distribution::Even => m::Distribution::Even,
+                v1::Distribution::SameZone => m::Distribution::SameZone,
+                v1::Distribution::SameNode => m::Distribution::SameNode,
+            },
         })
     }
 }
@@ -215,7 +241,9 @@ impl From<&m::Endpoint> for v1::Endpoint {
         Self {
             address: address_to_wire(e.address),
             ready: e.ready,
+            draining: e.draining,
             node: e.node.clone(),
+            zone: e.zone.clone(),
             workload: e.workload.as_ref().map(Into::into),
             hostname: e.hostname.clone().unwrap_or_default(),
             identity: match &e.mesh {
@@ -245,7 +273,9 @@ impl TryFrom<v1::Endpoint> for m::Endpoint {
         Ok(Self {
             address: address_from_wire(&e.address)?,
             ready: e.ready,
+            draining: e.draining,
             node: e.node,
+            zone: e.zone,
             workload: e.workload.map(Into::into),
             hostname: Some(e.hostname).filter(|h| !h.is_empty()),
             mesh: match e.identity.as_str() {
@@ -443,6 +473,7 @@ impl From<&m::Node> for v1::Node {
             name: Some((&n.name).into()),
             addresses: n.addresses.iter().map(|a| address_to_wire(*a)).collect(),
             pod_cidrs: n.pod_cidrs.clone(),
+            zone: n.zone.clone(),
             ready: n.ready,
         }
     }
@@ -456,6 +487,7 @@ impl TryFrom<v1::Node> for m::Node {
             name: name(n.name)?,
             addresses: addresses_from_wire(&n.addresses)?,
             pod_cidrs: n.pod_cidrs,
+            zone: n.zone,
             ready: n.ready,
         })
     }
@@ -480,13 +512,19 @@ mod tests {
                     port: 80,
                     app_protocol: m::AppProtocol::Http,
                 }],
+                external_ips: vec!["192.0.2.1".parse().expect("an address")],
+                affinity_s: Some(10_800),
+                internal_policy: m::InternalPolicy::Local,
+                distribution: m::Distribution::SameNode,
             }),
             m::Resource::EndpointSet(m::EndpointSet {
                 name: name.clone(),
                 endpoints: vec![m::Endpoint {
                     address,
                     ready: true,
+                    draining: true,
                     node: "n1".into(),
+                    zone: "a".into(),
                     workload: Some(name.clone()),
                     hostname: None,
                     mesh: m::Mesh::Mtls(id.clone()),
@@ -531,6 +569,7 @@ mod tests {
                 name: m::Name::cluster("n1"),
                 addresses: vec![address],
                 pod_cidrs: vec!["10.244.0.0/24".into()],
+                zone: "a".into(),
                 ready: true,
             }),
         ]

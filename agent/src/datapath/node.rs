@@ -106,6 +106,7 @@ mod tests {
                 name: Name::cluster(name),
                 addresses: vec![address.parse().expect(address)],
                 pod_cidrs: ranges.iter().map(|r| (*r).to_owned()).collect(),
+                zone: String::new(),
                 ready: true,
             })
         };

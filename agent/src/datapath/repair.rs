@@ -37,7 +37,7 @@ impl Datapath {
     }
 
     fn repair_services(&mut self, wrong: &mut Vec<String>) -> Result<(), Error> {
-        let Some(compiled) = &self.compiled else { return Ok(()) };
+        let Some(compiled) = self.compiler.compiled() else { return Ok(()) };
         self.table.reread().map_err(Error::Services)?;
         let changes = self.table.apply(&compiled.services).map_err(Error::Services)?;
         if changes.written + changes.removed > 0 {

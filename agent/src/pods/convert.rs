@@ -447,7 +447,7 @@ pub fn bytes(q: &Quantity) -> Option<u64> {
 
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 fn whole(v: f64) -> Option<u64> {
-    (v >= 0.0 && v < 9.0e18).then_some(v as u64)
+    (0.0..9.0e18).contains(&v).then_some(v as u64)
 }
 
 /// A Kubernetes quantity as a number: decimal and binary suffixes, and the exponent form.

@@ -377,7 +377,8 @@ impl Worker {
         };
         let config = convert::container(&self.pod, &spec, &c, attempt, &context)?;
         let sandbox_config = convert::sandbox(&self.pod, &spec, sandbox.attempt, &self.deps.node);
-        let id = self.deps.cri.create_container(&sandbox.id, config, sandbox_config).await?;
+        // The largest of the calls: what awaits it should not carry it.
+        let id = Box::pin(self.deps.cri.create_container(&sandbox.id, config, sandbox_config)).await?;
         self.event(Type::Normal, "Created", format!("Created container: {name}"));
         if name == SIDECAR {
             self.deps.network.sidecar(convert::uid(&self.pod), &id);

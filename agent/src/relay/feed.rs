@@ -116,7 +116,7 @@ impl Feed {
         !self.queue.is_empty()
     }
 
-    pub fn next(&mut self) -> Option<v1::Update> {
+    pub fn next_update(&mut self) -> Option<v1::Update> {
         self.queue.pop_front()
     }
 
@@ -165,7 +165,7 @@ mod tests {
     }
 
     fn drain(feed: &mut Feed) -> Vec<v1::Update> {
-        std::iter::from_fn(|| feed.next()).collect()
+        std::iter::from_fn(|| feed.next_update()).collect()
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What a sidecar may know: its own workload and policy, and of each destination that it dialled what the address
 //! means, the service, its routes, and the services and endpoints those name. PURE.
 
-use sluice_model::{Delta, Kind, Name, Resource, ResourceKey, Snapshot};
+use sluice_model::{Delta, Kind, Name, Place, Resource, ResourceKey, Snapshot};
 use sluice_traffic::resolve::{Resolved, resolve};
 use sluice_wire::{
     CHUNK_RESOURCES,
@@ -9,6 +9,7 @@ use sluice_wire::{
     v1,
 };
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     sync::Arc,
@@ -41,7 +42,8 @@ impl Scope {
                 add(Kind::EndpointSet, &backend.service);
             }
         }
-        let found: Vec<Arc<Resource>> = keys.iter().filter_map(|k| snapshot.get(k).cloned()).collect();
+        let place = snapshot.workload(workload).map(|w| snapshot.place(&w.node)).unwrap_or_default();
+        let found = keys.iter().filter_map(|k| Some(seen_from(snapshot, place, snapshot.get(k)?)));
         Self { resources: Snapshot::from_shared(snapshot.revision, found), resolutions }
     }
 
@@ -89,6 +91,17 @@ impl Scope {
     }
 }
 
+/// Endpoint sets as callers at `place` may use them: the sidecar knows of no places.
+fn seen_from(snapshot: &Snapshot, place: Place<'_>, resource: &Arc<Resource>) -> Arc<Resource> {
+    let (Resource::EndpointSet(set), Some(service)) = (resource.as_ref(), snapshot.service(resource.name())) else {
+        return resource.clone();
+    };
+    match set.seen_from(service, place) {
+        Cow::Borrowed(_) => resource.clone(),
+        Cow::Owned(seen) => Arc::new(Resource::EndpointSet(seen)),
+    }
+}
+
 fn resolution_to_wire(d: SocketAddr, r: &Resolved) -> v1::Resolution {
     v1::Resolution {
         destination: Some(v1::Destination { address: address_to_wire(d.ip()), port: d.port().into() }),
@@ -122,6 +135,7 @@ pub(super) mod tests {
                 name: name.clone(),
                 virtual_ips: vec![ip.parse().expect("address")],
                 ports: vec![port],
+                ..Service::default()
             }),
             Resource::EndpointSet(EndpointSet { name, endpoints: vec![] }),
         ]

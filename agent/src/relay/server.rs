@@ -129,7 +129,7 @@ impl PodService {
 fn next(interval: &mut Option<u32>, feed: &mut Feed) -> ServerMessage {
     let kind = match interval.take() {
         Some(seconds) => Some(server_message::Kind::MetricsInterval(v1::MetricsInterval { seconds })),
-        None => feed.next().map(server_message::Kind::Update),
+        None => feed.next_update().map(server_message::Kind::Update),
     };
     ServerMessage { kind }
 }

@@ -5,6 +5,7 @@ use crate::{
     capture::{inside, meshed, vip},
     ground::{Ground, NODE, REFUSED, TestPod, until},
     parts::canonical,
+    placement,
 };
 use sluice_model::{
     AppProtocol, Backend, Endpoint, EndpointPort, EndpointSet, Mesh, Name, Node, Protocol, Resource, Route, RouteKind,
@@ -29,7 +30,12 @@ pub fn name(n: &str) -> Name {
 pub fn service(n: &str, vips: &[&str]) -> Resource {
     let port = |protocol| ServicePort { name: "web".into(), protocol, port: 80, app_protocol: AppProtocol::Detect };
     let virtual_ips = vips.iter().map(|v| v.parse().expect(v)).collect();
-    Resource::Service(Service { name: name(n), virtual_ips, ports: vec![port(Protocol::Tcp), port(Protocol::Udp)] })
+    Resource::Service(Service {
+        name: name(n),
+        virtual_ips,
+        ports: vec![port(Protocol::Tcp), port(Protocol::Udp)],
+        ..Service::default()
+    })
 }
 
 pub fn endpoints(n: &str, pods: &[&TestPod]) -> Resource {
@@ -38,6 +44,8 @@ pub fn endpoints(n: &str, pods: &[&TestPod]) -> Resource {
         address,
         ready: true,
         node: NODE.into(),
+        zone: String::new(),
+        draining: false,
         workload: None,
         hostname: None,
         mesh: Mesh::Plain,
@@ -50,7 +58,7 @@ pub fn endpoints(n: &str, pods: &[&TestPod]) -> Resource {
 pub fn node() -> Resource {
     let pod_cidrs = vec!["10.244.1.0/24".to_owned(), "fd00:1::/64".to_owned()];
     let addresses = vec!["192.168.77.1".parse().expect("address")];
-    Resource::Node(Node { name: Name::cluster(NODE), addresses, pod_cidrs, ready: true })
+    Resource::Node(Node { name: Name::cluster(NODE), addresses, pod_cidrs, zone: "a".into(), ready: true })
 }
 
 fn split(parts: &[(&str, u32)]) -> Resource {
@@ -108,7 +116,7 @@ pub fn ask(to: SocketAddr) -> io::Result<String> {
     Ok(answer)
 }
 
-fn ask_udp(to: SocketAddr, connected: bool) -> io::Result<String> {
+pub fn ask_udp(to: SocketAddr, connected: bool) -> io::Result<String> {
     let s = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
     s.set_read_timeout(Some(Duration::from_secs(5)))?;
     let mut buffer = [0; 64];
@@ -160,6 +168,8 @@ pub fn story(ground: &Ground) {
     all.push(split(&[("web", 0), ("web-2", 1)]));
     ground.apply(all.clone());
     shares(&client, &[("b3", 1.0)]);
+    placement::story(ground, &client, [&b1, &b2, &b3]);
+    ground.apply(all.clone());
     drift_is_repaired(&client);
     drift_of_a_registration_is_repaired(ground, &all);
     a_refusal_is_taken_back(ground, &all);

@@ -7,6 +7,7 @@ mod balance;
 mod capture;
 mod ground;
 mod parts;
+mod placement;
 
 use ground::Ground;
 

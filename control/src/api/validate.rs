@@ -2,7 +2,7 @@
 //!
 //! PURE. Each function gets the new object and, for an update, the old one.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, net::IpAddr};
 
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
@@ -376,6 +376,7 @@ pub fn service(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
             errors.push(Invalid::unsupported(format!("{path}.protocol"), protocol, &["SCTP", "TCP", "UDP"]));
         }
     }
+    errors.extend(reach(new));
     let address = |object: &Value| text(object, "spec.clusterIP").to_owned();
     if let Some(old) = old
         && text(old, "spec.type") != "ExternalName"
@@ -385,6 +386,48 @@ pub fn service(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
         errors.push(Invalid::value("spec.clusterIPs[0]", &json!([address(new)]), "may not change once set"));
     }
     errors
+}
+
+/// By which other addresses a service is reached, from where, and for how long by the same client.
+fn reach(service: &Value) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    let mut one_of = |field: &str, allowed: &[&str]| {
+        let value = text(service, field);
+        if !value.is_empty() && !allowed.contains(&value) {
+            errors.push(Invalid::unsupported(field, value, allowed));
+        }
+    };
+    one_of("spec.sessionAffinity", &["ClientIP", "None"]);
+    one_of("spec.internalTrafficPolicy", &["Cluster", "Local"]);
+    one_of("spec.externalTrafficPolicy", &["Cluster", "Local"]);
+    one_of("spec.trafficDistribution", &["PreferClose", "PreferSameNode", "PreferSameZone"]);
+    let timeout = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
+    if let Some(value) = at(service, timeout)
+        && !value.as_i64().is_some_and(|s| (1..=86_400).contains(&s))
+    {
+        errors.push(Invalid::value(timeout, value, "must be greater than 0 and less than or equal to 86400"));
+    }
+    for (index, address) in list(service, "spec.externalIPs").iter().enumerate() {
+        let ip = address.as_str().and_then(|text| text.parse::<IpAddr>().ok());
+        let why = ip.map_or(Some("must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)"), special);
+        errors.extend(why.map(|why| Invalid::value(format!("spec.externalIPs[{index}]"), address, why)));
+    }
+    errors
+}
+
+/// Why an address is none that a service could have.
+fn special(ip: IpAddr) -> Option<&'static str> {
+    let link_local = match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    match ip {
+        _ if ip.is_unspecified() => Some("may not be unspecified"),
+        _ if ip.is_loopback() => Some("may not be in the loopback range"),
+        _ if ip.is_multicast() => Some("may not be in the multicast range"),
+        _ if link_local => Some("may not be in the link-local range"),
+        _ => None,
+    }
 }
 
 /// Secrets may be sealed, and those that are join tokens are whole.
@@ -550,6 +593,39 @@ mod tests {
         }
         let more = with("10.244.1.0/24", &["10.244.1.0/24", "10.244.2.0/24"]);
         assert!(!node(&more, Some(&own)).is_empty(), "another node's range");
+    }
+
+    #[test]
+    fn how_a_service_is_reached_is_checked() {
+        let errors = |change: Value| {
+            let mut spec =
+                json!({"type": "ClusterIP", "clusterIP": "10.96.0.5", "ports": [{"port": 80, "protocol": "TCP"}]});
+            spec.as_object_mut().expect("an object").extend(change.as_object().expect("an object").clone());
+            service(&json!({"spec": spec}), None).into_iter().map(|e| e.field).collect::<Vec<_>>()
+        };
+        let timeout = |s: i64| json!({"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": s}}});
+        for fine in [
+            json!({"internalTrafficPolicy": "Local", "trafficDistribution": "PreferClose"}),
+            json!({"externalIPs": ["192.0.2.1", "2001:db8::1"]}),
+            timeout(86_400),
+        ] {
+            assert!(errors(fine.clone()).is_empty(), "{fine}");
+        }
+        for (wrong, field) in [
+            (json!({"internalTrafficPolicy": "Node"}), "spec.internalTrafficPolicy"),
+            (json!({"externalTrafficPolicy": "None"}), "spec.externalTrafficPolicy"),
+            (json!({"trafficDistribution": "Near"}), "spec.trafficDistribution"),
+            (json!({"sessionAffinity": "Cookie"}), "spec.sessionAffinity"),
+            (timeout(0), "spec.sessionAffinityConfig.clientIP.timeoutSeconds"),
+            (timeout(86_401), "spec.sessionAffinityConfig.clientIP.timeoutSeconds"),
+            (json!({"externalIPs": ["192.0.2.1", "web"]}), "spec.externalIPs[1]"),
+            (json!({"externalIPs": ["127.0.0.1"]}), "spec.externalIPs[0]"),
+            (json!({"externalIPs": ["fe80::1"]}), "spec.externalIPs[0]"),
+            (json!({"externalIPs": ["224.0.0.1"]}), "spec.externalIPs[0]"),
+            (json!({"externalIPs": ["0.0.0.0"]}), "spec.externalIPs[0]"),
+        ] {
+            assert_eq!(errors(wrong.clone()), [field], "{wrong}");
+        }
     }
 
     #[test]

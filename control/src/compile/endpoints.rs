@@ -1,7 +1,7 @@
 //! EndpointSlices → one endpoint set per service: PURE. Kubernetes' terminating fallback is applied here, once: with no
 //! ready endpoint left, those that still serve while terminating take the traffic (KEP-1669).
 
-use super::{Objects, identity, port, protocol};
+use super::{Objects, identity, port, protocol, zone};
 use crate::inject;
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use sluice_model as m;
@@ -11,19 +11,11 @@ const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 pub(super) fn endpoint_set(service: &m::Service, o: &Objects, trust_domain: &str) -> m::EndpointSet {
     let from = m::Name::new(service.name.namespace.clone(), "");
     let slices = o.slices.range(from..).take_while(|(n, _)| n.namespace == service.name.namespace).map(|(_, s)| s);
-    let mut endpoints = vec![];
-    let mut fallback = vec![];
-    for slice in slices.filter(|s| serves(s, &service.name.name)) {
-        for e in &slice.endpoints {
-            let terminating_only = serving_while_terminating(e);
-            for endpoint in expand(slice, e, o, trust_domain) {
-                fallback.push(terminating_only);
-                endpoints.push(endpoint);
-            }
-        }
-    }
-    if !endpoints.iter().any(|e: &m::Endpoint| e.ready) {
-        endpoints.iter_mut().zip(fallback).for_each(|(e, terminating_only)| e.ready = terminating_only);
+    let slices = slices.filter(|s| serves(s, &service.name.name));
+    let mut endpoints: Vec<m::Endpoint> =
+        slices.flat_map(|slice| slice.endpoints.iter().flat_map(|e| expand(slice, e, o, trust_domain))).collect();
+    if !endpoints.iter().any(|e| e.ready) {
+        endpoints.iter_mut().for_each(|e| e.ready = e.draining);
     }
     endpoints.sort_by_key(|e| e.address);
     m::EndpointSet { name: service.name.clone(), endpoints }
@@ -67,10 +59,15 @@ fn expand<'a>(
         .collect();
     // Absent means ready (EndpointConditions.ready).
     let ready = e.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true);
+    let draining = serving_while_terminating(e);
+    let node = e.node_name.clone().unwrap_or_default();
+    let zone = e.zone.clone().or_else(|| o.nodes.get(&m::Name::cluster(&node)).map(|n| zone(n))).unwrap_or_default();
     e.addresses.iter().filter_map(|a| a.parse().ok()).map(move |address| m::Endpoint {
         address,
         ready,
-        node: e.node_name.clone().unwrap_or_default(),
+        draining,
+        node: node.clone(),
+        zone: zone.clone(),
         workload: workload.clone(),
         hostname: e.hostname.clone(),
         mesh: mesh.clone(),

@@ -71,6 +71,36 @@ fn with_no_ready_endpoint_those_still_serving_take_the_traffic() {
     }
 }
 
+#[test]
+fn how_a_service_may_be_reached() {
+    let mut o = objects();
+    put(
+        &mut o.services,
+        "web",
+        json!({"spec": {
+            "type": "LoadBalancer", "clusterIP": "10.96.0.5", "ports": [{"name": "http", "port": 80}],
+            "externalIPs": ["192.0.2.7"], "sessionAffinity": "ClientIP", "internalTrafficPolicy": "Local",
+            "trafficDistribution": "PreferSameNode"},
+          "status": {"loadBalancer": {"ingress": [
+            {"ip": "192.0.2.8"}, {"ip": "192.0.2.9", "ipMode": "Proxy"}, {"hostname": "lb.example.org"}]}}}),
+    );
+    let node = json!({"metadata": {"labels": {"topology.kubernetes.io/zone": "a"}}});
+    o.nodes.insert(m::Name::cluster("n1"), Arc::new(serde_json::from_value(node).expect("a node")));
+    let draining = json!({"ready": false, "serving": true, "terminating": true});
+    put(&mut o.slices, "web-abc", slice(&[json!({"ready": true}), draining]));
+    let (s, _) = snapshot(&o);
+    let web = s.service(&m::Name::new("shop", "web")).expect("a service");
+    let external: Vec<String> = web.external_ips.iter().map(ToString::to_string).collect();
+    assert_eq!(external, ["192.0.2.7", "192.0.2.8"], "what is reached through the balancer itself is left to it");
+    assert_eq!(web.affinity_s, Some(10_800));
+    assert_eq!((web.internal_policy, web.distribution), (m::InternalPolicy::Local, m::Distribution::SameNode));
+    let set = s.endpoint_set(&web.name).expect("a set");
+    let seen: Vec<_> = set.endpoints.iter().map(|e| (e.ready, e.draining, e.zone.as_str())).collect();
+    assert_eq!(seen, [(true, false, "a"), (false, true, "a")]);
+    let plain = s.service(&m::Name::new("shop", "web-v1")).expect("a service");
+    assert_eq!((plain.affinity_s, plain.internal_policy), (None, m::InternalPolicy::Cluster));
+}
+
 fn route(rules: Value) -> Value {
     json!({"metadata": {"generation": 3, "creationTimestamp": "2026-01-01T00:00:00Z"},
            "spec": {"parentRefs": [{"group": "", "kind": "Service", "name": "web", "port": 80}], "rules": rules}})

@@ -138,7 +138,8 @@ pub struct Service {
     /// 0: no backend, connections are refused.
     pub groups: u32,
     pub flags: u32,
-    pub pad: u32,
+    /// Seconds for which a client without a new connection keeps its backend; 0: each connection chooses.
+    pub affinity_s: u32,
     pub group: [Group; MAX_GROUPS],
 }
 
@@ -159,6 +160,38 @@ pub struct Backend {
     pub service_port_be: u16,
     /// Last word of the service's address.
     pub service_word: u32,
+}
+
+/// A backend by its address: whether it still belongs to a set. Written for services with affinity only.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct MemberKey {
+    pub set: u32,
+    pub port_be: u16,
+    pub pad: u16,
+    pub addr: Addr,
+}
+
+/// A client of a service: all sockets of one network namespace.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Debug)]
+pub struct AffinityKey {
+    pub netns: u64,
+    pub addr: Addr,
+    pub port_be: u16,
+    pub proto: u8,
+    pub pad: [u8; 5],
+}
+
+/// The backend that such a client has, and when it last connected.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Affinity {
+    pub addr: Addr,
+    pub port_be: u16,
+    pub pad: u16,
+    /// Seconds since boot.
+    pub used_s: u32,
 }
 
 /// A socket and the backend that was chosen for it.
@@ -258,7 +291,7 @@ pub type Uid = [u8; 40];
 
 plain! {
     Addr = 16, ServiceKey = 20, Group = 12, Service = 208, BackendKey = 8, Backend = 24, ReverseKey = 32, Reverse = 20,
-    Pod = 408, PodAddr = 16, PortKey = 20, ListenKey = 20, Uid = 40, u8 = 1, u32 = 4, u64 = 8,
+    MemberKey = 24, AffinityKey = 32, Affinity = 24, Pod = 408, PodAddr = 16, PortKey = 20, ListenKey = 20, Uid = 40, u8 = 1, u32 = 4, u64 = 8,
 }
 
 /// Why a program decided as it did: index into the per-CPU counters.
@@ -322,6 +355,10 @@ reasons! {
     DroppedInbound = "dropped_inbound",
     /// sk_lookup: the listener could not be assigned, dropped.
     AssignFailed = "assign_failed",
+    /// connect, sendmsg: the client was kept with the backend that it had.
+    Affine = "affine",
+    /// The client's backend could not be noted: the next connection chooses anew.
+    AffinityFull = "affinity_full",
 }
 
 /// Size of the counters' array; the enum may grow up to it without a new layout.
@@ -339,10 +376,14 @@ pub mod map {
     pub const PORTS: &str = "PORTS";
     pub const LISTENERS: &str = "LISTENERS";
     pub const COUNTERS: &str = "COUNTERS";
-    pub const ALL: [&str; 9] = [SERVICES, BACKENDS, REVERSE, PODS, ADDRS, INTENTS, PORTS, LISTENERS, COUNTERS];
+    pub const MEMBERS: &str = "MEMBERS";
+    pub const AFFINITY: &str = "AFFINITY";
+    pub const ALL: [&str; 11] =
+        [SERVICES, BACKENDS, REVERSE, PODS, ADDRS, INTENTS, PORTS, LISTENERS, COUNTERS, MEMBERS, AFFINITY];
 }
 
-/// Sizes of the maps. At the bound an update fails and is reported by who made it; `REVERSE` forgets its oldest entry.
+/// Sizes of the maps. At the bound an update fails and is reported by who made it; `REVERSE` and
+/// `AFFINITY` forget their oldest entries.
 pub mod bound {
     pub const SERVICES: usize = 65_536;
     pub const BACKENDS: usize = 524_288;
@@ -352,4 +393,6 @@ pub mod bound {
     pub const INTENTS: usize = 4_096;
     pub const PORTS: usize = 16_384;
     pub const LISTENERS: usize = 4 * PODS;
+    pub const MEMBERS: usize = 131_072;
+    pub const AFFINITY: usize = 32_768;
 }

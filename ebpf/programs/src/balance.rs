@@ -1,10 +1,12 @@
 //! Service load balancing at the socket: service address → backend on connect and sendmsg, and back on recvmsg and
-//! getpeername. It keeps no state per packet; the only memory is `REVERSE`, which gives the application its own words
-//! back and which may forget.
+//! getpeername. It keeps no state per packet. `REVERSE` gives the application its own words back, `AFFINITY` keeps a
+//! client with its backend where the service asks for that; both may forget.
 
-use crate::maps::{BACKENDS, REVERSE, SERVICES, count};
+use crate::maps::{AFFINITY, BACKENDS, MEMBERS, REVERSE, SERVICES, count};
 use aya_ebpf::{
-    helpers::generated::{bpf_get_prandom_u32, bpf_get_socket_cookie},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_boot_ns,
+    },
     programs::SockAddrContext,
 };
 use sluice_ebpf_common::*;
@@ -75,13 +77,18 @@ pub fn is_node_local(dial: &Dial, proto: u8) -> bool {
     unsafe { SERVICES.get(&key) }.is_some_and(|s| s.flags & SERVICE_NODE_LOCAL != 0)
 }
 
-/// Two even numbers choose: one the group by weight, one the backend in it.
+/// Two even numbers choose: one the group by weight, one the backend in it; unless the client has a backend already.
 #[inline(always)]
-pub fn choose(dial: &Dial, proto: u8, by_weight: u32, in_group: u32) -> Choice {
+pub fn choose(ctx: &SockAddrContext, dial: &Dial, proto: u8, by_weight: u32, in_group: u32) -> Choice {
     let key = ServiceKey { addr: dial.addr, port_be: dial.port_be, proto, pad: 0 };
     for _ in 0..ATTEMPTS {
         // SAFETY: entries may be replaced while read; `Backend` says for whom it was written and is checked.
         let Some(service) = (unsafe { SERVICES.get(&key) }) else { return Choice::Unknown };
+        if service.affinity_s > 0
+            && let Some(to) = affine(ctx, &key, service)
+        {
+            return Choice::Backend(to);
+        }
         let Some(group) = group(service, by_weight) else { return Choice::None };
         let index = group.first + scale(in_group, group.count);
         // SAFETY: as above.
@@ -89,12 +96,55 @@ pub fn choose(dial: &Dial, proto: u8, by_weight: u32, in_group: u32) -> Choice {
             && backend.service_port_be == key.port_be
             && backend.service_word == key.addr.words[3]
         {
-            return Choice::Backend(Dial { addr: backend.addr, port_be: backend.port_be });
+            let to = Dial { addr: backend.addr, port_be: backend.port_be };
+            if service.affinity_s > 0 {
+                keep_affine(ctx, &key, to);
+            }
+            return Choice::Backend(to);
         }
         count(Reason::Raced);
     }
     count(Reason::RaceLost);
     Choice::None
+}
+
+#[inline(always)]
+fn client(ctx: &SockAddrContext, key: &ServiceKey) -> AffinityKey {
+    // SAFETY: helper on the hook's own context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
+    AffinityKey { netns, addr: key.addr, port_be: key.port_be, proto: key.proto, pad: [0; 5] }
+}
+
+#[inline(always)]
+fn now_s() -> u32 {
+    // SAFETY: a helper without arguments.
+    (unsafe { bpf_ktime_get_boot_ns() } / 1_000_000_000) as u32
+}
+
+/// The backend that the client had, if it still takes connections and the client has not been away for too long.
+#[inline(always)]
+fn affine(ctx: &SockAddrContext, key: &ServiceKey, service: &Service) -> Option<Dial> {
+    let client = client(ctx, key);
+    // SAFETY: values are replaced whole; of two connections at once either may win.
+    let before = unsafe { AFFINITY.get(&client) }?;
+    if now_s().wrapping_sub(before.used_s) >= service.affinity_s {
+        return None;
+    }
+    let to = Dial { addr: before.addr, port_be: before.port_be };
+    let member = MemberKey { set: service.set, port_be: to.port_be, pad: 0, addr: to.addr };
+    // SAFETY: only whether it is there counts.
+    unsafe { MEMBERS.get(&member) }?;
+    keep_affine(ctx, key, to);
+    count(Reason::Affine);
+    Some(to)
+}
+
+#[inline(always)]
+fn keep_affine(ctx: &SockAddrContext, key: &ServiceKey, to: Dial) {
+    let value = Affinity { addr: to.addr, port_be: to.port_be, pad: 0, used_s: now_s() };
+    if AFFINITY.insert(&client(ctx, key), &value, 0).is_err() {
+        count(Reason::AffinityFull);
+    }
 }
 
 /// The group that a number falls to; none when the service or that group has no backend.
@@ -113,7 +163,7 @@ fn group(service: &Service, by_weight: u32) -> Option<&Group> {
 /// connect of a socket that is not captured.
 #[inline(always)]
 pub fn connect(ctx: &SockAddrContext, dial: Dial, proto: u8) -> Verdict {
-    match choose(&dial, proto, random(), random()) {
+    match choose(ctx, &dial, proto, random(), random()) {
         Choice::Unknown => Verdict::Leave,
         Choice::None => {
             count(Reason::NoBackend);
@@ -134,7 +184,7 @@ pub fn sendmsg(ctx: &SockAddrContext, dial: Dial) -> Verdict {
     let Some(proto) = protocol(ctx) else { return Verdict::Leave };
     let cookie = socket(ctx);
     let number = mix(cookie ^ ((dial.port_be as u64) << 48) ^ ((dial.addr.words[3] as u64) << 16));
-    match choose(&dial, proto, (number >> 32) as u32, number as u32) {
+    match choose(ctx, &dial, proto, (number >> 32) as u32, number as u32) {
         Choice::Unknown => Verdict::Leave,
         Choice::None => {
             count(Reason::NoBackend);

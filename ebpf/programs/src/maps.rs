@@ -30,6 +30,11 @@ pub static LISTENERS: SockHash<ListenKey, { bound::LISTENERS }> = SockHash::new(
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { MAX_REASONS as usize }> = PerCpuArray::new();
 
+#[btf_map]
+pub static MEMBERS: HashMap<MemberKey, u32, { bound::MEMBERS }, LAZY> = HashMap::new();
+#[btf_map]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { bound::AFFINITY }> = LruHashMap::new();
+
 #[inline(always)]
 pub fn count(reason: Reason) {
     if let Some(p) = COUNTERS.get_ptr_mut(reason as u32) {

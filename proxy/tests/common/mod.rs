@@ -29,6 +29,8 @@ pub fn service(name: &str, ip: &str, app_protocol: AppProtocol, addresses: &[Soc
         address: a.ip(),
         ready: true,
         node: String::new(),
+        zone: String::new(),
+        draining: false,
         workload: None,
         hostname: None,
         mesh: Mesh::Plain,
@@ -40,6 +42,7 @@ pub fn service(name: &str, ip: &str, app_protocol: AppProtocol, addresses: &[Soc
             name: name.clone(),
             virtual_ips: vec![ip.parse().expect("an address")],
             ports: vec![port],
+            ..Service::default()
         }),
         Resource::EndpointSet(EndpointSet { name, endpoints: addresses.iter().map(endpoint).collect() }),
     ]
