@@ -7,7 +7,10 @@ use crate::{
 };
 use anyhow::{Result, bail};
 use gateway_api::httproutes::HttpRoute;
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::{
+    api::core::v1::{Node, Pod},
+    jiff::Timestamp,
+};
 use kube::{Api, Client, ResourceExt, api::ListParams};
 use std::path::Path;
 
@@ -42,7 +45,11 @@ pub fn run(kubeconfig: &Path, local: Option<Cluster>) -> Result<()> {
     if let Some(c) = local {
         machines(&c, &mut report);
     }
-    if report.wrong > 0 { bail!("{} things are wrong", report.wrong) } else { Ok(()) }
+    match report.wrong {
+        0 => Ok(()),
+        1 => bail!("one thing is wrong"),
+        n => bail!("{n} things are wrong"),
+    }
 }
 
 async fn nodes(client: &Client, report: &mut Report) -> Result<()> {
@@ -60,7 +67,15 @@ async fn nodes(client: &Client, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+/// A pod that is younger and not ready is not wrong yet.
+const STARTING_S: i64 = 60;
+
+fn age_s(p: &Pod, now: Timestamp) -> Option<i64> {
+    p.metadata.creation_timestamp.as_ref().map(|t| now.as_second() - t.0.as_second())
+}
+
 async fn pods(client: &Client, report: &mut Report) -> Result<()> {
+    let now = Timestamp::now();
     let pods = Api::<Pod>::all(client.clone()).list(&ListParams::default()).await?;
     let ready = |p: &Pod| {
         p.status.iter().flat_map(|s| s.conditions.iter().flatten()).any(|c| c.type_ == "Ready" && c.status == "True")
@@ -68,15 +83,16 @@ async fn pods(client: &Client, report: &mut Report) -> Result<()> {
     let phase = |p: &Pod| p.status.as_ref().and_then(|s| s.phase.clone()).unwrap_or_default();
     let live: Vec<_> =
         pods.iter().filter(|p| phase(p) != "Succeeded" && p.metadata.deletion_timestamp.is_none()).collect();
-    let bad: Vec<_> = live
-        .iter()
-        .filter(|p| !ready(p))
-        .map(|p| format!("{}/{}", p.namespace().unwrap_or_default(), p.name_any()))
-        .collect();
-    let verdict = if bad.is_empty() {
-        Ok(format!("{} ready", live.len()))
-    } else {
-        Err(format!("not ready: {}; `kubectl describe pod` says why", bad.join(", ")))
+    let (starting, bad): (Vec<&Pod>, Vec<&Pod>) =
+        live.iter().copied().filter(|p| !ready(p)).partition(|p| age_s(p, now).is_some_and(|age| age < STARTING_S));
+    let names = |pods: &[&Pod]| {
+        let name = |p: &&Pod| format!("{}/{}", p.namespace().unwrap_or_default(), p.name_any());
+        pods.iter().map(name).collect::<Vec<_>>().join(", ")
+    };
+    let verdict = match (bad.is_empty(), starting.is_empty()) {
+        (true, true) => Ok(format!("{} ready", live.len())),
+        (true, false) => Ok(format!("{} ready; starting: {}", live.len() - starting.len(), names(&starting))),
+        (false, _) => Err(format!("not ready: {}; `kubectl describe pod` says why", names(&bad))),
     };
     report.line("pods", verdict);
     Ok(())

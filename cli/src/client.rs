@@ -16,7 +16,10 @@ pub fn block_on<T>(f: impl Future<Output = Result<T>>) -> Result<T> {
 pub async fn connect(kubeconfig: &Path) -> Result<Client> {
     let file = Kubeconfig::read_from(kubeconfig)
         .with_context(|| format!("read the kubeconfig {}; is a cluster up? (`sluice up`)", kubeconfig.display()))?;
-    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
+    let current = file.current_context.clone().unwrap_or_default();
+    let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.with_context(|| {
+        format!("use context {current:?} of the kubeconfig {}; is a cluster up? (`sluice up`)", kubeconfig.display())
+    })?;
     Ok(Client::try_from(config)?)
 }
 

@@ -19,6 +19,21 @@ use std::{
 /// Below it, a folder per cluster. Not below /var/lib/sluice: that is each machine's own disk.
 const ROOT: &str = "/var/lib/sluice-local";
 pub const API_PORT: u16 = 6443;
+pub const DEFAULT: &str = "sluice";
+pub const NODES: u8 = 3;
+/// It becomes part of the names of cgroups and folders.
+const NAME_MAX: usize = 32;
+
+/// As a label of DNS (RFC 1123).
+pub fn parse_name(name: &str) -> Result<String, String> {
+    let letter = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let fine = (1..=NAME_MAX).contains(&name.len())
+        && name.starts_with(letter)
+        && name.ends_with(letter)
+        && name.chars().all(|c| letter(c) || c == '-');
+    let why = || format!("a cluster's name is made of lower-case letters, digits and '-', at most {NAME_MAX} of them");
+    if fine { Ok(name.to_owned()) } else { Err(why()) }
+}
 const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
 const CNI_CONF: &str = "/run/cni/net.d";
 const CNI_BIN: &str = "/var/lib/sluice/cni-bin";
@@ -217,5 +232,20 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   SystemdCgroup = false
 "#
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_parts_of_names() {
+        for fine in ["sluice", "two", "a-1"] {
+            assert_eq!(parse_name(fine), Ok(fine.to_owned()));
+        }
+        for wrong in ["", "bad/name", "..", "-a", "a-", "Two", "a b", &"x".repeat(33)] {
+            assert!(parse_name(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -45,6 +45,9 @@ pub fn add(path: &Path, context: &str, admin: &str) -> Result<()> {
     write(path, &config)
 }
 
+/// All keys of a file that [`add`] made.
+const OURS: [&str; 6] = ["apiVersion", "kind", "clusters", "users", "contexts", "current-context"];
+
 /// Takes them out again.
 pub fn remove(path: &Path, context: &str) -> Result<()> {
     if !path.exists() {
@@ -58,6 +61,12 @@ pub fn remove(path: &Path, context: &str) -> Result<()> {
     }
     if config.get("current-context").and_then(Value::as_str) == Some(context) {
         config.insert("current-context".into(), "".into());
+    }
+    // A file that was made for our context goes with it.
+    let empty = |key: &str| config.get(key).and_then(Value::as_sequence).is_none_or(Vec::is_empty);
+    let ours = |key: &Value| key.as_str().is_some_and(|k| OURS.contains(&k));
+    if config.keys().all(ours) && ["clusters", "users", "contexts"].into_iter().all(empty) {
+        return fs::remove_file(path).with_context(|| format!("remove {}", path.display()));
     }
     write(path, &config)
 }
@@ -130,5 +139,7 @@ mod tests {
         assert_eq!(read(&path).expect("reads")["current-context"].as_str(), Some("sluice"));
         remove(&path, "sluice").expect("removes");
         assert_eq!(read(&path).expect("reads")["current-context"].as_str(), Some(""));
+        remove(&path, "sluice").expect("removes");
+        assert!(!path.exists(), "nothing of anybody else was in it");
     }
 }

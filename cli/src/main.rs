@@ -21,10 +21,10 @@ use std::path::PathBuf;
 #[derive(Parser)]
 #[command(name = "sluice", version, about = "The network of a container cluster", disable_help_subcommand = true)]
 struct Args {
-    /// Which local cluster
-    #[arg(long, global = true, default_value = "sluice", env = "SLUICE_CLUSTER")]
-    cluster: String,
-    /// Kubeconfig to use instead of the local cluster's
+    /// Which local cluster (default: sluice)
+    #[arg(long, global = true, env = "SLUICE_CLUSTER", value_parser = cluster::parse_name)]
+    cluster: Option<String>,
+    /// Kubeconfig to use instead of the local cluster's; its current context counts
     #[arg(long, global = true)]
     kubeconfig: Option<PathBuf>,
     #[command(subcommand)]
@@ -35,8 +35,9 @@ struct Args {
 enum Command {
     /// Start a local cluster with a canary release in it
     Up {
-        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=50))]
-        nodes: u8,
+        /// How many (default: 3, or those that there are)
+        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=50))]
+        nodes: Option<u8>,
         /// Port of the API on 127.0.0.1
         #[arg(long, default_value_t = cluster::API_PORT)]
         api_port: u16,
@@ -107,7 +108,8 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
-    let config = || args.kubeconfig.clone().unwrap_or_else(|| local_config(&args.cluster));
+    let name = args.cluster.clone().unwrap_or_else(|| cluster::DEFAULT.to_owned());
+    let config = || config(args.kubeconfig.clone(), args.cluster.as_deref());
     match args.command {
         Command::Up {
             nodes,
@@ -125,8 +127,8 @@ fn run(args: Args) -> anyhow::Result<()> {
             let images = images.unwrap_or_else(|| bin.join("../images"));
             let images = images.canonicalize().unwrap_or(images);
             let cluster = Cluster {
-                name: args.cluster,
-                nodes,
+                name,
+                nodes: nodes.unwrap_or(cluster::NODES),
                 api_port,
                 bin,
                 images,
@@ -135,20 +137,20 @@ fn run(args: Args) -> anyhow::Result<()> {
                 control_args,
                 agent_args,
             };
-            up::run(&up::Options { cluster, examples: !no_examples, write_kubeconfig: !no_kubeconfig })
+            up::run(&up::Options { cluster, nodes, examples: !no_examples, write_kubeconfig: !no_kubeconfig })
         }
-        Command::Down => down::run(&args.cluster),
-        Command::Status => status::run(&config(), false),
-        Command::Check => check::run(&config(), Cluster::load(&args.cluster).ok().flatten()),
+        Command::Down => down::run(&name),
+        Command::Status => status::run(&config()?, false),
+        Command::Check => check::run(&config()?, Cluster::load(&name).ok().flatten()),
         Command::Split { ref service, ref weights, ref namespace, timeout } => {
-            split::run(&config(), namespace, service, weights, timeout)
+            split::run(&config()?, namespace, service, weights, timeout)
         }
-        Command::Token { ref command } => token::run(&config(), command),
+        Command::Token { ref command } => token::run(&config()?, command),
         Command::NodeKill { node } => {
-            require(&args.cluster)?.node(node).kill();
+            require(&name)?.node(node).kill();
             Ok(())
         }
-        Command::NodeStart { node } => up::start_node(&require(&args.cluster)?, node),
+        Command::NodeStart { node } => up::start_node(&require(&name)?, node),
         Command::MachineStart { spec } => machine::enter(&spec),
         Command::MachineInit { spec } => machine::init(&spec),
     }
@@ -159,10 +161,12 @@ fn require(name: &str) -> anyhow::Result<Cluster> {
         .ok_or_else(|| anyhow::anyhow!("no local cluster {name:?} is there; start one with `sluice up`"))
 }
 
-/// The local cluster's own kubeconfig, else the user's.
-fn local_config(name: &str) -> PathBuf {
-    match Cluster::load(name) {
-        Ok(Some(c)) => c.kubeconfig(),
-        _ => kubeconfig::path(),
+/// The kubeconfig that was named; that of the local cluster that was named; else of the one that is there; else the
+/// user's. Whoever names a cluster never reaches another.
+fn config(named: Option<PathBuf>, cluster: Option<&str>) -> anyhow::Result<PathBuf> {
+    match (named, cluster) {
+        (Some(path), _) => Ok(path),
+        (None, Some(name)) => require(name).map(|c| c.kubeconfig()),
+        (None, None) => Ok(Cluster::load(cluster::DEFAULT)?.map_or_else(kubeconfig::path, |c| c.kubeconfig())),
     }
 }

@@ -5,13 +5,14 @@ use crate::client::{block_on, connect};
 use anyhow::{Context, Result, bail};
 use futures::{StreamExt, TryStreamExt};
 use gateway_api::httproutes::{HttpRoute, HttpRouteSpec};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::{api::core::v1::Service, apimachinery::pkg::apis::meta::v1::Condition};
 use kube::{
     Api,
     api::{ListParams, Patch, PatchParams},
     runtime::{WatchStreamExt, watcher},
 };
 use std::{
+    collections::HashSet,
     path::Path,
     time::{Duration, Instant},
 };
@@ -30,7 +31,12 @@ fn parse(weights: &[String]) -> Result<Vec<(String, i32)>> {
             .with_context(|| format!("weight {n:?} of {name} is not a number between 0 and 1000000"))?;
         Ok((name.to_owned(), n))
     };
-    weights.iter().map(one).collect()
+    let all = weights.iter().map(one).collect::<Result<Vec<_>>>()?;
+    let mut seen = HashSet::new();
+    match all.iter().find(|(name, _)| !seen.insert(name)) {
+        Some((name, _)) => bail!("backend {name} is given two weights; give it one"),
+        None => Ok(all),
+    }
 }
 
 /// The rules with new weights: in every rule that has all the named backends. Backends not named get 0.
@@ -38,6 +44,9 @@ fn reweigh(spec: &HttpRouteSpec, service: &str, weights: &[(String, i32)]) -> Re
     let mut next = spec.clone();
     let is = |backend: &str, name: &str| backend == name || backend == format!("{service}-{name}");
     let mut changed = 0;
+    if let Some((long, short)) = same(service, weights) {
+        bail!("{long} and {short} are one backend; give it one weight");
+    }
     for rule in next.rules.iter_mut().flatten() {
         let refs = rule.backend_refs.get_or_insert_default();
         if !weights.iter().all(|(name, _)| refs.iter().any(|b| is(&b.name, name))) {
@@ -63,6 +72,12 @@ fn reweigh(spec: &HttpRouteSpec, service: &str, weights: &[(String, i32)]) -> Re
         bail!("all weights are 0: that would refuse every request; give one of them traffic");
     }
     Ok(next)
+}
+
+/// A backend that is given by its whole name and by its short one.
+fn same<'a>(service: &str, weights: &'a [(String, i32)]) -> Option<(&'a str, &'a str)> {
+    let names = || weights.iter().map(|(name, _)| name.as_str());
+    names().find_map(|long| Some((long, names().find(|short| format!("{service}-{short}") == long)?)))
 }
 
 fn of_service(r: &HttpRoute, service: &str) -> bool {
@@ -93,6 +108,10 @@ pub fn run(kubeconfig: &Path, namespace: &str, service: &str, weights: &[String]
     let weights = parse(weights)?;
     block_on(async {
         let client = connect(kubeconfig).await?;
+        let service_of = Api::<Service>::namespaced(client.clone(), namespace);
+        if service_of.get_opt(service).await.context("read the service")?.is_none() {
+            bail!("there is no service {service} in namespace {namespace}; another namespace is given by -n");
+        }
         let api: Api<HttpRoute> = Api::namespaced(client, namespace);
         let routes = api.list(&ListParams::default()).await.context("list HTTPRoutes")?;
         let mut of: Vec<_> = routes.items.into_iter().filter(|r| of_service(r, service)).collect();
@@ -206,5 +225,7 @@ mod tests {
         let e = reweigh(&spec(), "echo", &[("v3".into(), 1)]).expect_err("no v3").to_string();
         assert!(e.contains("echo-v1"), "{e}");
         assert!(reweigh(&spec(), "echo", &[("v1".into(), 0), ("v2".into(), 0)]).is_err());
+        assert!(parse(&["v1=1".into(), "v1=2".into()]).is_err(), "twice");
+        assert!(reweigh(&spec(), "echo", &[("v1".into(), 1), ("echo-v1".into(), 2)]).is_err(), "twice");
     }
 }

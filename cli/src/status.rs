@@ -47,7 +47,7 @@ async fn routes(client: &Client) -> Result<()> {
     let rows = traffic(client).await?;
     for r in &routes {
         let key = format!("{}/{}", r.namespace().unwrap_or_default(), r.name_any());
-        println!("\nROUTE {key}: {}", in_force(r));
+        println!("\nROUTE {key}: {}; counted since the sidecars started", in_force(r));
         println!(
             "  {:<24} {:>8} {:>10} {:>9} {:>9} {:>9}",
             "BACKEND", "WEIGHT", "REQUESTS", "MEASURED", "FAILED", "MEAN ms"

@@ -1,7 +1,7 @@
 //! `sluice up`: a local cluster of simulated machines with the canary example in it. Repeating it is harmless.
 
 use crate::{
-    cluster::{CNI_NAMES, Cluster},
+    cluster::{CNI_NAMES, Cluster, DEFAULT},
     down, kubeconfig, kubectl, preflight, status, token, wiring,
 };
 use anyhow::{Context, Result, bail};
@@ -22,6 +22,8 @@ const CANARY: &str = include_str!("../../examples/canary/canary.yaml");
 
 pub struct Options {
     pub cluster: Cluster,
+    /// As many as were asked for, if any number was.
+    pub nodes: Option<u8>,
     /// Apply the examples and wait for them.
     pub examples: bool,
     /// Also where the user's kubeconfig is.
@@ -32,7 +34,7 @@ pub fn run(o: &Options) -> Result<()> {
     let began = Instant::now();
     let lock = Cluster::lock(&o.cluster.name)?;
     let c = match Cluster::load(&o.cluster.name)? {
-        Some(running) if running.control().pid().is_some() => complete(running, o.cluster.nodes)?,
+        Some(running) if running.control().pid().is_some() => complete(running, o.nodes)?,
         leftover => {
             // Of a machine that was switched off without `sluice down`.
             if let Some(old) = leftover {
@@ -67,7 +69,8 @@ pub fn run(o: &Options) -> Result<()> {
 }
 
 /// A running cluster with this many nodes: those that are not there yet, or are off, are started.
-fn complete(running: Cluster, nodes: u8) -> Result<Cluster> {
+fn complete(running: Cluster, nodes: Option<u8>) -> Result<Cluster> {
+    let nodes = nodes.unwrap_or(running.nodes);
     if running.nodes > nodes {
         bail!(
             "cluster {:?} already runs with {} nodes; `sluice down` first to have fewer",
@@ -80,9 +83,13 @@ fn complete(running: Cluster, nodes: u8) -> Result<Cluster> {
     if !off.is_empty() {
         // First the plan, so that `down` knows of every machine.
         c.save()?;
-        step(&format!("starting {} more nodes", off.len()), || off.into_iter().try_for_each(|i| start_node(&c, i)))?;
+        step(&format!("starting {}", nodes_of(off.len())), || off.into_iter().try_for_each(|i| start_node(&c, i)))?;
     }
     Ok(c)
+}
+
+fn nodes_of(n: usize) -> String {
+    format!("{n} node{}", if n == 1 { "" } else { "s" })
 }
 
 /// Shows what is being done, and that it was.
@@ -109,7 +116,7 @@ fn start(c: &Cluster, socket: TcpListener) -> Result<()> {
         wiring::underlay(&control, Cluster::control_ip()).context("make the underlay network")?;
         wait_file(&c.kubeconfig(), &control.log("control"))
     })?;
-    step(&format!("starting {} nodes", c.nodes), || {
+    step(&format!("starting {}", nodes_of(usize::from(c.nodes))), || {
         for i in 0..c.nodes {
             start_node(c, i)?;
         }
@@ -220,15 +227,25 @@ fn examples(config: &Path) -> Result<()> {
 fn next_steps(c: &Cluster) -> Result<()> {
     status::run(&c.kubeconfig(), true)?;
     let context = c.context();
+    let sluice = invocation(c);
     println!(
         "
 Try next:
   kubectl --context {context} get pods -A -o wide
   kubectl --context {context} -n canary logs deploy/client -c client --tail 3
-  sluice split echo -n canary v1=50 v2=50      # shift the traffic; waits until it is in force everywhere
-  sluice status                                # what runs where, and the split as the sidecars measured it
-  sluice down                                  # leaves nothing behind
+  # shift the traffic; waits until it is in force everywhere
+  {sluice} split echo -n canary v1=50 v2=50
+  # what runs where, and the split as the sidecars measured it since they started
+  {sluice} status
+  # leaves nothing behind
+  {sluice} down
 "
     );
     Ok(())
+}
+
+/// How to call this program again, for this cluster.
+fn invocation(c: &Cluster) -> String {
+    let program = std::env::args().next().unwrap_or_else(|| "sluice".to_owned());
+    if c.name == DEFAULT { program } else { format!("{program} --cluster {}", c.name) }
 }

@@ -57,6 +57,9 @@ async fn deploys_changes_and_undoes() {
     for want in ["READY", "RESTARTS", "1/1", "Running", "10.244.", "n1"] {
         assert!(wide.contains(want), "{wide}");
     }
+    let sorted = cluster.kubectl(&["get", "pods", "-o", "wide", "--sort-by=.spec.nodeName"]).await;
+    let order: Vec<&str> = sorted.split_whitespace().filter(|word| ["n1", "n2", "n3"].contains(word)).collect();
+    assert_eq!(order, ["n1", "n2", "n3"], "{sorted}");
     eventually("endpoints", || async {
         let slices = cluster
             .kubectl(&[

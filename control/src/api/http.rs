@@ -179,10 +179,10 @@ async fn objects(
     let (parts, body) = request.into_parts();
     let raw_query = parts.uri.query().unwrap_or_default();
     if matches!(verb, "get" | "list" | "watch") {
-        let form = request::form(&parts.headers)?;
+        let form = request::form(&parts.headers, &query)?;
         return read(api, verb, target, &query, raw_query, form).await;
     }
-    let form = request::form(&parts.headers).unwrap_or(Form::Object);
+    let form = request::form(&parts.headers, &query).unwrap_or(Form::Object);
     let bytes = read_body(body).await?;
     let ctx = Context {
         user: user.name.clone(),

@@ -7,16 +7,16 @@ use serde_json::{Value, json};
 
 use super::kinds::Kind;
 use super::registry::Listed;
-use super::request::Form;
+use super::request::{Form, Include};
 
 /// One object.
 pub fn object(kind: &Kind, form: Form, object: Value, now: Timestamp) -> Value {
     match form {
         Form::Object => object,
         Form::Metadata => metadata_only(object, "PartialObjectMetadata"),
-        Form::Table => {
+        Form::Table(include) => {
             let version = object["metadata"]["resourceVersion"].clone();
-            table(kind, &[object], json!({ "resourceVersion": version }), true, now)
+            table(kind, include, &[object], json!({ "resourceVersion": version }), true, now)
         }
     }
 }
@@ -31,7 +31,7 @@ pub fn list(kind: &Kind, form: Form, listed: Listed, now: Timestamp) -> Value {
         }
     }
     match form {
-        Form::Table => table(kind, &listed.items, metadata, true, now),
+        Form::Table(include) => table(kind, include, &listed.items, metadata, true, now),
         Form::Metadata => {
             let items = listed.items.into_iter().map(|item| metadata_only(item, "PartialObjectMetadata"));
             json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,
@@ -48,14 +48,19 @@ pub fn watched(kind: &Kind, form: Form, object: &Value, first: bool, now: Timest
     match form {
         Form::Object => object.clone(),
         Form::Metadata => metadata_only(object.clone(), "PartialObjectMetadata"),
-        Form::Table => {
+        Form::Table(include) => {
             let version = object["metadata"]["resourceVersion"].clone();
-            table(kind, std::slice::from_ref(object), json!({ "resourceVersion": version }), first, now)
+            table(kind, include, std::slice::from_ref(object), json!({ "resourceVersion": version }), first, now)
         }
     }
 }
 
-fn table(kind: &Kind, objects: &[Value], metadata: Value, columns: bool, now: Timestamp) -> Value {
+fn table(kind: &Kind, include: Include, objects: &[Value], metadata: Value, columns: bool, now: Timestamp) -> Value {
+    let carried = |object: &Value| match include {
+        Include::Nothing => Value::Null,
+        Include::Metadata => metadata_only(without_managers(object), "PartialObjectMetadata"),
+        Include::Object => object.clone(),
+    };
     let definitions: Vec<Value> = kind
         .columns
         .iter()
@@ -65,12 +70,8 @@ fn table(kind: &Kind, objects: &[Value], metadata: Value, columns: bool, now: Ti
                    "priority": i32::from(column.wide)})
         })
         .collect();
-    let rows: Vec<Value> = objects
-        .iter()
-        .map(|object| {
-            json!({"cells": (kind.cells)(object, now), "object": metadata_only(without_managers(object), "PartialObjectMetadata")})
-        })
-        .collect();
+    let rows: Vec<Value> =
+        objects.iter().map(|object| json!({"cells": (kind.cells)(object, now), "object": carried(object)})).collect();
     json!({
         "kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,
         "columnDefinitions": if columns { definitions } else { Vec::new() }, "rows": rows,

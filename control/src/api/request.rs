@@ -125,6 +125,17 @@ impl Query {
         }
     }
 
+    fn include(&self) -> Result<Include, ApiError> {
+        match self.get("includeObject") {
+            None | Some("Metadata") => Ok(Include::Metadata),
+            Some("None") => Ok(Include::Nothing),
+            Some("Object") => Ok(Include::Object),
+            Some(other) => Err(ApiError::bad_request(format!(
+                "includeObject: Unsupported value: \"{other}\": supported values: \"Metadata\", \"None\", \"Object\""
+            ))),
+        }
+    }
+
     /// Whether nothing is to be stored.
     pub fn dry_run(&self) -> Result<bool, ApiError> {
         match self.get("dryRun") {
@@ -143,13 +154,22 @@ pub enum Form {
     /// As they are.
     Object,
     /// Rows for people.
-    Table,
+    Table(Include),
     /// Metadata only.
     Metadata,
 }
 
+/// What of its object each row carries (`includeObject`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Include {
+    Nothing,
+    Metadata,
+    /// All of it: clients sort by any of its fields.
+    Object,
+}
+
 /// The first form of the Accept header that can be made.
-pub fn form(headers: &HeaderMap) -> Result<Form, ApiError> {
+pub fn form(headers: &HeaderMap, query: &Query) -> Result<Form, ApiError> {
     let accept = header(headers, &ACCEPT);
     if accept.is_empty() {
         return Ok(Form::Object);
@@ -163,7 +183,7 @@ pub fn form(headers: &HeaderMap) -> Result<Form, ApiError> {
         let transformed = parameters.find_map(|parameter| parameter.strip_prefix("as="));
         match transformed {
             None => return Ok(Form::Object),
-            Some("Table") if part.contains("g=meta.k8s.io") => return Ok(Form::Table),
+            Some("Table") if part.contains("g=meta.k8s.io") => return Ok(Form::Table(query.include()?)),
             Some("PartialObjectMetadata" | "PartialObjectMetadataList") => return Ok(Form::Metadata),
             Some(_) => {}
         }
@@ -298,10 +318,16 @@ mod tests {
         let form_of = |text: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(ACCEPT, text.parse().expect("a header"));
-            form(&headers)
+            form(&headers, &Query::default())
         };
         let kubectl = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json;as=Table;v=v1beta1;g=meta.k8s.io,application/json";
-        assert_eq!(form_of(kubectl).expect("a form"), Form::Table);
+        assert_eq!(form_of(kubectl).expect("a form"), Form::Table(Include::Metadata));
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT, kubectl.parse().expect("a header"));
+        let including = |what: &str| form(&headers, &Query::parse(&format!("includeObject={what}")));
+        assert_eq!(including("Object").expect("a form"), Form::Table(Include::Object));
+        assert_eq!(including("None").expect("a form"), Form::Table(Include::Nothing));
+        assert_eq!(including("Some").expect_err("none").code, 400);
         assert_eq!(form_of("application/json").expect("a form"), Form::Object);
         assert_eq!(form_of("application/vnd.kubernetes.protobuf,application/json").expect("a form"), Form::Object);
         assert_eq!(form_of("application/vnd.kubernetes.protobuf").expect_err("none").code, 406);

@@ -179,7 +179,7 @@ fn bookmark(request: &Request, revision: u64, initial_end: bool) -> Bytes {
         metadata["annotations"] = json!({INITIAL_END: "true"});
     }
     let object = match request.form {
-        Form::Table => json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,
+        Form::Table(_) => json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,
             "columnDefinitions": [], "rows": []}),
         Form::Metadata => {
             json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": metadata})

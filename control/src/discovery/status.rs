@@ -140,11 +140,17 @@ fn conditions(route: &RouteStatus, p: &ParentStatus, programmed: Option<Programm
     all.into_iter().map(|(type_, words)| condition(type_, words, route.generation, before)).collect()
 }
 
+fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 fn in_force(p: Option<Programmed>) -> Words {
     match p {
-        Some(Programmed::InForce { agents, sidecars }) => {
-            ("True", "Acknowledged", format!("in force at {agents} nodes and {sidecars} sidecars"))
-        }
+        Some(Programmed::InForce { agents, sidecars }) => (
+            "True",
+            "Acknowledged",
+            format!("in force at {} and {}", count(agents, "node"), count(sidecars, "sidecar")),
+        ),
         Some(Programmed::Waiting { missing }) => {
             let more = missing.len().saturating_sub(NAMED);
             let named = missing[..missing.len().min(NAMED)].join(", ");
