@@ -33,7 +33,8 @@ pub struct WantedPod {
 /// All wanted entries.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Compiled {
-    pub services: BTreeMap<ServiceKey, Wanted>,
+    /// Shared with who wrote them: what stays the same is neither copied nor compared.
+    pub services: BTreeMap<ServiceKey, Arc<Wanted>>,
     /// By pod UID.
     pub pods: BTreeMap<String, WantedPod>,
     /// What could not be honoured, for the log and the status.
@@ -108,12 +109,12 @@ pub fn compile(snapshot: &Snapshot, node: &str, dns: Option<DnsOverlay>) -> Comp
             out.owners.insert(key, service.name.clone());
             let view = View { snapshot, place, v4: vip.is_ipv4() };
             let wanted = view.wanted(attached, service, port, &mut out.problems);
-            out.services.insert(key, wanted);
+            out.services.insert(key, Arc::new(wanted));
         }
     }
     for (key, wanted) in dns.iter().flat_map(overlay) {
         out.owners.remove(&key);
-        out.services.insert(key, wanted);
+        out.services.insert(key, Arc::new(wanted));
     }
     out.pods =
         snapshot.workloads().filter(|w| w.node == node).map(|w| (w.uid.clone(), wanted_pod(snapshot, w))).collect();
@@ -134,7 +135,8 @@ impl Compiled {
                 let key = key(vip, port.port, port.protocol);
                 if self.owners.get(&key) == Some(&service.name) {
                     let view = View { snapshot, place, v4: vip.is_ipv4() };
-                    self.services.insert(key, view.wanted(attached, service, port, &mut vec![]));
+                    let wanted = view.wanted(attached, service, port, &mut vec![]);
+                    self.services.insert(key, Arc::new(wanted));
                 }
             }
         }

@@ -10,7 +10,10 @@ use crate::{
     maps::ServiceMaps,
 };
 use sluice_ebpf_common::{Backend, BackendKey, MemberKey, Service, ServiceKey};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    sync::Arc,
+};
 
 /// What an application of wanted entries did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,7 +26,7 @@ pub struct Changes {
 struct Present {
     entries: Entries,
     /// `None`: what is there is damaged and will be replaced.
-    wanted: Option<Wanted>,
+    wanted: Option<Arc<Wanted>>,
 }
 
 /// What belongs to one set, also to one that does not read back.
@@ -78,7 +81,7 @@ impl ServiceTable {
             let all_there = |w: &Wanted| w.members(s.set).all(|m| there.contains(&m));
             let wanted = read_back(&key, &s, |k| backends.get(&k).copied()).filter(all_there);
             let backends = sizes.get(&s.set).copied().unwrap_or(0);
-            (key, Present { entries: Entries { set: s.set, backends, members }, wanted })
+            (key, Present { entries: Entries { set: s.set, backends, members }, wanted: wanted.map(Arc::new) })
         };
         self.present = services.into_iter().map(present).collect();
         Ok(())
@@ -86,7 +89,7 @@ impl ServiceTable {
 
     /// Makes the maps say `wanted` and nothing else. On an error what was done stays done and is known: the next call
     /// does the rest.
-    pub fn apply(&mut self, wanted: &BTreeMap<ServiceKey, Wanted>) -> Result<Changes> {
+    pub fn apply(&mut self, wanted: &BTreeMap<ServiceKey, Arc<Wanted>>) -> Result<Changes> {
         let mut changes = Changes::default();
         let mut stale = Vec::new();
         let outcome = self.write(wanted, &mut changes, &mut stale);
@@ -116,7 +119,7 @@ impl ServiceTable {
 
     fn write(
         &mut self,
-        wanted: &BTreeMap<ServiceKey, Wanted>,
+        wanted: &BTreeMap<ServiceKey, Arc<Wanted>>,
         changes: &mut Changes,
         stale: &mut Vec<Entries>,
     ) -> Result<()> {
@@ -138,7 +141,7 @@ impl ServiceTable {
         Ok(())
     }
 
-    fn replace(&mut self, key: &ServiceKey, wanted: &Wanted) -> Result<Present> {
+    fn replace(&mut self, key: &ServiceKey, wanted: &Arc<Wanted>) -> Result<Present> {
         let set = self.next_set;
         self.next_set = self.next_set.wrapping_add(1).max(1);
         let (service, backends) = lay_out(key, wanted, set);
@@ -162,7 +165,7 @@ impl ServiceTable {
             None => self.present.remove(key),
         }?;
         let kept: HashSet<&Target> = wanted.into_iter().flat_map(Wanted::targets).collect();
-        let lost = before.wanted.iter().flat_map(Wanted::targets).filter(|t| !kept.contains(t));
+        let lost = before.wanted.iter().flat_map(|w| w.targets()).filter(|t| !kept.contains(t));
         self.withdrawn.extend(lost.map(|t| (*key, *t)));
         Some(before.entries)
     }

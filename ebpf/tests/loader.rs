@@ -9,7 +9,7 @@ use sluice_ebpf::{
     maps::{Counters, Listeners, PodMaps, ServiceMaps, pin_dir},
     table::{Changes, ServiceTable},
 };
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
 
 struct Ground {
     base: PathBuf,
@@ -42,11 +42,11 @@ impl Drop for Ground {
     }
 }
 
-fn one_service(port: u16, targets: u16) -> BTreeMap<ServiceKey, Wanted> {
+fn one_service(port: u16, targets: u16) -> BTreeMap<ServiceKey, Arc<Wanted>> {
     let key = ServiceKey { port_be: port.to_be(), proto: 6, ..ServiceKey::default() };
     let target = |n: u16| Target { addr: key.addr, port_be: n };
     let group = WantedGroup { weight: 3, targets: (1..=targets).map(target).collect() };
-    BTreeMap::from([(key, Wanted::new(false, vec![group]))])
+    BTreeMap::from([(key, Arc::new(Wanted::new(false, vec![group])))])
 }
 
 #[test]
@@ -106,4 +106,33 @@ fn the_table_writes_differences_and_survives_a_restart() {
     assert_eq!(table.apply(&both).expect("apply").written, 1);
     assert_eq!(table.apply(&BTreeMap::new()).expect("apply").removed, 2);
     assert_eq!(maps().backends.entries().expect("entries").len(), 0);
+}
+
+#[test]
+fn members_and_withdrawals_follow_the_services() {
+    let ground = Ground::new("members");
+    loader::load(&ground.place).expect("load");
+    let dir = pin_dir(&ground.place.bpffs);
+    let maps = || ServiceMaps::open(&dir).expect("maps");
+    let sticky = |targets: u16| -> BTreeMap<_, _> {
+        let services = one_service(80, targets).into_iter();
+        services.map(|(key, w)| (key, Arc::new((*w).clone().affine(Some(60))))).collect()
+    };
+    let mut table = ServiceTable::open(maps()).expect("open");
+    table.apply(&sticky(3)).expect("apply");
+    assert_eq!(maps().members.entries().expect("entries").len(), 3);
+    assert!(table.take_withdrawn().is_empty());
+    // Whose membership somebody deletes would lose its clients.
+    let (victim, _) = maps().members.entries().expect("entries")[0];
+    maps().members.remove(&victim).expect("remove");
+    let mut table = ServiceTable::open(maps()).expect("reopen");
+    assert_eq!(table.apply(&sticky(3)).expect("apply").written, 1);
+    assert_eq!(maps().members.entries().expect("entries").len(), 3);
+    table.take_withdrawn();
+    table.apply(&sticky(1)).expect("apply");
+    let ports: Vec<u16> = table.take_withdrawn().iter().map(|(_, target)| target.port_be).collect();
+    assert_eq!(ports, [2, 3]);
+    table.apply(&BTreeMap::new()).expect("apply");
+    assert_eq!(table.take_withdrawn().len(), 1);
+    assert_eq!(maps().members.entries().expect("entries").len(), 0);
 }

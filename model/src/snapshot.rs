@@ -5,7 +5,7 @@
 
 use crate::{EndpointSet, Kind, Name, Node, Place, Policy, Resource, ResourceKey, Revision, Route, Service, Workload};
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, sync::Arc};
+use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
@@ -80,16 +80,24 @@ impl Snapshot {
         self.resources.is_empty()
     }
 
-    /// What changes from `self` to `next`, in key order.
+    /// What changes from `self` to `next`, in key order. Both are walked once; what they share is not looked into.
     pub fn diff(&self, next: &Snapshot) -> Delta {
-        let changed = next
-            .resources
-            .iter()
-            .filter(|(k, r)| self.resources.get(k).is_none_or(|old| !Arc::ptr_eq(old, r) && old != *r))
-            .map(|(_, r)| r.clone())
-            .collect();
-        let removed = self.resources.keys().filter(|k| !next.resources.contains_key(k)).cloned().collect();
-        Delta { changed, removed }
+        let mut delta = Delta::default();
+        let (mut old, mut new) = (self.resources.iter().peekable(), next.resources.iter().peekable());
+        loop {
+            let order = match (old.peek(), new.peek()) {
+                (Some((before, _)), Some((after, _))) => before.cmp(after),
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (None, None) => return delta,
+            };
+            let before = old.next_if(|_| order != Ordering::Greater);
+            match (before, new.next_if(|_| order != Ordering::Less)) {
+                (Some((key, _)), None) => delta.removed.push(key.clone()),
+                (Some((_, before)), Some((_, after))) if Arc::ptr_eq(before, after) || before == after => {}
+                (_, after) => delta.changed.extend(after.map(|(_, r)| r.clone())),
+            }
+        }
     }
 
     /// The snapshot after `delta`, at `revision`. Removing what is not there is no error.

@@ -252,12 +252,12 @@ fn address(index: usize) -> Ipv4Addr {
 }
 
 /// Every service leads to the server: the one that is dialled is the last.
-fn wanted(services: usize) -> BTreeMap<ServiceKey, Wanted> {
+fn wanted(services: usize) -> BTreeMap<ServiceKey, Arc<Wanted>> {
     let target = Target { addr: sluice_ebpf::addr(SERVER.into()), port_be: PORT.to_be() };
     let service = |index: usize| {
         let addr = sluice_ebpf::addr(IpAddr::V4(address(index)));
         let key = ServiceKey { addr, port_be: 80_u16.to_be(), proto: TCP, pad: 0 };
-        (key, Wanted::new(false, vec![WantedGroup { weight: 1, targets: vec![target] }]))
+        (key, Arc::new(Wanted::new(false, vec![WantedGroup { weight: 1, targets: vec![target] }])))
     };
     (0..services).map(service).collect()
 }
