@@ -21,6 +21,7 @@ const TESTS: &[(&str, Test)] = &[
     ("probes_cull_and_restart", deploy::probes_cull_and_restart),
     ("init_containers_volumes_and_logs", deploy::init_containers_volumes_and_logs),
     ("services_have_names_and_stable_addresses", network::services_have_names_and_stable_addresses),
+    ("services_keep_clients_and_stay_near", network::services_keep_clients_and_stay_near),
     ("readiness_withdraws_on_all_nodes", network::readiness_withdraws_on_all_nodes),
     ("containers_of_a_pod_share_localhost", network::containers_of_a_pod_share_localhost),
     ("kernel_state_is_put_right", network::kernel_state_is_put_right),

@@ -5,13 +5,19 @@ use crate::{
     load::{echo, request_log, service},
 };
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
 
 /// A pod that runs a script and says what it saw.
 fn script(c: &Cluster, namespace: &str, name: &str, script: &str) -> Result<String> {
+    script_on(c, None, namespace, name, script)
+}
+
+/// The same on a node.
+fn script_on(c: &Cluster, node: Option<&str>, namespace: &str, name: &str, script: &str) -> Result<String> {
     c.apply(&[json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace},
-        "spec": {"restartPolicy": "Never", "containers": [{
+        "spec": {"restartPolicy": "Never", "nodeName": node, "containers": [{
             "name": "sh", "image": "sluice.local/echo:1", "command": ["/bin/sh", "-c", script]}]}
     })])?;
     c.wait("the script ends", 60, || {
@@ -57,6 +63,52 @@ pub fn services_have_names_and_stable_addresses(c: &Cluster) -> Result<()> {
     let log = script(c, "names", "again", "wget -q -O - http://web/")?;
     ensure!(log.contains("\"version\":\"v1\""), "{log}");
     c.delete_namespace("names")
+}
+
+/// A client stays with its pod, stays on its node or near it where the service says so, and reaches external addresses.
+pub fn services_keep_clients_and_stay_near(c: &Cluster) -> Result<()> {
+    const ASKED: usize = 20;
+    c.namespace("near", false)?;
+    let with = |name: &str, spec: Value| {
+        let mut service = service("near", name, json!({"app": "echo"}));
+        service["spec"].as_object_mut().expect("a spec").extend(spec.as_object().expect("fields").clone());
+        service
+    };
+    c.apply(&[
+        echo("near", "web", "v1", 2),
+        with("sticky", json!({"sessionAffinity": "ClientIP"})),
+        with("local", json!({"internalTrafficPolicy": "Local"})),
+        with("close", json!({"trafficDistribution": "PreferSameNode"})),
+        with("outside", json!({"externalIPs": ["192.0.2.10"]})),
+    ])?;
+    c.rollout("near", "web")?;
+    let pods = c.pods("near", "app=echo")?;
+    let on = |node: &str| -> BTreeSet<String> {
+        let here = pods.iter().filter(|p| p["spec"]["nodeName"] == node);
+        here.filter_map(|p| p["metadata"]["name"].as_str().map(str::to_owned)).collect()
+    };
+    let all: BTreeSet<String> = NODES.iter().flat_map(|node| on(node)).collect();
+    ensure!(all.len() == 2 && NODES.iter().any(|n| on(n).is_empty()), "two pods on two of three nodes: {pods:?}");
+    let ask = format!(
+        "for s in sticky local close 192.0.2.10; do for i in $(seq {ASKED}); do
+            echo $s $(wget -q -T 5 -O - http://$s/ || echo refused); done; done"
+    );
+    for node in NODES {
+        let log = script_on(c, Some(node), "near", &format!("ask-{node}"), &ask)?;
+        let seen = |service: &str| -> Result<BTreeSet<String>> {
+            let lines: Vec<&str> = log.lines().filter_map(|l| l.strip_prefix(service)?.strip_prefix(' ')).collect();
+            ensure!(lines.len() == ASKED, "{service} from {node}: {log}");
+            let pod = |line: &&str| serde_json::from_str::<Value>(line).ok()?["pod"].as_str().map(str::to_owned);
+            Ok(lines.iter().map(|line| pod(line).unwrap_or_else(|| (*line).to_owned())).collect())
+        };
+        let here = on(node);
+        let nobody = BTreeSet::from(["refused".to_owned()]);
+        ensure!(seen("sticky")?.len() == 1 && seen("sticky")?.is_subset(&all), "{node}: {log}");
+        ensure!(seen("local")? == if here.is_empty() { nobody } else { here.clone() }, "{node}: {log}");
+        ensure!(seen("close")? == if here.is_empty() { all.clone() } else { here }, "{node}: {log}");
+        ensure!(seen("192.0.2.10")? == all, "{node}: {log}");
+    }
+    c.delete_namespace("near")
 }
 
 /// Mission row 7: a pod that is not ready is out of every node's endpoints. The pod's own log has the probe that failed
