@@ -45,7 +45,7 @@ impl Node {
         }
         let netns = ns::make_named(&base.join("node")).expect("node's namespace");
         let config = json!({
-            "cniVersion": "1.0.0", "name": "sluice", "type": "sluice-cni", "ranges": ["10.244.1.0/24", "fd00:1::/64"],
+            "cniVersion": "1.1.0", "name": "sluice", "type": "sluice-cni", "ranges": ["10.244.1.0/24", "fd00:1::/64"],
             "stateDir": base.join("state"), "bpffs": place.bpffs,
         });
         Self { base, place, netns, config, pods: Mutex::default() }
@@ -98,6 +98,14 @@ impl Node {
         answer
     }
 
+    fn gc(&self, valid: &[&str]) {
+        let mut config = self.config.clone();
+        let valid = valid.iter().map(|id| json!({ "containerID": id, "ifname": "eth0" })).collect::<Vec<_>>();
+        config["cni.dev/valid-attachments"] = json!(valid);
+        let (ok, answer) = self.run(&config.to_string(), &[("CNI_COMMAND", "GC")]);
+        assert!(ok, "{answer}");
+    }
+
     fn links(&self) -> Vec<String> {
         let mut connection = Connection::open_in(&self.netns).expect("connection");
         let all = link::all(&mut connection).expect("links");
@@ -138,11 +146,11 @@ fn a_pod_from_add_to_del() {
     let pod = node.pod("a");
     let path = Some(pod.path());
     let (_, answer) = node.verb("CHECK", "a", path);
-    assert_eq!(answer["code"], 103, "not added yet: {answer}");
+    assert_eq!(answer["code"], 3, "not added yet: {answer}");
     node.maps().intents.set(&padded("uid-a"), &POD_MESHED).expect("intent");
 
     let first = node.ok("ADD", "a", path);
-    assert_eq!(first["cniVersion"], "1.0.0");
+    assert_eq!(first["cniVersion"], "1.1.0");
     assert_eq!((address(&first, 0), address(&first, 1)), ("10.244.1.1".into(), "fd00:1::1".into()));
     assert_eq!(node.ok("ADD", "a", path), first, "a repeated ADD changes nothing");
     node.ok("CHECK", "a", path);
@@ -182,7 +190,7 @@ fn a_pod_from_add_to_del() {
         assert!(Instant::now() < deadline, "links stay: {:?}", node.links());
         std::thread::yield_now();
     }
-    node.ok("GC", "", None);
+    node.gc(&[]);
     assert_eq!(node.lease_files(), Vec::<String>::new(), "free when the link is gone");
 }
 
@@ -216,10 +224,8 @@ fn a_hundred_at_once_get_a_hundred_addresses() {
     drop(server);
 
     // GC keeps what is named and removes the rest.
-    let mut config = node.config.clone();
-    config["cni.dev/valid-attachments"] = json!([{ "containerID": "c3", "ifname": "eth0" }]);
-    let (ok, answer) = node.run(&config.to_string(), &[("CNI_COMMAND", "GC")]);
-    assert!(ok, "{answer}");
+    assert_eq!(node.verb("GC", "", None).1["code"], 7, "no list is not an empty list");
+    node.gc(&["c3"]);
     assert_eq!(node.maps().pods.entries().expect("map").len(), 1);
     node.ok("CHECK", "c3", Some(pods[3].path()));
     assert_eq!(node.lease_files().iter().filter(|f| f.ends_with("@eth0")).count(), 1);
@@ -247,7 +253,7 @@ fn errors_are_told_and_leave_nothing() {
     let mut inside = Connection::open_in(&pod).expect("connection");
     let other = link::Veth { host: "eth0", pod: "other0", pod_mac: [2, 0, 0, 0, 0, 1], mtu: None };
     link::make_veth(&mut inside, &pod, &other).expect("the pod's own interface");
-    assert_eq!(node.verb("ADD", "a", Some(pod.path())).1["code"], 100);
+    assert_eq!(node.verb("ADD", "a", Some(pod.path())).1["code"], 106);
     assert!(link::find(&mut inside, "eth0").expect("find").is_some(), "the pod's own interface stays");
     assert_eq!((node.links(), node.lease_files()), (vec![], vec![]));
     assert_eq!(node.maps().pods.entries().expect("map").len(), 0);
