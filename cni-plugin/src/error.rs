@@ -4,7 +4,7 @@ use std::{io, net::IpAddr};
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("configuration asks for CNI version {0:?}; this plugin speaks {supported}", supported = crate::spec::VERSIONS.join(", "))]
+    #[error("configuration asks for CNI version {0:?}; this plugin speaks {known}", known = crate::spec::VERSIONS.join(", "))]
     Version(String),
     #[error("CNI version {version} has no {verb}; it came with {since}")]
     TooOld { version: &'static str, verb: &'static str, since: &'static str },
@@ -14,9 +14,7 @@ pub enum Error {
     Decode(#[source] serde_json::Error),
     #[error("network configuration: {0}")]
     Config(String),
-    #[error(
-        "network configuration: {field} is {value}, which this plugin does not know; it leases addresses itself, from ranges"
-    )]
+    #[error("network configuration: {field} is {value}, but this plugin leases addresses itself")]
     Unsupported { field: &'static str, value: String },
     #[error("{operation} {object}")]
     Io {

@@ -63,8 +63,8 @@ fn link_is_gone(
     Ok(false)
 }
 
-/// GC (specification 1.1.0, section 2): everything of this network goes that is not of a valid attachment. Goes on after
-/// a failure, and returns the first one.
+/// GC (specification 1.1.0, section 2): everything of this network goes that is not of a valid attachment. Goes on
+/// after a failure, and returns the first one.
 pub(crate) fn collect(config: &Config) -> Result<()> {
     let valid = config.valid_attachments.as_deref().ok_or_else(|| {
         Error::Config("cni.dev/valid-attachments is missing; without it GC would take every pod's network".into())

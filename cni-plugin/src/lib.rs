@@ -1,8 +1,9 @@
 //! The CNI plugin's parts. The plugin alone writes leases; the agent uses [`store`] to read them and to take the lock
 //! that both share.
 //!
-//! [`spec`], [`config`], [`result`], [`ipam`] and [`bandwidth`] are pure. [`command`] is the verbs, each safe to repeat. [`wiring`] acts on
-//! links and maps, `garbage` takes away what is left of them. No runtime, no threads but the ones that enter a namespace: a process lives for one verb.
+//! [`spec`], [`config`], [`result`], [`ipam`] and [`bandwidth`] are pure. [`command`] is the verbs, each safe to
+//! repeat. [`wiring`] acts on links and maps, `garbage` takes away what is left of them. No runtime, no threads but the
+//! ones that enter a namespace: a process lives for one verb.
 
 pub mod bandwidth;
 pub mod command;
