@@ -4,7 +4,7 @@ use std::{io, net::IpAddr};
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("configuration asks for CNI version {0:?}; this plugin speaks {known}", known = crate::spec::VERSIONS.join(", "))]
+    #[error("configuration asks for CNI version {0:?}; this plugin speaks {known}", known = known())]
     Version(String),
     #[error("CNI version {version} has no {verb}; it came with {since}")]
     TooOld { version: &'static str, verb: &'static str, since: &'static str },
@@ -58,6 +58,10 @@ pub enum Error {
     Drift { container: String, ifname: String, what: String },
     #[error("lease file {file} is damaged; remove it when no pod uses {addresses:?}")]
     Damaged { file: String, addresses: Vec<IpAddr> },
+}
+
+fn known() -> String {
+    crate::spec::VERSIONS.join(", ")
 }
 
 impl Error {
