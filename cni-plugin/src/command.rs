@@ -78,9 +78,9 @@ fn add(config: &Config, env: &Environment<'_>) -> Result<Value> {
     let request = Request { config, attachment, path: &path, asked, mac: config.mac.or(env.mac()?), env };
     can_be_served(config)?;
     let maps = wiring::open_maps(config)?;
-    let mut inside =
-        Inside::open(&path).map_err(|e| Error::Environment(format!("CNI_NETNS {}: {e}", path.display())))?;
     let mut node = Node::open(config)?;
+    let mut inside =
+        Inside::enter(&path).map_err(|e| Error::Environment(format!("CNI_NETNS {}: {e}", path.display())))?;
     let (lease, fresh) = {
         let lock = Lock::take(&config.state_dir)?;
         lease_for(&request, &mut node, &lock, &maps, &inside)?
@@ -270,7 +270,7 @@ fn check(config: &Config, env: &Environment<'_>) -> Result<()> {
     let lease = lease.ok_or_else(|| Error::NoLease { container: container.clone(), ifname: ifname.clone() })?;
     let drift = |what: String| Error::Drift { container: container.clone(), ifname: ifname.clone(), what };
     as_before(config, &lease).map_err(drift)?;
-    let mut inside = Inside::open(&path).map_err(|cause| Error::Wiring { pod: lease.pod.to_string(), cause })?;
+    let mut inside = Inside::enter(&path).map_err(|cause| Error::Wiring { pod: lease.pod.to_string(), cause })?;
     if inside.cookie != lease.netns_cookie {
         return Err(drift("the lease is for another network namespace".into()));
     }
