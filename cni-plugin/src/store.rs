@@ -147,8 +147,9 @@ impl Store {
         let leases = state_dir.join("leases");
         let dir = leases.join(boot);
         if !dir.is_dir() {
-            fs::create_dir_all(&dir).map_err(|e| Error::io("create", dir.display(), e))?;
+            // In this order, so that a plugin that is killed in between forgets them the next time.
             forget_other_boots(&leases, boot);
+            fs::create_dir_all(&dir).map_err(|e| Error::io("create", dir.display(), e))?;
         }
         Ok(Self { dir })
     }
