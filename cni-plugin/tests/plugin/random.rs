@@ -61,10 +61,10 @@ fn random_calls_and_kills_leave_nothing_that_the_next_call_does_not_mend() {
     let mut run = Run::new(seed);
     while run.calls < calls {
         run.step();
-        if run.calls % BOOT_EVERY == 0 {
+        if run.calls.is_multiple_of(BOOT_EVERY) {
             run.reboot();
         }
-        if run.calls % LOOK_EVERY == 0 {
+        if run.calls.is_multiple_of(LOOK_EVERY) {
             run.look();
         }
     }
