@@ -38,10 +38,11 @@ lint:
 
 bench: bench-proxy bench-cni
 
-# The plugin beside the reference plugins (apt package), from ADD until the link is gone after DEL. Root.
+# The plugin beside the reference plugins (apt package), from ADD until the link is gone after DEL. As root, and ahead of
+# what else runs on the machine.
 bench-cni:
 	cargo build --release -p sluice-cni -p sluice-bench
-	@target/release/bench-cni
+	@chrt --rr 20 target/release/bench-cni
 
 # The sidecar beside nginx and HAProxy (apt packages), CPU time per request.
 bench-proxy:

@@ -22,13 +22,15 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io::{self, ErrorKind},
+    io::{self, ErrorKind, Write},
     net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 const LAST: &str = ".last";
+/// Room for an address of each family (15 and 45 letters at most).
+const LAST_BYTES: usize = 64;
 const MAKING: &str = ".making";
 
 /// The pod that a lease is for; empty for callers that name none.
@@ -210,7 +212,7 @@ impl Store {
 
     fn last(&self) -> Vec<IpAddr> {
         let text = fs::read_to_string(self.dir.join(LAST)).unwrap_or_default();
-        text.split(',').filter_map(|a| a.parse().ok()).collect()
+        text.trim_end().split(',').filter_map(|a| a.parse().ok()).collect()
     }
 
     /// Writes a lease; from here on its addresses are held.
@@ -221,9 +223,14 @@ impl Store {
         fs::write(&making, text).map_err(|e| Error::io("write lease", making.display(), e))?;
         let path = self.dir.join(&file);
         fs::rename(&making, &path).map_err(|e| Error::io("write lease", path.display(), e))?;
-        let addresses = file.split('@').next().unwrap_or_default();
-        let _ = fs::write(self.dir.join(LAST), addresses); // only spreads addresses; losing it costs nothing
+        let _ = self.remember(file.split('@').next().unwrap_or_default()); // losing it costs nothing
         Ok(())
+    }
+
+    /// Over what is there, without truncating: ext4 starts to write a truncated file to the disk when it is closed.
+    fn remember(&self, addresses: &str) -> io::Result<()> {
+        let mut file = File::options().create(true).truncate(false).write(true).open(self.dir.join(LAST))?;
+        file.write_all(format!("{addresses:<LAST_BYTES$}").as_bytes())
     }
 
     /// From held to releasing.
