@@ -8,7 +8,7 @@ CARGO_FLAGS := --workspace --release
 # Clean builds are faster and a third of the size without; `cargo` by hand stays incremental.
 export CARGO_INCREMENTAL ?= 0
 
-.PHONY: up down test setup build images lint bench bench-proxy bench-lb
+.PHONY: up down test setup build images lint bench bench-cni bench-lb bench-proxy
 
 up: setup build images
 	target/release/sluice up
@@ -36,7 +36,13 @@ lint:
 	cargo fmt --all --check
 	cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
 
-bench: bench-proxy bench-lb
+bench: bench-proxy bench-cni bench-lb
+
+# The plugin beside the reference plugins (apt package), from ADD until the link is gone after DEL. As root, and ahead of
+# what else runs on the machine.
+bench-cni:
+	cargo build --release -p sluice-cni -p sluice-bench
+	@chrt --rr 20 target/release/bench-cni
 
 # The sidecar beside nginx and HAProxy (apt packages), CPU time per request.
 bench-proxy:

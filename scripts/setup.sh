@@ -27,6 +27,7 @@ need cc gcc
 need curl curl
 need ip iproute2   # tests break routes with it; no program of ours calls it
 need pgrep procps
+[ -x /usr/lib/cni/bandwidth ] || missing+=(containernetworking-plugins)   # chained behind ours, and the bench's peers
 [ -x /bin/busybox ] && ! ldd /bin/busybox >/dev/null 2>&1 || missing+=(busybox-static)
 
 # The compiler for eBPF: a toolchain with rust-src needs none of it; Debian's packages conflict with Debian's own rustc.

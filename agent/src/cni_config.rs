@@ -66,7 +66,7 @@ pub fn uninstall(conf_dir: &Path) -> Result<(), Error> {
 
 /// A runtime of CNI 1.1 picks the newest of `cniVersions` that it speaks; older ones know only `cniVersion`.
 fn conflist(ranges: &[String], mtu: Option<u32>) -> String {
-    let mut plugin = json!({ "type": "sluice-cni", "ranges": ranges });
+    let mut plugin = json!({ "type": "sluice-cni", "ranges": ranges, "capabilities": { "bandwidth": true } });
     if let Some(mtu) = mtu {
         plugin["mtu"] = mtu.into();
     }

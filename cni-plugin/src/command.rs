@@ -1,40 +1,59 @@
-//! The CNI verbs. Each can be repeated, and each leaves after a failure what was there before it.
+//! The CNI verbs (specification 1.1.0, section 2). Each can be repeated, and each leaves after a failure what was there
+//! before it.
 
+pub use crate::garbage::{RELEASE_S, free_released};
 use crate::{
     Error, Lease,
+    config::Config,
     error::Result,
-    spec::{self, Attachment, Config, Environment, Made, Verb},
+    garbage::{self, Needed},
+    result::{self, Made},
+    spec::{Attachment, Environment, VERSIONS, Verb},
     store::{self, Entry, Lock, Releasing, Store},
     wiring::{self, Inside},
 };
 use serde_json::Value;
 use sluice_ebpf::maps::PodMaps;
 use sluice_netlink::{Connection, link, plan::GATEWAY_MAC};
-use std::path::Path;
-
-/// A link that a runtime has left this long after DEL is deleted by us.
-pub const RELEASE_S: u64 = 5;
+use std::{net::IpAddr, path::Path};
 
 /// Carries out the verb of the environment; what to print, if anything.
 pub fn run(env: &Environment<'_>, stdin: &[u8]) -> Result<Option<Value>> {
-    match env.verb()? {
-        Verb::Version => Ok(Some(spec::version_result(&Config::answer_version(stdin)))),
-        Verb::Add => add(&Config::parse(stdin)?, env).map(Some),
-        Verb::Del => delete(&Config::parse(stdin)?, env).map(|()| None),
-        Verb::Check => check(&Config::parse(stdin)?, env).map(|()| None),
-        Verb::Gc => collect_garbage(&Config::parse(stdin)?).map(|()| None),
-        Verb::Status => status(&Config::parse(stdin)?).map(|()| None),
+    let verb = env.verb()?;
+    if verb == Verb::Version {
+        return Ok(Some(result::version_result(&Config::answer_version(stdin))));
+    }
+    let config = Config::parse(stdin)?;
+    known_to(config.version, verb)?;
+    match verb {
+        Verb::Add => add(&config, env).map(Some),
+        Verb::Del => delete(&config, env).map(|()| None),
+        Verb::Check => check(&config, env).map(|()| None),
+        Verb::Gc => garbage::collect(&config).map(|()| None),
+        Verb::Status | Verb::Version => status(&config).map(|()| None),
     }
 }
 
+/// A verb that came later is not for a configuration of an older version.
+fn known_to(version: &'static str, verb: Verb) -> Result<()> {
+    let (name, since) = match verb {
+        Verb::Check => ("CHECK", "0.4.0"),
+        Verb::Gc => ("GC", "1.1.0"),
+        Verb::Status => ("STATUS", "1.1.0"),
+        Verb::Add | Verb::Del | Verb::Version => return Ok(()),
+    };
+    let age = |v: &str| VERSIONS.iter().position(|known| *known == v);
+    if age(version) >= age(since) { Ok(()) } else { Err(Error::TooOld { version, verb: name, since }) }
+}
+
 /// The node: a connection in its namespace and the leases of its boot.
-struct Node {
-    host: Connection,
-    store: Store,
+pub(crate) struct Node {
+    pub(crate) host: Connection,
+    pub(crate) store: Store,
 }
 
 impl Node {
-    fn open(config: &Config) -> Result<Self> {
+    pub(crate) fn open(config: &Config) -> Result<Self> {
         let failed = |cause| Error::Wiring { pod: "(node)".into(), cause };
         let host = Connection::open().map_err(failed)?;
         let boot = store::boot(host.netns_cookie().map_err(failed)?)?;
@@ -42,72 +61,144 @@ impl Node {
     }
 }
 
+/// What ADD is asked for.
+struct Request<'a> {
+    config: &'a Config,
+    attachment: Attachment,
+    path: &'a Path,
+    asked: Vec<IpAddr>,
+    mac: Option<[u8; 6]>,
+    env: &'a Environment<'a>,
+}
+
 fn add(config: &Config, env: &Environment<'_>) -> Result<Value> {
     let (attachment, path) = (env.attachment()?, env.netns()?);
+    let mut asked = config.asked.clone();
+    asked.extend(env.asked()?);
+    let request = Request { config, attachment, path: &path, asked, mac: config.mac.or(env.mac()?), env };
+    can_be_served(config)?;
     let maps = wiring::open_maps(config)?;
-    let mut inside =
-        Inside::open(&path).map_err(|e| Error::Environment(format!("CNI_NETNS {}: {e}", path.display())))?;
     let mut node = Node::open(config)?;
-    let lease = {
+    let mut inside =
+        Inside::enter(&path).map_err(|e| Error::Environment(format!("CNI_NETNS {}: {e}", path.display())))?;
+    let (lease, fresh) = {
         let lock = Lock::take(&config.state_dir)?;
-        lease_for(config, &mut node, &lock, env, &attachment, &path, &inside)?
+        lease_for(&request, &mut node, &lock, &maps, &inside)?
     };
     let made = wiring::wire(&mut node.host, &mut inside, &lease, config.mtu).and_then(|ifindex| {
         let _lock = Lock::take(&config.state_dir)?;
         wiring::enlist(&config.bpffs, &maps, &inside, &lease, ifindex)
     });
     if let Err(error) = made {
-        undo(config, &mut node, &maps, &lease);
+        // An interface that an earlier ADD made may be in use: it is left for DEL.
+        if fresh {
+            undo(config, &mut node, &maps, &lease);
+        }
         return Err(error);
     }
-    Ok(spec::result(
-        config.version,
-        &Made {
-            host_link: &lease.link,
-            host_mac: GATEWAY_MAC,
-            ifname: &lease.ifname,
-            mac: lease.mac,
-            netns: path.display().to_string(),
-            addresses: &lease.addresses,
-            mtu: config.mtu,
-        },
-    ))
+    Ok(answer(config, &lease, &path))
 }
 
-/// The lease that is there for this attachment, or a new one.
+fn can_be_served(config: &Config) -> Result<()> {
+    if config.pool.is_empty() {
+        return Err(Error::Config("ranges names no address range for pods".into()));
+    }
+    config.host_ports.first().map_or(Ok(()), |p| Err(Error::HostPorts { port: p.host }))
+}
+
+fn answer(config: &Config, lease: &Lease, path: &Path) -> Value {
+    let made = Made {
+        host_link: &lease.link,
+        host_mac: GATEWAY_MAC,
+        ifname: &lease.ifname,
+        mac: lease.mac,
+        netns: path.display().to_string(),
+        addresses: &lease.addresses,
+        mtu: config.mtu,
+        dns: &config.dns,
+    };
+    result::result(config.version, &made, config.previous.as_ref())
+}
+
+/// The lease that is there for this attachment, or a new one; whether it is new.
 fn lease_for(
+    request: &Request<'_>,
+    node: &mut Node,
+    lock: &Lock,
+    maps: &PodMaps,
+    inside: &Inside,
+) -> Result<(Lease, bool)> {
+    let needed = Needed { netns: Some(inside.cookie), addresses: &request.asked };
+    garbage::free(&node.store, &mut node.host, lock, &needed)?;
+    let mut entries = node.store.entries()?;
+    if let Some(entry) = Store::find(&entries, &request.attachment).cloned() {
+        match node.store.read(&entry)? {
+            Some(lease) if lease.netns_cookie == inside.cookie => {
+                same_as_asked(&lease, &request.asked)?;
+                return Ok((lease, false));
+            }
+            // The same container id in another namespace: the old one ended without a DEL.
+            Some(stale) => end_stale(request.config, node, lock, maps, &entry, &stale)?,
+            None => {}
+        }
+        entries = node.store.entries()?;
+    }
+    refuse_second(maps, &entries, inside)?;
+    let lease = new_lease(request, node, lock, &entries, inside)?;
+    node.store.write(lock, &lease)?;
+    Ok((lease, true))
+}
+
+/// A repeated ADD cannot change what the first has made.
+fn same_as_asked(lease: &Lease, asked: &[IpAddr]) -> Result<()> {
+    let other = asked.iter().find(|a| !lease.addresses.contains(a));
+    other.map_or(Ok(()), |a| {
+        Err(Error::Asked { address: *a, why: "the interface has other addresses; DEL it first".into() })
+    })
+}
+
+fn end_stale(
     config: &Config,
     node: &mut Node,
     lock: &Lock,
-    env: &Environment<'_>,
-    attachment: &Attachment,
-    path: &Path,
-    inside: &Inside,
-) -> Result<Lease> {
-    free_released(&node.store, &mut node.host, lock, Some(inside.cookie))?;
-    let mut entries = node.store.entries()?;
-    if let Some(entry) = Store::find(&entries, attachment).cloned() {
-        match node.store.read(&entry)? {
-            Some(lease) if lease.netns_cookie == inside.cookie => return Ok(lease),
-            // The same container id in another namespace: the old one ended without a DEL.
-            Some(stale) => delete_link(&mut node.host, &stale)?,
-            None => {}
+    maps: &PodMaps,
+    entry: &Entry,
+    stale: &Lease,
+) -> Result<()> {
+    wiring::delist(&config.bpffs, maps, stale)?;
+    delete_link(&mut node.host, stale)?;
+    node.store.remove(lock, entry)
+}
+
+/// The data path knows a pod by its namespace: there cannot be two attachments in one.
+fn refuse_second(maps: &PodMaps, entries: &[Entry], inside: &Inside) -> Result<()> {
+    let failed = |cause| Error::Maps { pod: inside.netns.path().display().to_string(), cause };
+    let Some(pod) = maps.pods.get(&inside.cookie).map_err(failed)? else { return Ok(()) };
+    let holds = |e: &&Entry| e.releasing.is_none() && wiring::is_pod_of(&pod, &e.addresses);
+    match entries.iter().find(holds) {
+        Some(e) => {
+            let Attachment { container, ifname } = &e.attachment;
+            let holder = format!("container {container} interface {ifname}");
+            Err(Error::Occupied { netns: inside.netns.path().display().to_string(), holder })
         }
-        node.store.remove(lock, &entry)?;
-        entries = node.store.entries()?;
+        None => Ok(()), // nobody's: it is overwritten
     }
-    let lease = Lease {
+}
+
+fn new_lease(request: &Request<'_>, node: &Node, lock: &Lock, entries: &[Entry], inside: &Inside) -> Result<Lease> {
+    let Request { config, attachment, .. } = request;
+    Ok(Lease {
         container: attachment.container.clone(),
         ifname: attachment.ifname.clone(),
-        addresses: node.store.choose(lock, &config.ranges, &entries)?,
-        netns: path.to_owned(),
+        addresses: node.store.choose(lock, &config.pool, entries, &request.asked)?,
+        netns: request.path.to_owned(),
         netns_cookie: inside.cookie,
         link: wiring::link_name(attachment),
-        mac: wiring::pod_mac(attachment),
-        pod: env.pod(),
-    };
-    node.store.write(lock, &lease)?;
-    Ok(lease)
+        mac: request.mac.unwrap_or_else(|| wiring::pod_mac(attachment)),
+        network: config.name.clone(),
+        bandwidth: config.bandwidth,
+        pod: request.env.pod(),
+    })
 }
 
 fn delete_link(host: &mut Connection, lease: &Lease) -> Result<()> {
@@ -128,7 +219,7 @@ fn undo(config: &Config, node: &mut Node, maps: &PodMaps, lease: &Lease) {
         return;
     }
     let entries = node.store.entries().unwrap_or_default();
-    for entry in entries.iter().filter(|e| lease.is_for(&e.attachment)) {
+    for entry in entries.iter().filter(|e| lease.is_for(&e.attachment) && e.releasing.is_none()) {
         let _ = node.store.remove(&lock, entry);
     }
 }
@@ -145,18 +236,21 @@ fn delete(config: &Config, env: &Environment<'_>) -> Result<()> {
 }
 
 /// Makes the pod unreachable and unknown, and its lease one that ends with its link.
-fn release(config: &Config, node: &mut Node, lock: &Lock, entry: &Entry) -> Result<()> {
+pub(crate) fn release(config: &Config, node: &mut Node, lock: &Lock, entry: &Entry) -> Result<()> {
+    let maps = match wiring::open_maps(config) {
+        Ok(maps) => Some(maps),
+        Err(Error::NotReady(_)) => None, // no maps, no entries
+        Err(e) => return Err(e),
+    };
     let lease = match node.store.read(entry) {
         Ok(Some(lease)) => lease,
         Ok(None) => return Ok(()),
-        // A damaged lease must not make DEL fail for ever; what it held is found again by the link's name.
-        Err(Error::Damaged { .. }) => return node.store.remove(lock, entry),
+        // A damaged lease must not make DEL fail for ever; what it held is known by its name.
+        Err(Error::Damaged { .. }) => wiring::guess(entry, maps.as_ref())?,
         Err(e) => return Err(e),
     };
-    match wiring::open_maps(config) {
-        Ok(maps) => wiring::delist(&config.bpffs, &maps, &lease)?,
-        Err(Error::NotReady(_)) => {} // no maps, no entries
-        Err(e) => return Err(e),
+    if let Some(maps) = &maps {
+        wiring::delist(&config.bpffs, maps, &lease)?;
     }
     let failed = |cause| Error::Wiring { pod: lease.pod.to_string(), cause };
     let found = link::find(&mut node.host, &lease.link).map_err(failed)?;
@@ -167,29 +261,6 @@ fn release(config: &Config, node: &mut Node, lock: &Lock, entry: &Entry) -> Resu
     }
 }
 
-/// Ends the leases whose links are gone, and deletes links that were left for [`RELEASE_S`] seconds or that stand in
-/// the way in the namespace `needed`. Plugin and agent call it, under the lock.
-pub fn free_released(store: &Store, host: &mut Connection, lock: &Lock, needed: Option<u64>) -> Result<usize> {
-    let mut freed = 0;
-    for entry in store.entries()? {
-        let Some(releasing) = entry.releasing else { continue };
-        let lease = store.read(&entry).ok().flatten();
-        let name = wiring::link_name(&entry.attachment);
-        let failed = |cause| Error::Wiring { pod: name.clone(), cause };
-        let there = link::find(host, &name).map_err(failed)?.filter(|f| f.index == releasing.ifindex);
-        let overdue = store::uptime_s().saturating_sub(releasing.since_s) >= RELEASE_S;
-        let in_the_way = lease.is_some_and(|l| needed == Some(l.netns_cookie));
-        match there {
-            Some(f) if overdue || in_the_way => link::delete(host, f.index).map(drop).map_err(failed)?,
-            Some(_) => continue,
-            None => {}
-        }
-        store.remove(lock, &entry)?;
-        freed += 1;
-    }
-    Ok(freed)
-}
-
 fn check(config: &Config, env: &Environment<'_>) -> Result<()> {
     let (attachment, path) = (env.attachment()?, env.netns()?);
     let Attachment { container, ifname } = attachment.clone();
@@ -198,15 +269,12 @@ fn check(config: &Config, env: &Environment<'_>) -> Result<()> {
     let lease = Store::find(&entries, &attachment).map(|e| node.store.read(e)).transpose()?.flatten();
     let lease = lease.ok_or_else(|| Error::NoLease { container: container.clone(), ifname: ifname.clone() })?;
     let drift = |what: String| Error::Drift { container: container.clone(), ifname: ifname.clone(), what };
-    let before = config.prev_result.as_ref().map(spec::result_addresses).unwrap_or_default();
-    if let Some(other) = before.iter().find(|a| !lease.addresses.contains(a)) {
-        return Err(drift(format!("the earlier result names {other}, the lease does not")));
-    }
-    let mut inside = Inside::open(&path).map_err(|cause| Error::Wiring { pod: lease.pod.to_string(), cause })?;
+    as_before(config, &lease).map_err(drift)?;
+    let mut inside = Inside::enter(&path).map_err(|cause| Error::Wiring { pod: lease.pod.to_string(), cause })?;
     if inside.cookie != lease.netns_cookie {
         return Err(drift("the lease is for another network namespace".into()));
     }
-    let missing = wiring::missing(&mut node.host, &mut inside, &lease)?;
+    let missing = wiring::missing(&mut node.host, &mut inside, &lease, config.mtu)?;
     if !missing.is_empty() {
         return Err(drift(missing.join("; ")));
     }
@@ -216,24 +284,26 @@ fn check(config: &Config, env: &Environment<'_>) -> Result<()> {
     Ok(())
 }
 
-fn collect_garbage(config: &Config) -> Result<()> {
-    let mut node = Node::open(config)?;
-    let lock = Lock::take(&config.state_dir)?;
-    let held = node.store.entries()?.into_iter().filter(|e| e.releasing.is_none());
-    let stale: Vec<_> = held.filter(|e| !config.valid_attachments.contains(&e.attachment)).collect();
-    let mut first = None;
-    for entry in &stale {
-        if let Err(e) = release(config, &mut node, &lock, entry) {
-            first.get_or_insert(e); // go on: the others are garbage too
-        }
+/// The earlier result, which other plugins of the chain have added to, must name what the lease says.
+fn as_before(config: &Config, lease: &Lease) -> std::result::Result<(), String> {
+    let Some(previous) = &config.previous else { return Ok(()) };
+    let told = previous.addresses_of(&lease.ifname);
+    let told = told.ok_or_else(|| format!("the earlier result does not name interface {}", lease.ifname))?;
+    match lease.addresses.iter().find(|a| !told.contains(a)) {
+        Some(a) => Err(format!("the earlier result does not name {a} on interface {}", lease.ifname)),
+        None => Ok(()),
     }
-    free_released(&node.store, &mut node.host, &lock, None)?;
-    first.map_or(Ok(()), Err)
 }
 
+/// Whether ADD would succeed, found out as ADD does (section 2, "STATUS").
 fn status(config: &Config) -> Result<()> {
-    wiring::open_maps(config)?;
-    let node = Node::open(config)?;
-    let lock = Lock::take(&config.state_dir)?;
-    node.store.choose(&lock, &config.ranges, &node.store.entries()?).map(drop)
+    can_be_served(config)?;
+    let unavailable = |limited: bool| move |cause: Error| Error::Unavailable { cause: Box::new(cause), limited };
+    let node = Node::open(config).map_err(unavailable(false))?;
+    let lock = Lock::take(&config.state_dir).map_err(unavailable(false))?;
+    let entries = node.store.entries().map_err(unavailable(false))?;
+    // Without the data path, pods that are there reach no service.
+    let pods = entries.iter().any(|e| e.releasing.is_none());
+    wiring::open_maps(config).map_err(unavailable(pods))?;
+    node.store.choose(&lock, &config.pool, &entries, &[]).map(drop).map_err(unavailable(false))
 }

@@ -1,13 +1,18 @@
 //! The CNI plugin's parts. The plugin alone writes leases; the agent uses [`store`] to read them and to take the lock
 //! that both share.
 //!
-//! [`ipam`] and the parsing in [`spec`] are pure. [`command`] is the verbs, each safe to repeat. [`wiring`] acts on
-//! links and maps. No runtime, no threads but the ones that enter a namespace: a process lives for one verb.
+//! [`spec`], [`config`], [`result`], [`ipam`] and [`bandwidth`] are pure. [`command`] is the verbs, each safe to
+//! repeat. [`wiring`] acts on links and maps, `garbage` takes away what is left of them. No runtime, no threads but the
+//! ones that enter a namespace: a process lives for one verb.
 
+pub mod bandwidth;
 pub mod command;
+pub mod config;
 mod error;
+mod garbage;
 pub mod ipam;
 pub mod loopback;
+pub mod result;
 pub mod spec;
 pub mod store;
 pub mod wiring;

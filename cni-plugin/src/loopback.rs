@@ -3,8 +3,10 @@
 
 use crate::{
     Error,
+    config::Config,
     error::Result,
-    spec::{self, Config, Environment, Verb},
+    result,
+    spec::{Environment, Verb},
 };
 use serde_json::{Value, json};
 use sluice_netlink::{Netns, lab};
@@ -18,7 +20,7 @@ pub fn asked(stdin: &[u8]) -> bool {
 pub fn run(env: &Environment<'_>, stdin: &[u8]) -> Result<Option<Value>> {
     let version = Config::answer_version(stdin);
     match env.verb()? {
-        Verb::Version => Ok(Some(spec::version_result(&version))),
+        Verb::Version => Ok(Some(result::version_result(&version))),
         Verb::Add => add(env, &version).map(Some),
         // The namespace takes its loopback along.
         Verb::Del | Verb::Check | Verb::Gc | Verb::Status => Ok(None),

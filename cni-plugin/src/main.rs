@@ -1,9 +1,6 @@
 //! `sluice-cni`: reads one request, carries it out, answers. See `command`.
 
-use sluice_cni::{
-    command, loopback,
-    spec::{Config, Environment, Verb, error_result},
-};
+use sluice_cni::{command, config::Config, loopback, result::error_result, spec::Environment};
 use std::{
     io::{Read, Write},
     process::ExitCode,
@@ -21,13 +18,7 @@ fn main() -> ExitCode {
     let run = if loopback::asked(&stdin) { loopback::run } else { command::run };
     let (answer, code) = match run(&env, &stdin) {
         Ok(answer) => (answer, ExitCode::SUCCESS),
-        Err(error) => {
-            let mut answer = error_result(&Config::answer_version(&stdin), &error);
-            if matches!(env.verb(), Ok(Verb::Status)) {
-                answer["code"] = 50.into(); // "the plugin is not available": all that STATUS can say
-            }
-            (Some(answer), ExitCode::FAILURE)
-        }
+        Err(error) => (Some(error_result(&Config::answer_version(&stdin), &error)), ExitCode::FAILURE),
     };
     if let Some(answer) = answer {
         let _ = writeln!(std::io::stdout(), "{answer}"); // nobody to tell if the runtime has gone

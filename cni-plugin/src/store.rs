@@ -11,19 +11,26 @@
 //! synced to the disk: a lease ends with the boot, as its namespace does, and a new boot finds another `<boot>`: the
 //! kernel's boot id and the cookie of the node's network namespace (a simulated node boots oftener than its kernel).
 
-use crate::{Error, error::Result, ipam, spec::Attachment};
+use crate::{
+    Error,
+    bandwidth::Bandwidth,
+    error::Result,
+    ipam::{Pool, Refusal},
+    spec::Attachment,
+};
 use serde::{Deserialize, Serialize};
-use sluice_netlink::plan::Prefix;
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io::{self, ErrorKind},
+    io::{self, ErrorKind, Write},
     net::IpAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 const LAST: &str = ".last";
+/// Room for an address of each family (15 and 45 letters at most).
+const LAST_BYTES: usize = 64;
 const MAKING: &str = ".making";
 
 /// The pod that a lease is for; empty for callers that name none.
@@ -51,6 +58,11 @@ pub struct Lease {
     /// The node's end of the link.
     pub link: String,
     pub mac: [u8; 6],
+    /// Name of the network in its configuration: GC of one network leaves those of others alone.
+    #[serde(default)]
+    pub network: String,
+    #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
+    pub bandwidth: Bandwidth,
     #[serde(flatten)]
     pub pod: PodRef,
 }
@@ -137,8 +149,9 @@ impl Store {
         let leases = state_dir.join("leases");
         let dir = leases.join(boot);
         if !dir.is_dir() {
-            fs::create_dir_all(&dir).map_err(|e| Error::io("create", dir.display(), e))?;
+            // In this order, so that a plugin that is killed in between forgets them the next time.
             forget_other_boots(&leases, boot);
+            fs::create_dir_all(&dir).map_err(|e| Error::io("create", dir.display(), e))?;
         }
         Ok(Self { dir })
     }
@@ -178,17 +191,28 @@ impl Store {
     }
 
     /// Addresses for a new lease, none of which any other lease holds or is still releasing.
-    pub fn choose(&self, _lock: &Lock, ranges: &[Prefix], entries: &[Entry]) -> Result<Vec<IpAddr>> {
+    pub fn choose(&self, _lock: &Lock, pool: &Pool, entries: &[Entry], asked: &[IpAddr]) -> Result<Vec<IpAddr>> {
         let used: BTreeSet<IpAddr> = entries.iter().flat_map(|e| e.addresses.iter().copied()).collect();
-        ipam::choose(ranges, &used, &self.last()).ok_or_else(|| Error::Exhausted {
-            ranges: ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
-            held: entries.len(),
+        pool.choose(&used, &self.last(), asked).map_err(|refusal| match refusal {
+            Refusal::Exhausted => Error::Exhausted {
+                fill: pool.fill(&used),
+                leases: entries.len(),
+                releasing: entries.iter().filter(|e| e.releasing.is_some()).count(),
+            },
+            Refusal::NotOffered(address) => {
+                let ranges = pool.ranges().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+                Error::Asked { address, why: format!("it is reserved or outside {ranges}") }
+            }
+            Refusal::InUse(address) => Error::Asked { address, why: format!("{} has it", holder(entries, address)) },
+            Refusal::TwoOfOneFamily(address, other) => {
+                Error::Asked { address, why: format!("{other} too; a pod has one address of each family") }
+            }
         })
     }
 
     fn last(&self) -> Vec<IpAddr> {
         let text = fs::read_to_string(self.dir.join(LAST)).unwrap_or_default();
-        text.split(',').filter_map(|a| a.parse().ok()).collect()
+        text.trim_end().split(',').filter_map(|a| a.parse().ok()).collect()
     }
 
     /// Writes a lease; from here on its addresses are held.
@@ -199,9 +223,14 @@ impl Store {
         fs::write(&making, text).map_err(|e| Error::io("write lease", making.display(), e))?;
         let path = self.dir.join(&file);
         fs::rename(&making, &path).map_err(|e| Error::io("write lease", path.display(), e))?;
-        let addresses = file.split('@').next().unwrap_or_default();
-        let _ = fs::write(self.dir.join(LAST), addresses); // only spreads addresses; losing it costs nothing
+        let _ = self.remember(file.split('@').next().unwrap_or_default()); // losing it costs nothing
         Ok(())
+    }
+
+    /// Over what is there, without truncating: ext4 starts to write a truncated file to the disk when it is closed.
+    fn remember(&self, addresses: &str) -> io::Result<()> {
+        let mut file = File::options().create(true).truncate(false).write(true).open(self.dir.join(LAST))?;
+        file.write_all(format!("{addresses:<LAST_BYTES$}").as_bytes())
     }
 
     /// From held to releasing.
@@ -224,6 +253,11 @@ impl Store {
     pub fn find<'a>(entries: &'a [Entry], attachment: &Attachment) -> Option<&'a Entry> {
         entries.iter().find(|e| e.releasing.is_none() && e.attachment == *attachment)
     }
+}
+
+fn holder(entries: &[Entry], address: IpAddr) -> String {
+    let entry = entries.iter().find(|e| e.addresses.contains(&address));
+    entry.map_or("another pod".into(), |e| format!("container {}", e.attachment.container))
 }
 
 /// Leases of earlier boots mean nothing: their namespaces are gone. Best effort, they are in nobody's way.
@@ -256,6 +290,7 @@ impl From<Error> for io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ipam::Range;
 
     fn lease(n: u8, container: &str) -> Lease {
         Lease {
@@ -266,6 +301,8 @@ mod tests {
             netns_cookie: 5,
             link: "slc0".into(),
             mac: [2; 6],
+            network: "n".into(),
+            bandwidth: Bandwidth::default(),
             pod: PodRef { namespace: "shop".into(), name: "web".into(), uid: "u".into() },
         }
     }
@@ -275,14 +312,15 @@ mod tests {
         let dir = tempfile::tempdir().expect("folder");
         let store = Store::open(dir.path(), "boot-1").expect("open");
         let lock = Lock::take(dir.path()).expect("lock");
-        let ranges = ["10.0.0.0/30".parse().expect("range")]; // .1 and .2
+        let subnet: sluice_netlink::plan::Prefix = "10.0.0.0/30".parse().expect("range"); // .1 and .2
+        let pool = Pool::new(vec![vec![Range::new(&subnet.into(), &[]).expect("range")]]).expect("pool");
         let first = lease(1, "a");
         store.write(&lock, &first).expect("write");
         let entries = store.entries().expect("entries");
         assert_eq!(store.read(&entries[0]).expect("read"), Some(first.clone()));
         assert_eq!(store.settled(Duration::ZERO).expect("settled"), [first]);
         assert_eq!(store.settled(Duration::from_secs(60)).expect("settled"), [], "it is being made");
-        assert_eq!(store.choose(&lock, &ranges, &entries).expect("room")[0].to_string(), "10.0.0.2");
+        assert_eq!(store.choose(&lock, &pool, &entries, &[]).expect("room")[0].to_string(), "10.0.0.2");
 
         let releasing = Releasing { ifindex: 7, since_s: 100 };
         store.release(&lock, &entries[0], releasing).expect("release");
@@ -292,13 +330,21 @@ mod tests {
         assert_eq!(store.settled(Duration::ZERO).expect("settled"), []);
         assert!(Store::find(&entries, &entries[0].attachment).is_none());
         store.write(&lock, &lease(2, "b")).expect("write");
-        let full = store.choose(&lock, &ranges, &store.entries().expect("entries"));
-        assert!(matches!(full, Err(Error::Exhausted { held: 2, .. })), "a releasing address is not free");
+        let full = store.choose(&lock, &pool, &store.entries().expect("entries"), &[]);
+        let full = full.expect_err("a releasing address is not free");
+        let want = "no free address: 10.0.0.0/30: 2 of 2 leased; 1 of 2 leases wait for their link to go";
+        assert_eq!((full.to_string().as_str(), full.code()), (want, 102));
+        let asked = |ip: &str| {
+            let entries = store.entries().expect("entries");
+            store.choose(&lock, &pool, &entries, &[ip.parse().expect(ip)]).expect_err("refused").to_string()
+        };
+        assert_eq!(asked("10.0.0.2"), "address 10.0.0.2 was asked for, but container b has it");
+        assert!(asked("10.0.0.3").ends_with("it is reserved or outside 10.0.0.0/30"));
 
         store.remove(&lock, &entries[0]).expect("remove");
         store.remove(&lock, &entries[0]).expect("remove again");
         let entries = store.entries().expect("entries");
-        assert_eq!(store.choose(&lock, &ranges, &entries).expect("room")[0].to_string(), "10.0.0.1");
+        assert_eq!(store.choose(&lock, &pool, &entries, &[]).expect("room")[0].to_string(), "10.0.0.1");
     }
 
     #[test]

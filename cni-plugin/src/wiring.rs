@@ -2,9 +2,11 @@
 
 use crate::{
     Error,
+    bandwidth::Bandwidth,
+    config::Config,
     error::Result,
-    spec::{Attachment, Config},
-    store::Lease,
+    spec::Attachment,
+    store::{Entry, Lease, PodRef},
 };
 use sluice_ebpf::{
     common::{CAPTURE_MARK, CAPTURE_TABLE, POD_MESHED, Pod, PodAddr, PortKey},
@@ -15,6 +17,7 @@ use sluice_netlink::{
     Connection, Netns, kernel,
     link::{self, Found, Veth},
     plan::{self, Capture, Operation, State},
+    qdisc::{self, TokenBucket},
 };
 use std::{collections::BTreeSet, net::IpAddr, os::fd::AsFd, path::Path};
 
@@ -30,6 +33,11 @@ fn hash(a: &Attachment) -> u64 {
 /// Name of the node's end: 15 letters, the most that a link's name can have.
 pub fn link_name(a: &Attachment) -> String {
     format!("slc{:012x}", hash(a) & 0xffff_ffff_ffff)
+}
+
+/// Whether a link could be the node's end of a pod's.
+pub(crate) fn is_link_name(name: &str) -> bool {
+    name.len() == 15 && name.strip_prefix("slc").is_some_and(|h| h.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// A locally administered address for the pod's end.
@@ -52,6 +60,16 @@ impl Inside {
         let cookie = connection.netns_cookie()?;
         Ok(Self { netns, connection, cookie })
     }
+
+    /// The same, with the calling thread inside for the rest of its life: spares a process that lives for one verb a
+    /// second thread. Connections that were opened before stay where they are.
+    pub(crate) fn enter(path: &Path) -> std::result::Result<Self, sluice_netlink::Error> {
+        let netns = Netns::open(path)?;
+        netns.enter()?;
+        let connection = Connection::open()?;
+        let cookie = connection.netns_cookie()?;
+        Ok(Self { netns, connection, cookie })
+    }
 }
 
 fn wiring(lease: &Lease) -> impl Fn(sluice_netlink::Error) -> Error + '_ {
@@ -64,20 +82,36 @@ fn maps_error(lease: &Lease) -> impl Fn(sluice_ebpf::Error) -> Error + '_ {
 
 /// Makes the link and everything on it; the index of the node's end.
 pub fn wire(host: &mut Connection, inside: &mut Inside, lease: &Lease, mtu: Option<u32>) -> Result<u32> {
-    let veth = Veth { host: &lease.link, pod: &lease.ifname, pod_mac: lease.mac, mtu };
-    let fresh = make_or_find(host, inside, &veth).map_err(wiring(lease))?;
+    let fresh = make_or_find(host, inside, lease, mtu)?;
     let failed = wiring(lease);
     let missing = |name: &str| Error::Drift {
         container: lease.container.clone(),
         ifname: lease.ifname.clone(),
         what: format!("link {name} is gone"),
     };
-    let inner = link::find(&mut inside.connection, veth.pod).map_err(&failed)?.ok_or_else(|| missing(veth.pod))?;
-    let outer = link::find(host, veth.host).map_err(&failed)?.ok_or_else(|| missing(veth.host))?;
+    let inner = link::find(&mut inside.connection, &lease.ifname).map_err(&failed)?;
+    let inner = inner.ok_or_else(|| missing(&lease.ifname))?;
+    let outer = link::find(host, &lease.link).map_err(&failed)?.ok_or_else(|| missing(&lease.link))?;
     let (pod, node) = states(&inner, &outer, lease);
     bring(&mut inside.connection, &pod, fresh).map_err(&failed)?;
     bring(host, &node, fresh).map_err(&failed)?;
+    let [ingress, egress] = buckets(&lease.bandwidth, mtu);
+    limit(host, outer.index, ingress, lease)?;
+    limit(&mut inside.connection, inner.index, egress, lease)?;
     Ok(outer.index)
+}
+
+/// For the node's end, which sends what comes to the pod, and for the pod's end.
+fn buckets(bandwidth: &Bandwidth, mtu: Option<u32>) -> [Option<TokenBucket>; 2] {
+    [bandwidth.ingress, bandwidth.egress].map(|l| l.map(|l| l.bucket(mtu)))
+}
+
+fn limit(connection: &mut Connection, link: u32, bucket: Option<TokenBucket>, lease: &Lease) -> Result<()> {
+    let Some(bucket) = bucket else { return Ok(()) };
+    qdisc::set_bucket(connection, link, &bucket).map_err(|e| match qdisc::is_unknown(&e) {
+        true => Error::NoBandwidth(e),
+        false => wiring(lease)(e),
+    })
 }
 
 fn states(inner: &Found, outer: &Found, lease: &Lease) -> (State, State) {
@@ -86,23 +120,25 @@ fn states(inner: &Found, outer: &Found, lease: &Lease) -> (State, State) {
 }
 
 /// True when the pair is new. A pair of ours that a killed ADD has left is used; half of one is removed.
-fn make_or_find(
-    host: &mut Connection,
-    inside: &mut Inside,
-    veth: &Veth<'_>,
-) -> std::result::Result<bool, sluice_netlink::Error> {
-    let refused = match link::make_veth(host, &inside.netns, veth) {
-        Err(e) if e.errno() == Some(EEXIST) => e,
-        other => return other.map(|()| true),
-    };
-    let inner = link::find(&mut inside.connection, veth.pod)?;
-    match link::find(host, veth.host)? {
-        Some(_) if inner.as_ref().is_some_and(|i| i.mac == Some(veth.pod_mac)) => Ok(false),
+fn make_or_find(host: &mut Connection, inside: &mut Inside, lease: &Lease, mtu: Option<u32>) -> Result<bool> {
+    let failed = wiring(lease);
+    let veth = Veth { host: &lease.link, pod: &lease.ifname, pod_mac: lease.mac, mtu };
+    match link::make_veth(host, &inside.netns, &veth) {
+        Err(e) if e.errno() == Some(EEXIST) => {}
+        other => return other.map(|()| true).map_err(failed),
+    }
+    let taken =
+        || Error::IfnameTaken { netns: inside.netns.path().display().to_string(), ifname: lease.ifname.clone() };
+    let inner = link::find(&mut inside.connection, veth.pod).map_err(&failed)?;
+    let ours = inner.as_ref().is_some_and(|i| i.mac == Some(veth.pod_mac));
+    match link::find(host, veth.host).map_err(&failed)? {
+        Some(_) if ours => Ok(false),
         Some(stale) => {
-            link::delete(host, stale.index)?;
-            link::make_veth(host, &inside.netns, veth).map(|()| true)
+            link::delete(host, stale.index).map_err(&failed)?;
+            let again = link::make_veth(host, &inside.netns, &veth);
+            again.map(|()| true).map_err(|e| if e.errno() == Some(EEXIST) { taken() } else { failed(e) })
         }
-        None => Err(refused), // the pod has an interface of that name which is not ours
+        None => Err(taken()),
     }
 }
 
@@ -117,7 +153,7 @@ fn bring(connection: &mut Connection, wanted: &State, fresh: bool) -> std::resul
 }
 
 /// What is missing of a pod's wiring.
-pub fn missing(host: &mut Connection, inside: &mut Inside, lease: &Lease) -> Result<Vec<String>> {
+pub fn missing(host: &mut Connection, inside: &mut Inside, lease: &Lease, mtu: Option<u32>) -> Result<Vec<String>> {
     let failed = wiring(lease);
     let inner = link::find(&mut inside.connection, &lease.ifname).map_err(&failed)?;
     let outer = link::find(host, &lease.link).map_err(&failed)?;
@@ -129,6 +165,14 @@ pub fn missing(host: &mut Connection, inside: &mut Inside, lease: &Lease) -> Res
     for (connection, wanted) in [(&mut inside.connection, &pod), (host, &node)] {
         let present = kernel::read(connection).map_err(&failed)?;
         text.extend(plan::plan(wanted, &present, None).iter().map(|o| format!("missing: {o}")));
+    }
+    let [ingress, egress] = buckets(&lease.bandwidth, mtu);
+    let ends = [(host, outer.index, ingress), (&mut inside.connection, inner.index, egress)];
+    for (connection, link, bucket) in ends {
+        let Some(bucket) = bucket else { continue };
+        if qdisc::bucket(connection, link).map_err(&failed)? != Some((bucket.rate, bucket.limit)) {
+            text.push(format!("missing: limit of link {link} to {} bytes a second", bucket.rate));
+        }
     }
     Ok(text)
 }
@@ -181,10 +225,20 @@ pub fn enlist(bpffs: &Path, maps: &PodMaps, inside: &Inside, lease: &Lease, ifin
     maps.pods.set(&inside.cookie, &pod).map_err(&failed)
 }
 
-/// Takes the pod out of the maps, under the lock. An address that is another pod's by now is left alone.
+/// Whether the entry of a namespace is the pod's that has these addresses.
+pub(crate) fn is_pod_of(pod: &Pod, addresses: &[IpAddr]) -> bool {
+    addresses.iter().map(|ip| sluice_ebpf::addr(*ip)).any(|a| a == pod.addr4 || a == pod.addr6)
+}
+
+/// Takes the pod out of the maps, under the lock. An address that is another pod's by now is left alone, and so is a
+/// namespace that is another attachment's by now.
 pub fn delist(bpffs: &Path, maps: &PodMaps, lease: &Lease) -> Result<()> {
     let failed = maps_error(lease);
-    maps.pods.remove(&lease.netns_cookie).map_err(&failed)?;
+    let known = maps.pods.get(&lease.netns_cookie).map_err(&failed)?;
+    if known.is_none_or(|pod| is_pod_of(&pod, &lease.addresses)) {
+        maps.pods.remove(&lease.netns_cookie).map_err(&failed)?;
+        loader::detach_pod(bpffs, lease.netns_cookie).map_err(&failed)?;
+    }
     let own: BTreeSet<_> = lease.addresses.iter().map(|ip| sluice_ebpf::addr(*ip)).collect();
     for addr in &own {
         if maps.addrs.get(addr).map_err(&failed)?.is_some_and(|a| a.netns == lease.netns_cookie) {
@@ -192,9 +246,29 @@ pub fn delist(bpffs: &Path, maps: &PodMaps, lease: &Lease) -> Result<()> {
         }
     }
     let ports = maps.ports.entries().map_err(&failed)?;
-    let excluded = ports.into_iter().map(|(k, _)| k).filter(|k: &PortKey| own.contains(&k.addr));
-    excluded.map(|k| maps.ports.remove(&k)).collect::<std::result::Result<Vec<_>, _>>().map_err(&failed)?;
-    loader::detach_pod(bpffs, lease.netns_cookie).map_err(&failed)
+    let mut excluded = ports.into_iter().map(|(k, _)| k).filter(|k: &PortKey| own.contains(&k.addr));
+    excluded.try_for_each(|k| maps.ports.remove(&k).map(drop)).map_err(&failed)
+}
+
+/// What can be known of a lease whose file cannot be read: its name, and what the maps say of its addresses.
+pub(crate) fn guess(entry: &Entry, maps: Option<&PodMaps>) -> Result<Lease> {
+    let mut lease = Lease {
+        container: entry.attachment.container.clone(),
+        ifname: entry.attachment.ifname.clone(),
+        addresses: entry.addresses.clone(),
+        netns: Default::default(),
+        netns_cookie: 0, // no namespace has it
+        link: link_name(&entry.attachment),
+        mac: pod_mac(&entry.attachment),
+        network: String::new(),
+        bandwidth: Bandwidth::default(),
+        pod: PodRef::default(),
+    };
+    if let (Some(maps), Some(ip)) = (maps, lease.addresses.first()) {
+        let known = maps.addrs.get(&sluice_ebpf::addr(*ip)).map_err(maps_error(&lease))?;
+        lease.netns_cookie = known.map_or(0, |a| a.netns);
+    }
+    Ok(lease)
 }
 
 /// Whether the maps know the pod as its lease says.
@@ -221,6 +295,7 @@ mod tests {
         assert_eq!(name, link_name(&a("c1", "eth0")));
         assert_ne!(name, link_name(&a("c1", "eth1")));
         assert_ne!(link_name(&a("c1", "1")), link_name(&a("c11", "")));
+        assert!(is_link_name(&name) && !is_link_name("slcnode0") && !is_link_name("slcxxxxxxxxxxxx"));
         assert_eq!(pod_mac(&a("c1", "eth0"))[0] & 3, 2, "unicast, locally administered");
     }
 }

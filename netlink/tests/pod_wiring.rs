@@ -5,6 +5,7 @@ use sluice_netlink::{
     link::{self, Veth},
     ns,
     plan::{Address, Capture, LO, Operation, Prefix, host_state, node_state, plan, pod_state},
+    qdisc::{self, TokenBucket},
 };
 use std::{
     io::{Read, Write},
@@ -41,6 +42,14 @@ fn a_pod_is_wired_and_reached_in_both_families() {
     let inner = link::find(&mut inside, "eth0").expect("find").expect("made");
     assert_eq!((outer.mtu, inner.mtu, inner.mac), (Some(1400), Some(1400), Some(veth.pod_mac)));
     assert_eq!(link::find(&mut host, "nothing").expect("find"), None);
+
+    // Limits are accepted, replaced and read back; a link without one says so.
+    for rate in [1_000_000, 6_000_000_000] {
+        let bucket = TokenBucket { rate, burst: 40_000, limit: 65_000 };
+        qdisc::set_bucket(&mut host, outer.index, &bucket).expect("a limit (CONFIG_NET_SCH_TBF)");
+        assert_eq!(qdisc::bucket(&mut host, outer.index).expect("read"), Some((rate, 65_000)));
+    }
+    assert_eq!(qdisc::bucket(&mut inside, inner.index).expect("read"), None);
 
     let capture = Capture { mark: 0x77, table: 0x51c, priority: 100 };
     let wanted_pod = pod_state(inner.index, &addresses, capture);

@@ -1,0 +1,138 @@
+//! What runtimes ask for, and what goes wrong: addresses, hardware addresses, limits, full maps, damaged leases.
+
+use crate::node::{Node, address};
+use serde_json::{Value, json};
+use sluice_ebpf::{
+    common::{Pod, bound},
+    loader,
+    maps::pin_dir,
+};
+use sluice_netlink::{Connection, kernel, link, plan, qdisc};
+use std::{fs, path::Path};
+
+impl Node {
+    /// A verb with fields added to the configuration.
+    pub fn with(&self, verb: &str, id: &str, netns: Option<&Path>, more: Value) -> (bool, Value) {
+        let mut config = self.config.clone();
+        config.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        let netns = netns.map(|p| p.display().to_string()).unwrap_or_default();
+        let env =
+            [("CNI_COMMAND", verb), ("CNI_CONTAINERID", id), ("CNI_IFNAME", "eth0"), ("CNI_NETNS", netns.as_str())];
+        self.run(&config.to_string(), &env)
+    }
+}
+
+#[test]
+fn addresses_and_hardware_addresses_that_are_asked_for() {
+    let node = Node::new("asked", true);
+    let (a, b) = (node.pod("a"), node.pod("b"));
+    let asks = json!({"runtimeConfig": {
+        "ips": ["10.244.1.77", "fd00:1::77"], "mac": "02:00:00:00:00:77", "dns": {"servers": ["10.0.0.2"]},
+    }});
+    let (ok, answer) = node.with("ADD", "a", Some(a.path()), asks.clone());
+    assert!(ok, "{answer}");
+    assert_eq!((address(&answer, 0), address(&answer, 1)), ("10.244.1.77".into(), "fd00:1::77".into()));
+    assert_eq!(
+        (&answer["interfaces"][1]["mac"], &answer["dns"]["nameservers"][0]),
+        (&json!("02:00:00:00:00:77"), &json!("10.0.0.2"))
+    );
+    let inner = link::find(&mut Connection::open_in(&a).expect("connection"), "eth0").expect("find").expect("there");
+    assert_eq!(inner.mac, Some([2, 0, 0, 0, 0, 0x77]));
+    let (_, answer) = node.with("ADD", "b", Some(b.path()), asks.clone());
+    assert_eq!(
+        (&answer["code"], answer["msg"].as_str().expect("text").contains("container a has it")),
+        (&json!(103), true)
+    );
+    assert_eq!(node.lease_files().len(), 1);
+    // The next pod gets it at once, although the first pod's link is still there.
+    node.ok("DEL", "a", Some(a.path()));
+    assert_eq!(node.links().len(), 1);
+    let (ok, answer) = node.with("ADD", "b", Some(b.path()), asks);
+    assert!(ok && address(&answer, 0) == "10.244.1.77", "{answer}");
+    let args = json!({"args": {"cni": {"ips": ["10.244.1.0"]}}});
+    assert_eq!(node.with("ADD", "a", Some(a.path()), args).1["code"], 103, "the subnet's own address");
+    let second = json!({"runtimeConfig": {"ipRanges": [[{"subnet": "10.9.0.0/29", "rangeStart": "10.9.0.5"}]]}});
+    let (ok, answer) = node.with("ADD", "a", Some(a.path()), second);
+    assert!(ok && address(&answer, 0) == "10.9.0.5", "{answer}");
+    assert!(node.with("CHECK", "a", Some(a.path()), json!({"prevResult": answer})).0);
+}
+
+#[test]
+fn limits_are_set_checked_and_put_back() {
+    let node = Node::new("limits", true);
+    let pod = node.pod("a");
+    let limits = json!({"ingressRate": 80_000_000, "ingressBurst": 800_000, "egressRate": 8_000_000});
+    let more = json!({"runtimeConfig": {"bandwidth": limits}});
+    let (ok, answer) = node.with("ADD", "a", Some(pod.path()), more.clone());
+    assert!(ok, "{answer}");
+    let name = answer["interfaces"][0]["name"].as_str().expect("a name");
+    let (mut host, mut inside) = [&node.netns, &pod].map(|n| Connection::open_in(n).expect("connection")).into();
+    let outer = link::find(&mut host, name).expect("find").expect("there").index;
+    let inner = link::find(&mut inside, "eth0").expect("find").expect("there").index;
+    let rate = |c: &mut Connection, link| qdisc::bucket(c, link).expect("read").map(|(rate, _)| rate);
+    assert_eq!((rate(&mut host, outer), rate(&mut inside, inner)), (Some(10_000_000), Some(1_000_000)));
+    node.ok("CHECK", "a", Some(pod.path()));
+    let other = qdisc::TokenBucket { rate: 1, burst: 9000, limit: 9000 };
+    qdisc::set_bucket(&mut inside, inner, &other).expect("the pod changes its limit");
+    assert_eq!(node.verb("CHECK", "a", Some(pod.path())).1["code"], 104);
+    assert!(node.with("ADD", "a", Some(pod.path()), more).0);
+    node.ok("CHECK", "a", Some(pod.path()));
+    node.ok("DEL", "a", Some(pod.path()));
+    let ports = json!({"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "tcp"}]}});
+    let two = node.pod("b");
+    assert_eq!(node.with("ADD", "b", Some(two.path()), ports).1["code"], 108);
+    assert_eq!(node.lease_files().iter().filter(|f| f.ends_with("@eth0")).count(), 0);
+}
+
+#[test]
+fn what_goes_wrong_leaves_nothing() {
+    let node = Node::new("wrong", true);
+    let (a, b) = (node.pod("a"), node.pod("b"));
+    node.ok("ADD", "a", Some(a.path()));
+    // A second attachment in one namespace.
+    assert_eq!(node.verb("ADD", "other", Some(a.path())).1["code"], 107);
+    node.ok("CHECK", "a", Some(a.path()));
+    // A map that is full.
+    let maps = node.maps();
+    let fill = (0..bound::PODS as u64).map(|n| u64::MAX - n);
+    let filled: Vec<u64> = fill.take_while(|cookie| maps.pods.set(cookie, &Pod::default()).is_ok()).collect();
+    let (ok, answer) = node.verb("ADD", "b", Some(b.path()));
+    assert!(!ok && answer["code"] == 101, "{answer}");
+    assert_eq!((node.links().len(), node.lease_files().len()), (1, 1));
+    let mut inside = Connection::open_in(&b).expect("connection");
+    assert_eq!(link::find(&mut inside, "eth0").expect("find"), None);
+    // GC forgets what no lease names.
+    let mut config = node.config.clone();
+    config["name"] = json!("another");
+    config["cni.dev/valid-attachments"] = json!([]);
+    assert!(node.run(&config.to_string(), &[("CNI_COMMAND", "GC")]).0);
+    assert!(filled.iter().all(|cookie| maps.pods.get(cookie).expect("map").is_none()));
+    node.ok("CHECK", "a", Some(a.path())); // of another network
+    // A lease that cannot be read is deleted with what it held.
+    let state = fs::read_dir(node.base.join("state/leases")).expect("list").flatten().next().expect("a boot");
+    fs::write(state.path().join(&node.lease_files()[0]), "{").expect("damage");
+    node.ok("DEL", "a", None);
+    assert_eq!((maps.pods.entries().expect("map").len(), maps.addrs.entries().expect("map").len()), (0, 0));
+    let mut host = Connection::open_in(&node.netns).expect("connection");
+    let routes = kernel::read_routes(&mut host).expect("routes");
+    assert_eq!(routes.iter().filter(|r| r.protocol == plan::PROTOCOL_POD).count(), 0);
+    assert_eq!(node.verb("ADD", "a", Some(Path::new("/nonexistent"))).1["code"], 4);
+}
+
+#[test]
+fn status_tells_whether_pods_can_be_added() {
+    let node = Node::new("status", true);
+    let status = |more: Value| node.with("STATUS", "", None, more).1["code"].clone();
+    assert_eq!(status(json!({})), Value::Null);
+    assert_eq!(status(json!({"cniVersion": "1.0.0"})), 1, "STATUS came with 1.1.0");
+    assert_eq!(status(json!({"ranges": ["10.0.0.0/24", "10.0.0.0/25"]})), 7);
+    assert_eq!(status(json!({"ranges": []})), 7);
+    assert_eq!(status(json!({"ranges": ["10.0.0.0/30"], "exclude": ["10.0.0.0/29"]})), 50, "no address");
+    let pod = node.pod("a");
+    node.ok("ADD", "a", Some(pod.path()));
+    loader::unload(&node.place.bpffs).expect("unload");
+    assert!(!pin_dir(&node.place.bpffs).exists());
+    assert_eq!(status(json!({})), 51, "a pod is there without its data path");
+    node.ok("DEL", "a", None);
+    assert_eq!(status(json!({})), 50);
+}

@@ -1,0 +1,305 @@
+//! Random sequences of calls, some of them killed, against a model of what must be there. The seed is printed;
+//! `SLUICE_CNI_SEED` repeats a run, `SLUICE_CNI_CALLS` makes it longer.
+
+use crate::node::Node;
+use serde_json::{Value, json};
+use sluice_ebpf::loader;
+use sluice_netlink::{
+    Connection, Netns, kernel,
+    plan::{MAIN_TABLE, PROTOCOL_POD},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+const CALLS: u64 = 2_000;
+const SLOTS: usize = 6;
+/// Most calls take about as long.
+const KILL_WITHIN_US: u64 = 3_000;
+const LOOK_EVERY: u64 = 100;
+const BOOT_EVERY: u64 = 400;
+/// Kernel and plugin have this long to end the links of pods that are gone.
+const QUIET_WITHIN: Duration = Duration::from_secs(30);
+
+/// What the runtime knows of an attachment.
+#[derive(Clone, Debug, PartialEq)]
+enum Known {
+    Nothing,
+    /// A call was killed: it may be there, or a part of it.
+    Unsure,
+    Added(BTreeSet<IpAddr>),
+}
+
+struct Slot {
+    id: String,
+    netns: Option<Netns>,
+    known: Known,
+}
+
+struct Run {
+    node: Node,
+    slots: Vec<Slot>,
+    random: u64,
+    /// Containers that ever were, to give each a name of its own.
+    containers: u64,
+    killed: u64,
+    calls: u64,
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+#[test]
+fn random_calls_and_kills_leave_nothing_that_the_next_call_does_not_mend() {
+    let seed = number("SLUICE_CNI_SEED").unwrap_or_else(|| u64::from(std::process::id()) << 20 | 1);
+    let calls = number("SLUICE_CNI_CALLS").unwrap_or(CALLS);
+    eprintln!("SLUICE_CNI_SEED={seed}");
+    let begun = Instant::now();
+    let mut run = Run::new(seed);
+    while run.calls < calls {
+        run.step();
+        if run.calls.is_multiple_of(BOOT_EVERY) {
+            run.reboot();
+        }
+        if run.calls.is_multiple_of(LOOK_EVERY) {
+            run.look();
+        }
+    }
+    run.end();
+    eprintln!("{} calls, {} of them killed, in {:?}", run.calls, run.killed, begun.elapsed());
+}
+
+impl Run {
+    fn new(seed: u64) -> Self {
+        let mut node = Node::new("random", true);
+        node.config["ranges"] = json!(["10.244.1.0/27", "fd00:1::/123"]);
+        let mut run = Self { node, slots: Vec::new(), random: seed, containers: 0, killed: 0, calls: 0 };
+        for _ in 0..SLOTS {
+            let id = run.container();
+            run.slots.push(Slot { id, netns: None, known: Known::Nothing });
+        }
+        run
+    }
+
+    /// xorshift64*: the sequence is the seed's.
+    fn below(&mut self, n: u64) -> u64 {
+        self.random ^= self.random >> 12;
+        self.random ^= self.random << 25;
+        self.random ^= self.random >> 27;
+        (self.random.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % n
+    }
+
+    fn container(&mut self) -> String {
+        self.containers += 1;
+        format!("c{}", self.containers)
+    }
+
+    fn step(&mut self) {
+        let n = self.below(SLOTS as u64) as usize;
+        match self.below(20) {
+            0..8 => self.add(n),
+            8..14 => self.delete(n),
+            14..16 => self.check(n),
+            16 => self.collect(),
+            17 => self.status(),
+            18 => self.end_pod(n, true),
+            _ => self.end_pod(n, false),
+        }
+    }
+
+    /// Calls the plugin, and now and then kills it.
+    fn call(&mut self, verb: &str, n: Option<usize>, more: Value) -> Option<(bool, Value)> {
+        self.calls += 1;
+        let kill = (self.below(3) == 0).then(|| Duration::from_micros(self.below(KILL_WITHIN_US)));
+        let mut config = self.node.config.clone();
+        config.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        let slot = n.map(|n| &self.slots[n]);
+        let id = slot.map(|s| s.id.clone()).unwrap_or_default();
+        let path = slot.and_then(|s| s.netns.as_ref()).map(|p| p.path().display().to_string()).unwrap_or_default();
+        let env =
+            [("CNI_COMMAND", verb), ("CNI_CONTAINERID", &id), ("CNI_IFNAME", "eth0"), ("CNI_NETNS", path.as_str())];
+        let answer = self.node.run_until(&config.to_string(), &env, kill);
+        self.killed += u64::from(answer.is_none());
+        answer
+    }
+
+    fn add(&mut self, n: usize) {
+        if self.slots[n].netns.is_none() {
+            let name = format!("{n}-{}", self.slots[n].id);
+            self.slots[n].netns = Some(self.node.pod(&name));
+        }
+        let asked = (self.below(4) == 0).then(|| format!("10.244.1.{}", 1 + self.below(30)));
+        let more = asked.as_ref().map_or(json!({}), |ip| json!({"runtimeConfig": {"ips": [ip]}}));
+        let before = self.slots[n].known.clone();
+        let after = match self.call("ADD", Some(n), more) {
+            None if matches!(before, Known::Added(_)) => before,
+            None => Known::Unsure,
+            Some((true, answer)) => Known::Added(self.added(n, &before, asked.as_deref(), &answer)),
+            Some((false, answer)) => {
+                assert!(answer["code"] == 103 && asked.is_some(), "{answer}");
+                before // refused before anything was made
+            }
+        };
+        self.slots[n].known = after;
+    }
+
+    fn added(&self, n: usize, before: &Known, asked: Option<&str>, answer: &Value) -> BTreeSet<IpAddr> {
+        let ips = answer["ips"].as_array().expect("addresses");
+        let text = |ip: &Value| ip["address"].as_str().and_then(|a| a.split('/').next()).map(str::to_owned);
+        let got: BTreeSet<IpAddr> = ips.iter().map(|ip| text(ip).expect("text").parse().expect("an address")).collect();
+        assert_eq!(got.len(), 2, "{answer}");
+        if let Known::Added(before) = before {
+            assert_eq!(&got, before, "a repeated ADD changes nothing");
+        }
+        if let Some(asked) = asked {
+            assert!(got.contains(&asked.parse().expect("an address")), "{answer}");
+        }
+        for (_, other) in self.slots.iter().enumerate().filter(|(m, _)| *m != n) {
+            if let Known::Added(theirs) = &other.known {
+                assert!(theirs.is_disjoint(&got), "{got:?} is another pod's");
+            }
+        }
+        got
+    }
+
+    fn delete(&mut self, n: usize) {
+        self.slots[n].known = match self.call("DEL", Some(n), json!({})) {
+            None if self.slots[n].known == Known::Nothing => Known::Nothing,
+            None => Known::Unsure,
+            Some((ok, answer)) => {
+                assert!(ok, "DEL never fails: {answer}");
+                Known::Nothing
+            }
+        };
+    }
+
+    fn check(&mut self, n: usize) {
+        if self.slots[n].netns.is_none() {
+            return;
+        }
+        match (self.call("CHECK", Some(n), json!({})), &self.slots[n].known) {
+            (Some((ok, answer)), Known::Added(_)) => assert!(ok, "{answer}"),
+            (Some((ok, answer)), Known::Nothing) => assert!(!ok && answer["code"] == 3, "{answer}"),
+            (Some(_), Known::Unsure) | (None, _) => {}
+        }
+    }
+
+    fn status(&mut self) {
+        if let Some((ok, answer)) = self.call("STATUS", None, json!({})) {
+            assert!(ok, "{answer}");
+        }
+    }
+
+    fn valid(&self) -> Value {
+        let there = self.slots.iter().filter(|s| s.known != Known::Nothing);
+        there.map(|s| json!({"containerID": s.id, "ifname": "eth0"})).collect()
+    }
+
+    fn collect(&mut self) {
+        let valid = self.valid();
+        if let Some((ok, answer)) = self.call("GC", None, json!({"cni.dev/valid-attachments": valid})) {
+            assert!(ok, "{answer}");
+        }
+    }
+
+    /// A pod's end: in order, with DEL before it, or not.
+    fn end_pod(&mut self, n: usize, in_order: bool) {
+        if in_order {
+            self.delete(n);
+        }
+        if let Some(netns) = self.slots[n].netns.take() {
+            self.node.end_pod(netns);
+        }
+        let id = self.container();
+        self.slots[n] = Slot { id, netns: None, known: Known::Nothing };
+    }
+
+    fn reboot(&mut self) {
+        self.calls += 1;
+        for n in 0..SLOTS {
+            let id = self.container();
+            self.slots[n] = Slot { id, netns: None, known: Known::Nothing };
+        }
+        self.node.reboot();
+        let pod = self.node.pod("early");
+        assert_eq!(self.node.verb("ADD", "early", Some(pod.path())).1["code"], 11, "the agent has not started");
+        self.node.end_pod(pod);
+        loader::load(&self.node.place).expect("the agent starts");
+        self.node.gc(&[]);
+        assert_eq!(self.held(), BTreeMap::new(), "leases end with the boot");
+    }
+
+    /// Calls that nobody kills: what is unsure is deleted, and what the runtime does not know is collected.
+    fn settle(&mut self) {
+        for slot in self.slots.iter_mut().filter(|s| s.known == Known::Unsure) {
+            self.node.ok("DEL", &slot.id, slot.netns.as_ref().map(Netns::path));
+            slot.known = Known::Nothing;
+        }
+        let valid: Vec<&str> = self.slots.iter().filter(|s| s.known != Known::Nothing).map(|s| s.id.as_str()).collect();
+        self.node.gc(&valid);
+    }
+
+    /// Addresses of the leases that are held, by container.
+    fn held(&self) -> BTreeMap<String, BTreeSet<IpAddr>> {
+        let files = self.node.lease_files();
+        let held = files.iter().map(|f| f.split('@').collect::<Vec<_>>()).filter(|f| f.len() == 3);
+        held.map(|f| (f[1].to_owned(), f[0].split(',').map(|a| a.parse().expect("an address")).collect())).collect()
+    }
+
+    /// Compares everything that is there with the model.
+    fn look(&mut self) {
+        self.settle();
+        let (mut want, mut cookies, mut all) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
+        for slot in &self.slots {
+            let (Known::Added(addresses), Some(netns)) = (&slot.known, &slot.netns) else { continue };
+            want.insert(slot.id.clone(), addresses.clone());
+            cookies.insert(netns.cookie().expect("cookie"));
+            all.extend(addresses.iter().copied());
+            self.node.ok("CHECK", &slot.id, Some(netns.path()));
+        }
+        assert_eq!(self.held(), want, "leases");
+        let maps = self.node.maps();
+        let pods: BTreeSet<u64> = maps.pods.entries().expect("map").into_iter().map(|(c, _)| c).collect();
+        assert_eq!(pods, cookies, "pods in the map");
+        let addrs: BTreeSet<[u8; 16]> =
+            maps.addrs.entries().expect("map").into_iter().map(|(a, _)| a.octets()).collect();
+        let want_addrs: BTreeSet<[u8; 16]> = all.iter().map(|ip| sluice_ebpf::addr(*ip).octets()).collect();
+        assert_eq!(addrs, want_addrs, "addresses in the map");
+        let steered = loader::attached_pods(&self.node.place.bpffs).expect("pins");
+        assert_eq!(steered.into_iter().collect::<BTreeSet<_>>(), cookies, "steering");
+        assert_eq!(self.routed(), all, "routes");
+        let releasing = self.node.lease_files().len() - want.len();
+        assert!(self.node.links().len() <= want.len() + releasing, "links: {:?}", self.node.links());
+    }
+
+    /// Addresses to which the node has a route that the plugin made.
+    fn routed(&self) -> BTreeSet<IpAddr> {
+        let mut connection = Connection::open_in(&self.node.netns).expect("connection");
+        let routes = kernel::read_routes(&mut connection).expect("routes").into_iter();
+        routes.filter(|r| r.protocol == PROTOCOL_POD && r.table == MAIN_TABLE).map(|r| r.to.address).collect()
+    }
+
+    /// Every pod ends; then nothing at all is left.
+    fn end(&mut self) {
+        for slot in &mut self.slots {
+            self.node.ok("DEL", &slot.id, None);
+            slot.known = Known::Nothing;
+            if let Some(netns) = slot.netns.take() {
+                self.node.end_pod(netns);
+            }
+        }
+        let until = Instant::now() + QUIET_WITHIN;
+        loop {
+            self.node.gc(&[]);
+            let (files, links) = (self.node.lease_files(), self.node.links());
+            if files.is_empty() && links.is_empty() {
+                break;
+            }
+            assert!(Instant::now() < until, "left: {files:?} {links:?}");
+        }
+        self.look();
+    }
+}
