@@ -137,9 +137,10 @@ mod tests {
         let path = dir.path().join("new/config");
         add(&path, "sluice", ADMIN).expect("adds");
         assert_eq!(read(&path).expect("reads")["current-context"].as_str(), Some("sluice"));
+        add(&path, "two", ADMIN).expect("adds");
         remove(&path, "sluice").expect("removes");
         assert_eq!(read(&path).expect("reads")["current-context"].as_str(), Some(""));
-        remove(&path, "sluice").expect("removes");
+        remove(&path, "two").expect("removes");
         assert!(!path.exists(), "nothing of anybody else was in it");
     }
 }

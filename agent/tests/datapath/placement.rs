@@ -121,8 +121,12 @@ fn datagrams_are_not_sent_to_who_has_gone(ground: &Ground, client: &TestPod, [b1
     }
     view(b2);
     for s in [&lost, &from_node] {
-        assert_eq!(say(s).expect_err("closed").kind(), io::ErrorKind::ConnectionAborted);
+        assert_eq!(s.recv(&mut [0; 8]).expect_err("closed").kind(), io::ErrorKind::ConnectionAborted);
         assert_eq!(s.peer_addr().expect_err("connected to nobody").kind(), io::ErrorKind::NotConnected);
+        assert_eq!(
+            s.send(b"?").expect_err("to nobody").raw_os_error(),
+            Some(rustix::io::Errno::DESTADDRREQ.raw_os_error())
+        );
     }
     for s in [&same, &plain] {
         assert_eq!(say(s).expect("an answer"), "b1");
