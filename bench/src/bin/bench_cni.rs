@@ -50,6 +50,8 @@ struct Contender {
     del_ms: Vec<f64>,
     gone_ms: Vec<f64>,
     cpu_ms: Vec<f64>,
+    /// The kernel's part of it, behind DEL.
+    workers_ms: Vec<f64>,
     concurrent_s: Vec<f64>,
 }
 
@@ -142,6 +144,7 @@ fn contender(ground: &Ground, name: &'static str, program: PathBuf, config: &str
         del_ms: Vec::new(),
         gone_ms: Vec::new(),
         cpu_ms: Vec::new(),
+        workers_ms: Vec::new(),
         concurrent_s: Vec::new(),
     })
 }
@@ -158,9 +161,8 @@ fn peer(ground: &Ground, name: &'static str, config: &str) -> anyhow::Result<Opt
 
 impl Contender {
     fn forget(&mut self) {
-        for list in [&mut self.add_ms, &mut self.del_ms, &mut self.gone_ms, &mut self.cpu_ms, &mut self.concurrent_s] {
-            list.clear();
-        }
+        let lists = [&mut self.add_ms, &mut self.del_ms, &mut self.gone_ms, &mut self.cpu_ms, &mut self.workers_ms];
+        lists.into_iter().chain([&mut self.concurrent_s]).for_each(Vec::clear);
     }
 
     fn make_pods(&self, count: usize) -> anyhow::Result<Vec<PathBuf>> {
@@ -196,8 +198,9 @@ fn block(ground: &Ground, c: &mut Contender, args: &Args) -> anyhow::Result<()> 
     let (program, config, netns) = (&c.program, &c.config, &c.netns);
     let measured = thread::scope(|s| s.spawn(|| pairs(netns, program, config, &pods, &cgroup)).join());
     move_to(&ground.home)?;
-    let (times, cpu_ms) = measured.map_err(|_| anyhow::anyhow!("the measuring thread panicked"))??;
-    c.cpu_ms.push(cpu_ms / args.pairs as f64);
+    let (times, cpu) = measured.map_err(|_| anyhow::anyhow!("the measuring thread panicked"))??;
+    c.cpu_ms.push((cpu.processes_ms + cpu.workers_ms) / args.pairs as f64);
+    c.workers_ms.push(cpu.workers_ms / args.pairs as f64);
     for [add, del, gone] in times {
         c.add_ms.push(add);
         c.del_ms.push(del);
@@ -213,10 +216,10 @@ fn pairs(
     config: &str,
     pods: &[PathBuf],
     cgroup: &Path,
-) -> anyhow::Result<(Vec<[f64; 3]>, f64)> {
+) -> anyhow::Result<(Vec<[f64; 3]>, Cpu)> {
     netns.enter()?;
     let mut host = Connection::open()?;
-    let before = cpu_ns(cgroup)?;
+    let before = cpu(cgroup)?;
     let mut times = Vec::new();
     for pod in pods {
         let begun = Instant::now();
@@ -229,7 +232,9 @@ fn pairs(
         wait_gone(&mut host)?;
         times.push([add, del, ms(begun)]);
     }
-    Ok((times, (cpu_ns(cgroup)? - before) as f64 / 1e6))
+    let after = cpu(cgroup)?;
+    let processes_ms = after.processes_ms - before.processes_ms;
+    Ok((times, Cpu { processes_ms, workers_ms: after.workers_ms - before.workers_ms }))
 }
 
 /// Polls until no pod's link is left on the node: the bridge and the loopback stay.
@@ -246,11 +251,16 @@ fn wait_gone(host: &mut Connection) -> anyhow::Result<()> {
 }
 
 /// CPU time of the cgroup without this thread, and of the kernel's unbound workers.
-fn cpu_ns(cgroup: &Path) -> anyhow::Result<u64> {
+struct Cpu {
+    processes_ms: f64,
+    workers_ms: f64,
+}
+
+fn cpu(cgroup: &Path) -> anyhow::Result<Cpu> {
     let stat = fs::read_to_string(cgroup.join("cpu.stat"))?;
     let usage = stat.lines().find_map(|l| l.strip_prefix("usage_usec ")).context("usage_usec in cpu.stat")?;
-    let own = runtime_ns(Path::new("/proc/thread-self"))?;
-    Ok(usage.parse::<u64>()? * 1000 + workers_ns()? - own)
+    let own_ms = runtime_ns(Path::new("/proc/thread-self"))? as f64 / 1e6;
+    Ok(Cpu { processes_ms: usage.parse::<f64>()? / 1e3 - own_ms, workers_ms: workers_ns()? as f64 / 1e6 })
 }
 
 fn workers_ns() -> anyhow::Result<u64> {
@@ -304,17 +314,18 @@ fn median(values: &[f64]) -> f64 {
 
 fn print_table(contenders: &[Contender]) {
     println!(
-        "{:10} {:>8} {:>8} {:>14} {:>12} {:>14}",
-        "plugin", "ADD ms", "DEL ms", "DEL to gone ms", "CPU ms/pair", "concurrent s"
+        "{:10} {:>8} {:>8} {:>14} {:>12} {:>14} {:>14}",
+        "plugin", "ADD ms", "DEL ms", "DEL to gone ms", "CPU ms/pair", "(kernel's)", "concurrent s"
     );
     for c in contenders {
         println!(
-            "{:10} {:>8.2} {:>8.2} {:>14.1} {:>12.2} {:>14.3}",
+            "{:10} {:>8.2} {:>8.2} {:>14.1} {:>12.2} {:>14.2} {:>14.3}",
             c.name,
             median(&c.add_ms),
             median(&c.del_ms),
             median(&c.gone_ms),
             median(&c.cpu_ms),
+            median(&c.workers_ms),
             median(&c.concurrent_s)
         );
     }

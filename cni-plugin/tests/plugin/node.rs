@@ -138,6 +138,14 @@ impl Node {
         let files = boots.flat_map(|b| fs::read_dir(b.path()).into_iter().flatten().flatten());
         files.map(|f| f.file_name().to_string_lossy().into_owned()).filter(|f| !f.starts_with('.')).collect()
     }
+
+    /// The leases that are held, as they are on disk.
+    pub fn held_leases(&self) -> Vec<Value> {
+        let boots = fs::read_dir(self.base.join("state/leases")).into_iter().flatten().flatten();
+        let files = boots.flat_map(|b| fs::read_dir(b.path()).into_iter().flatten().flatten());
+        let held = files.filter(|f| f.file_name().to_string_lossy().matches('@').count() == 2);
+        held.map(|f| serde_json::from_slice(&fs::read(f.path()).expect("read")).expect("a lease")).collect()
+    }
 }
 
 impl Drop for Node {

@@ -48,6 +48,18 @@ struct Run {
     calls: u64,
 }
 
+/// Namespaces in the map, addresses in the map, namespaces that are steered, addresses that have a route.
+struct There {
+    pods: BTreeSet<u64>,
+    addresses: BTreeSet<[u8; 16]>,
+    steered: BTreeSet<u64>,
+    routed: BTreeSet<IpAddr>,
+}
+
+fn octets(addresses: &BTreeSet<IpAddr>) -> BTreeSet<[u8; 16]> {
+    addresses.iter().map(|ip| sluice_ebpf::addr(*ip).octets()).collect()
+}
+
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
@@ -232,12 +244,21 @@ impl Run {
         assert_eq!(self.held(), BTreeMap::new(), "leases end with the boot");
     }
 
-    /// Calls that nobody kills: what is unsure is deleted, and what the runtime does not know is collected.
+    /// Calls that nobody kills: what is unsure is deleted, and what the runtime does not know is collected. DEL must
+    /// not leave anything to GC.
     fn settle(&mut self) {
         for slot in self.slots.iter_mut().filter(|s| s.known == Known::Unsure) {
             self.node.ok("DEL", &slot.id, slot.netns.as_ref().map(Netns::path));
             slot.known = Known::Nothing;
         }
+        let leases = self.node.held_leases();
+        let namespaces: BTreeSet<u64> = leases.iter().filter_map(|l| l["netns_cookie"].as_u64()).collect();
+        let addresses: BTreeSet<IpAddr> = self.held().into_values().flatten().collect();
+        let there = self.there();
+        assert!(there.pods.is_subset(&namespaces), "pods in the map without a lease");
+        assert!(there.steered.is_subset(&namespaces), "steering without a lease");
+        assert!(there.addresses.is_subset(&octets(&addresses)), "addresses in the map without a lease");
+        assert!(there.routed.is_subset(&addresses), "routes without a lease");
         let valid: Vec<&str> = self.slots.iter().filter(|s| s.known != Known::Nothing).map(|s| s.id.as_str()).collect();
         self.node.gc(&valid);
     }
@@ -261,25 +282,27 @@ impl Run {
             self.node.ok("CHECK", &slot.id, Some(netns.path()));
         }
         assert_eq!(self.held(), want, "leases");
-        let maps = self.node.maps();
-        let pods: BTreeSet<u64> = maps.pods.entries().expect("map").into_iter().map(|(c, _)| c).collect();
-        assert_eq!(pods, cookies, "pods in the map");
-        let addrs: BTreeSet<[u8; 16]> =
-            maps.addrs.entries().expect("map").into_iter().map(|(a, _)| a.octets()).collect();
-        let want_addrs: BTreeSet<[u8; 16]> = all.iter().map(|ip| sluice_ebpf::addr(*ip).octets()).collect();
-        assert_eq!(addrs, want_addrs, "addresses in the map");
-        let steered = loader::attached_pods(&self.node.place.bpffs).expect("pins");
-        assert_eq!(steered.into_iter().collect::<BTreeSet<_>>(), cookies, "steering");
-        assert_eq!(self.routed(), all, "routes");
+        let there = self.there();
+        assert_eq!(there.pods, cookies, "pods in the map");
+        assert_eq!(there.addresses, octets(&all), "addresses in the map");
+        assert_eq!(there.steered, cookies, "steering");
+        assert_eq!(there.routed, all, "routes");
         let releasing = self.node.lease_files().len() - want.len();
         assert!(self.node.links().len() <= want.len() + releasing, "links: {:?}", self.node.links());
     }
 
-    /// Addresses to which the node has a route that the plugin made.
-    fn routed(&self) -> BTreeSet<IpAddr> {
+    /// What the kernel has.
+    fn there(&self) -> There {
+        let maps = self.node.maps();
         let mut connection = Connection::open_in(&self.node.netns).expect("connection");
         let routes = kernel::read_routes(&mut connection).expect("routes").into_iter();
-        routes.filter(|r| r.protocol == PROTOCOL_POD && r.table == MAIN_TABLE).map(|r| r.to.address).collect()
+        let ours = routes.filter(|r| r.protocol == PROTOCOL_POD && r.table == MAIN_TABLE);
+        There {
+            pods: maps.pods.entries().expect("map").into_iter().map(|(c, _)| c).collect(),
+            addresses: maps.addrs.entries().expect("map").into_iter().map(|(a, _)| a.octets()).collect(),
+            steered: loader::attached_pods(&self.node.place.bpffs).expect("pins").into_iter().collect(),
+            routed: ours.map(|r| r.to.address).collect(),
+        }
     }
 
     /// Every pod ends; then nothing at all is left.
