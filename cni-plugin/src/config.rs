@@ -382,11 +382,12 @@ mod tests {
         #[test]
         fn nothing_that_comes_in_panics(
             field in select(vec![
-                "ranges", "exclude", "mtu", "dns", "prevResult", "args", "ipam", "name", "type", "ips", "ipRanges", "mac",
-                "bandwidth", "portMappings",
+                "ranges", "exclude", "mtu", "dns", "prevResult", "args", "ipam", "name", "type", "ips", "ipRanges",
+                "mac", "bandwidth", "portMappings",
             ]),
             value in select(vec![
-                "null", "0", "-1", "1e99", "\"\"", "\"::/0\"", "\"0.0.0.0/0\"", "\"255.255.255.255/32\"", "\"ffff::/16\"",
+                "null", "0", "-1", "1e99", "\"\"",
+                "\"::/0\"", "\"0.0.0.0/0\"", "\"255.255.255.255/32\"", "\"ffff::/16\"",
                 "{\"cni\":{\"ips\":[\"x\"]}}", "{\"ingressRate\":9223372036854775807,\"ingressBurst\":1}",
                 "{\"hostPort\":-1}", "{\"subnet\":\"::/127\"}", "{\"subnet\":\"255.255.255.255/32\"}",
                 "{\"ips\":[{\"address\":\"1.1.1.1/8\",\"interface\":18446744073709551615}]}",
