@@ -291,6 +291,7 @@ fn host_port(m: &PortMapping) -> Result<HostPort> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::{prelude::*, sample::select};
     use serde_json::json;
 
     fn with(more: Value) -> Result<Config> {
@@ -374,5 +375,32 @@ mod tests {
         assert_eq!(config.host_ports, [HostPort { host: 8080, pod: 80 }]);
         assert_eq!((config.dns.domain.as_str(), config.dns.search), ("x", vec!["shop.svc".to_owned()]));
         assert_eq!(config.bandwidth.ingress.expect("a limit").rate, 1_000_000);
+    }
+
+    proptest! {
+        /// Whatever a field holds: an answer, never a panic.
+        #[test]
+        fn nothing_that_comes_in_panics(
+            field in select(vec![
+                "ranges", "exclude", "mtu", "dns", "prevResult", "args", "ipam", "name", "type", "ips", "ipRanges",
+                "mac", "bandwidth", "portMappings",
+            ]),
+            value in select(vec![
+                "null", "0", "-1", "1e99", "\"\"",
+                "\"::/0\"", "\"0.0.0.0/0\"", "\"255.255.255.255/32\"", "\"ffff::/16\"",
+                "{\"cni\":{\"ips\":[\"x\"]}}", "{\"ingressRate\":9223372036854775807,\"ingressBurst\":1}",
+                "{\"hostPort\":-1}", "{\"subnet\":\"::/127\"}", "{\"subnet\":\"255.255.255.255/32\"}",
+                "{\"ips\":[{\"address\":\"1.1.1.1/8\",\"interface\":18446744073709551615}]}",
+            ]),
+            depth in 0usize..3, noise in ".{0,40}",
+        ) {
+            let value = format!("{}{value}{}", "[".repeat(depth), "]".repeat(depth));
+            let value: Value = serde_json::from_str(&value).expect("JSON");
+            let mut runtime = json!({});
+            runtime[field] = value.clone();
+            let _ = with(json!({field: value}));
+            let _ = with(json!({"runtimeConfig": runtime}));
+            let _ = Config::parse(noise.as_bytes());
+        }
     }
 }

@@ -7,8 +7,14 @@ use sluice_ebpf::{
     loader,
     maps::pin_dir,
 };
-use sluice_netlink::{Connection, kernel, link, plan, qdisc};
-use std::{fs, path::Path};
+use sluice_netlink::{Connection, Netns, kernel, link, plan, qdisc};
+use std::{
+    fs,
+    io::Write,
+    net::{TcpListener, TcpStream},
+    path::Path,
+    time::{Duration, Instant},
+};
 
 impl Node {
     /// A verb with fields added to the configuration.
@@ -82,6 +88,45 @@ fn limits_are_set_checked_and_put_back() {
     let two = node.pod("b");
     assert_eq!(node.with("ADD", "b", Some(two.path()), ports).1["code"], 108);
     assert_eq!(node.lease_files().iter().filter(|f| f.ends_with("@eth0")).count(), 0);
+}
+
+/// Time that a stream of this many bytes takes from one pod to another.
+fn stream(from: &Netns, to: &Netns, address: &str, bytes: usize) -> Duration {
+    let listener = to.run(|| TcpListener::bind((address, 80))).expect("run").expect("bind");
+    let target = listener.local_addr().expect("address");
+    let begun = Instant::now();
+    std::thread::scope(|s| {
+        let reader = s.spawn(|| {
+            let (accepted, _) = listener.accept().expect("accept");
+            accepted.set_read_timeout(Some(Duration::from_secs(20))).expect("a deadline");
+            std::io::copy(&mut { accepted }, &mut std::io::sink()).expect("read")
+        });
+        let connect = || TcpStream::connect_timeout(&target, Duration::from_secs(5));
+        let mut sender = from.run(connect).expect("run").expect("connect");
+        sender.write_all(&vec![0; bytes]).expect("write");
+        drop(sender);
+        assert_eq!(reader.join().expect("the reader"), bytes as u64);
+    });
+    begun.elapsed()
+}
+
+#[test]
+fn streams_obey_the_limits_of_both_directions() {
+    let node = Node::new("streams", true);
+    node.netns.run(|| sluice_netlink::sysctl::ensure("ipv4/ip_forward", "1")).expect("run").expect("forwarding");
+    let (a, b) = (node.pod("a"), node.pod("b"));
+    let limits =
+        json!({"ingressRate": 8_000_000, "ingressBurst": 160_000, "egressRate": 4_000_000, "egressBurst": 160_000});
+    let (ok, first) = node.with("ADD", "a", Some(a.path()), json!({"runtimeConfig": {"bandwidth": limits}}));
+    assert!(ok, "{first}");
+    let second = node.ok("ADD", "b", Some(b.path()));
+    let (to_a, to_b) = (address(&first, 0), address(&second, 0));
+    // One megabyte a second, half a megabyte a second, and a burst.
+    let coming = stream(&b, &a, &to_a, 600_000);
+    assert!(coming >= Duration::from_millis(500), "600 kB came in {coming:?}");
+    let going = stream(&a, &b, &to_b, 300_000);
+    assert!(going >= Duration::from_millis(450), "300 kB went in {going:?}");
+    eprintln!("limited to 1 MB/s: 600 kB in {coming:?}; to 0.5 MB/s: 300 kB in {going:?}");
 }
 
 #[test]
