@@ -91,7 +91,7 @@ pub fn services_keep_clients_and_stay_near(c: &Cluster) -> Result<()> {
     ensure!(all.len() == 2 && NODES.iter().any(|n| on(n).is_empty()), "two pods on two of three nodes: {pods:?}");
     let ask = format!(
         "for s in sticky local close 192.0.2.10; do for i in $(seq {ASKED}); do
-            echo $s $(wget -q -T 5 -O - http://$s/ || echo refused); done; done"
+            echo $s $(wget -q -O - http://$s/ || echo refused); done; done"
     );
     for node in NODES {
         let log = script_on(c, Some(node), "near", &format!("ask-{node}"), &ask)?;
