@@ -23,6 +23,7 @@ need unshare util-linux
 need ldd libc-bin
 need nginx nginx-light
 need haproxy haproxy
+need nft nftables   # what the service addresses are measured beside; no program of ours calls it
 need cc gcc
 need curl curl
 need ip iproute2   # tests break routes with it; no program of ours calls it
