@@ -6,7 +6,7 @@ mod routes;
 
 pub use routes::{ParentStatus, RouteStatus, Unmeshed, Verdict};
 
-use crate::inject;
+use crate::{api::validate::special, inject};
 use gateway_api::{experimental::tcproutes::TcpRoute, httproutes::HttpRoute};
 use k8s_openapi::api::{
     core::v1::{Node, Pod, Service, ServiceSpec},
@@ -133,7 +133,9 @@ fn external_ips(s: &Service) -> Vec<IpAddr> {
     let balancer = s.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let ingress = balancer.iter().flat_map(|b| b.ingress.iter().flatten());
     let direct = ingress.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_ref());
-    let mut all: Vec<IpAddr> = own.chain(direct).filter_map(|ip| ip.parse().ok()).collect();
+    let all = own.chain(direct).filter_map(|ip| ip.parse::<IpAddr>().ok()).map(|ip| ip.to_canonical());
+    // A status is not checked as a spec is, and loopback is nobody's to take.
+    let mut all: Vec<IpAddr> = all.filter(|ip| special(*ip).is_none()).collect();
     all.sort();
     all.dedup();
     all

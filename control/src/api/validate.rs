@@ -415,8 +415,9 @@ fn reach(service: &Value) -> Vec<Invalid> {
     errors
 }
 
-/// Why an address is none that a service could have.
-fn special(ip: IpAddr) -> Option<&'static str> {
+/// Why an address is none that a service could have: every caller in the cluster would lose it to that service.
+pub(crate) fn special(ip: IpAddr) -> Option<&'static str> {
+    let ip = ip.to_canonical();
     let link_local = match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
@@ -623,6 +624,9 @@ mod tests {
             (json!({"externalIPs": ["fe80::1"]}), "spec.externalIPs[0]"),
             (json!({"externalIPs": ["224.0.0.1"]}), "spec.externalIPs[0]"),
             (json!({"externalIPs": ["0.0.0.0"]}), "spec.externalIPs[0]"),
+            (json!({"externalIPs": ["::ffff:127.0.0.1"]}), "spec.externalIPs[0]"),
+            (json!({"externalIPs": [""]}), "spec.externalIPs[0]"),
+            (json!({"externalIPs": [7]}), "spec.externalIPs[0]"),
         ] {
             assert_eq!(errors(wrong.clone()), [field], "{wrong}");
         }

@@ -82,7 +82,8 @@ fn how_a_service_may_be_reached() {
             "externalIPs": ["192.0.2.7"], "sessionAffinity": "ClientIP", "internalTrafficPolicy": "Local",
             "trafficDistribution": "PreferSameNode"},
           "status": {"loadBalancer": {"ingress": [
-            {"ip": "192.0.2.8"}, {"ip": "192.0.2.9", "ipMode": "Proxy"}, {"hostname": "lb.example.org"}]}}}),
+            {"ip": "192.0.2.8"}, {"ip": "192.0.2.9", "ipMode": "Proxy"}, {"hostname": "lb.example.org"},
+            {"ip": "127.0.0.1"}, {"ip": "::ffff:169.254.1.1"}, {"ip": "::ffff:192.0.2.8"}, {"ip": ""}, {"ip": "x"}]}}}),
     );
     let node = json!({"metadata": {"labels": {"topology.kubernetes.io/zone": "a"}}});
     o.nodes.insert(m::Name::cluster("n1"), Arc::new(serde_json::from_value(node).expect("a node")));
