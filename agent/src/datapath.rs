@@ -8,7 +8,7 @@ mod pods;
 mod repair;
 mod reset;
 
-use crate::attest;
+use crate::{attest, error::describe};
 use node::Wires;
 use pods::{Overrides, PodTable};
 use sluice_cni::{Lease, Store, store::Lock};
@@ -188,15 +188,4 @@ impl Datapath {
 fn open_maps(bpffs: &Path) -> Result<(ServiceTable, PodTable, Counters), sluice_ebpf::Error> {
     let dir = pin_dir(bpffs);
     Ok((ServiceTable::open(ServiceMaps::open(&dir)?)?, PodTable::open(&dir)?, Counters::open(&dir)?))
-}
-
-/// An error with its causes on one line.
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(c) = cause {
-        text = format!("{text}: {c}");
-        cause = c.source();
-    }
-    text
 }

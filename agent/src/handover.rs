@@ -10,6 +10,7 @@
 
 use crate::{
     attest::{self, Gate, Peer},
+    error::describe,
     socket,
 };
 use sluice_cni::store::Lock;
@@ -408,10 +409,4 @@ fn key(pod: &Pod, role: Role) -> Option<ListenKey> {
     };
     let direction = if role.outbound() { OUTBOUND } else { INBOUND };
     (addr != Addr::UNSET).then_some(ListenKey { addr, direction })
-}
-
-/// An error with its causes on one line.
-pub(crate) fn describe(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |e| e.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -4,6 +4,7 @@
 pub mod attest;
 pub mod cni_config;
 pub mod datapath;
+mod error;
 mod file;
 pub mod handover;
 pub mod identity;

@@ -8,7 +8,8 @@ mod told;
 use crate::{
     attest::Gate,
     datapath::Datapath,
-    handover::{self, Handover, Listening, describe},
+    error::describe,
+    handover::{self, Handover, Listening},
     pods::{
         PodNetwork, convert,
         events::{Events, Type},
