@@ -7,3 +7,4 @@ pub mod echo;
 pub mod echo_state;
 pub mod load;
 pub mod load_report;
+pub mod stats;

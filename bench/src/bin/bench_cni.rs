@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::Value;
+use sluice_bench::stats::median;
 use sluice_ebpf::loader::{self, Place};
 use sluice_netlink::{Connection, Netns, link, ns};
 use std::{
@@ -304,12 +305,6 @@ fn all_at_once(netns: &Netns, program: &Path, config: &str, pods: &[PathBuf]) ->
     }
     wait_gone(&mut Connection::open()?)?;
     Ok(taken)
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }
 
 fn print_table(contenders: &[Contender]) {

@@ -11,6 +11,7 @@ use rustix::{
     mount::{MountFlags, UnmountFlags, mount, unmount},
     thread::{CpuSet, sched_setaffinity},
 };
+use sluice_bench::stats::interval;
 use sluice_ebpf::{
     common::{ServiceKey, TCP},
     compile::Compiler,
@@ -290,16 +291,6 @@ fn rules(netns: &Netns, services: usize) -> anyhow::Result<bool> {
     child.stdin.take().context("stdin of nft")?.write_all(text.as_bytes())?;
     ensure!(child.wait()?.success(), "nft did not take the rules for {services} services");
     Ok(true)
-}
-
-/// Median, and the order statistics that hold it 95 times of 100.
-fn interval(values: impl Iterator<Item = f64>) -> (f64, f64, f64) {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_by(f64::total_cmp);
-    let n = sorted.len() as f64;
-    let reach = 0.98 * n.sqrt();
-    let at = |x: f64| sorted.get((x.max(0.0) as usize).min(sorted.len() - 1)).copied().unwrap_or(f64::NAN);
-    (at((n - 1.0) / 2.0 - reach), at((n - 1.0) / 2.0), at((n - 1.0) / 2.0 + reach + 1.0))
 }
 
 fn report(arms: &[Arm<'_>]) {

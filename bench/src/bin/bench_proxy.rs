@@ -9,7 +9,7 @@ use rustix::{
     process::Pid,
     thread::{CpuSet, sched_setaffinity},
 };
-use sluice_bench::{backend::Backend, closed};
+use sluice_bench::{backend::Backend, closed, stats::median};
 use std::{
     fs,
     net::{SocketAddr, TcpListener},
@@ -214,12 +214,6 @@ fn private_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
     line.and_then(|l| l.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }
 
 fn print_table(contenders: &[Contender]) {
