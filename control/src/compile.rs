@@ -106,6 +106,7 @@ fn service(s: &Service) -> Option<m::Service> {
             protocol: protocol(p.protocol.as_deref())?,
             port: port(p.port)?,
             app_protocol: app_protocol(p.app_protocol.as_deref(), &name),
+            node_port: port(p.node_port.unwrap_or(0)),
             name,
         })
     });
@@ -124,6 +125,12 @@ fn service(s: &Service) -> Option<m::Service> {
             Some("PreferSameNode") => m::Distribution::SameNode,
             _ => m::Distribution::Even,
         },
+        external_policy: match spec.external_traffic_policy.as_deref() {
+            Some("Local") => m::ExternalPolicy::Local,
+            _ => m::ExternalPolicy::Cluster,
+        },
+        health_check_node_port: spec.health_check_node_port.and_then(port),
+        announcements: vec![],
     })
 }
 

@@ -8,7 +8,7 @@ use crate::{
     addr,
     layout::{Target, Wanted, WantedGroup},
 };
-use sluice_ebpf_common::{MAX_GROUPS, ServiceKey, TCP, UDP};
+use sluice_ebpf_common::{INSIDE, MAX_GROUPS, ServiceKey, TCP, UDP};
 use sluice_model::{Kind, Name, Place, Policy, Protocol, Route, Rule, Service, ServicePort, Snapshot, Workload};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -148,7 +148,7 @@ fn key(vip: IpAddr, port: u16, protocol: Protocol) -> ServiceKey {
         Protocol::Tcp => TCP,
         Protocol::Udp => UDP,
     };
-    ServiceKey { addr: addr(vip), port_be: port.to_be(), proto, pad: 0 }
+    ServiceKey { addr: addr(vip), port_be: port.to_be(), proto, scope: INSIDE }
 }
 
 fn overlay(dns: &DnsOverlay) -> impl Iterator<Item = (ServiceKey, Wanted)> {

@@ -14,7 +14,8 @@ fn name(n: &str) -> Name {
 }
 
 fn service(n: &str, vip: &str, protocol: Protocol) -> Resource {
-    let port = ServicePort { name: "http".into(), protocol, port: 80, app_protocol: AppProtocol::Detect };
+    let port =
+        ServicePort { name: "http".into(), protocol, port: 80, app_protocol: AppProtocol::Detect, node_port: None };
     Resource::Service(Service {
         name: name(n),
         virtual_ips: vec![vip.parse().expect(vip)],

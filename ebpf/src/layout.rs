@@ -132,6 +132,7 @@ pub fn lookup(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sluice_ebpf_common::INSIDE;
 
     fn group(weight: u32, ports: &[u16]) -> WantedGroup {
         let targets = ports.iter().map(|p| Target { addr: Addr::from_v4(*p as u32), port_be: *p }).collect();
@@ -140,7 +141,7 @@ mod tests {
 
     #[test]
     fn values_read_back_as_what_was_wanted() {
-        let key = ServiceKey { addr: Addr::from_v4(9), port_be: 80, proto: 6, pad: 0 };
+        let key = ServiceKey { addr: Addr::from_v4(9), port_be: 80, proto: 6, scope: INSIDE };
         for wanted in [
             Wanted::default(),
             Wanted::new(true, vec![group(1, &[1])]),

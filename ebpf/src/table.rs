@@ -9,7 +9,7 @@ use crate::{
     layout::{Target, Wanted, lay_out, read_back},
     maps::ServiceMaps,
 };
-use sluice_ebpf_common::{Backend, BackendKey, MemberKey, Service, ServiceKey};
+use sluice_ebpf_common::{Backend, BackendKey, INSIDE, MemberKey, Service, ServiceKey};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
@@ -108,7 +108,7 @@ impl ServiceTable {
     pub fn stranded(&self, withdrawn: &BTreeSet<(ServiceKey, Target)>) -> Result<HashMap<u64, HashSet<Target>>> {
         let mut found = HashMap::<u64, HashSet<Target>>::new();
         for (to, from) in self.maps.reverse.entries()? {
-            let service = ServiceKey { addr: from.addr, port_be: from.port_be, proto: to.proto, pad: 0 };
+            let service = ServiceKey { addr: from.addr, port_be: from.port_be, proto: to.proto, scope: INSIDE };
             let target = Target { addr: to.addr, port_be: to.port_be };
             if withdrawn.contains(&(service, target)) {
                 found.entry(to.socket).or_default().insert(target);

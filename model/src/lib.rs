@@ -21,8 +21,8 @@ pub use policy::{InboundMode, Policy};
 pub use resource::{Kind, Resource, ResourceKey};
 pub use route::{Backend, HeaderMatch, Match, PathMatch, Route, RouteKind, Rule, StringMatch};
 pub use service::{
-    AppProtocol, Distribution, Endpoint, EndpointPort, EndpointSet, InternalPolicy, Mesh, Place, Protocol, Service,
-    ServicePort,
+    Announcement, AppProtocol, Distribution, Endpoint, EndpointPort, EndpointSet, ExternalPolicy, InternalPolicy, Mesh,
+    Place, Protocol, Service, ServicePort,
 };
 pub use snapshot::{Delta, Snapshot};
 pub use workload::Workload;

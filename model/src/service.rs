@@ -33,6 +33,28 @@ pub struct ServicePort {
     pub port: u16,
     #[serde(default)]
     pub app_protocol: AppProtocol,
+    /// Number on every node's own addresses that leads here too.
+    #[serde(default)]
+    pub node_port: Option<u16>,
+}
+
+/// Which endpoints a caller from outside the cluster may reach, by a node port or an external address (Kubernetes
+/// `externalTrafficPolicy`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ExternalPolicy {
+    /// All; one on another node sees the address of the node that was reached.
+    #[default]
+    Cluster,
+    /// Only those on the node that was reached; they see the caller's own address.
+    Local,
+}
+
+/// An external address, and the one node that answers for it in its network at present.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announcement {
+    pub address: IpAddr,
+    pub node: String,
 }
 
 /// Which endpoints a caller in the cluster may reach (Kubernetes `internalTrafficPolicy`).
@@ -74,6 +96,14 @@ pub struct Service {
     pub internal_policy: InternalPolicy,
     #[serde(default)]
     pub distribution: Distribution,
+    #[serde(default)]
+    pub external_policy: ExternalPolicy,
+    /// Where each node says over HTTP whether it has an endpoint (services with [`ExternalPolicy::Local`]).
+    #[serde(default)]
+    pub health_check_node_port: Option<u16>,
+    /// Who answers for those of `external_ips` that are of the cluster's own pool.
+    #[serde(default)]
+    pub announcements: Vec<Announcement>,
 }
 
 impl Service {
@@ -164,6 +194,15 @@ impl EndpointSet {
             (_, Distribution::SameNode | Distribution::SameZone) if any(&in_zone) => keep(&|e| e.ready && in_zone(e)),
             _ => Cow::Borrowed(self),
         }
+    }
+
+    /// The set as callers from outside the cluster may use it who have reached the node at `place`.
+    pub fn seen_from_outside(&self, service: &Service, place: Place<'_>) -> Cow<'_, Self> {
+        let internal_policy = match service.external_policy {
+            ExternalPolicy::Cluster => return Cow::Borrowed(self),
+            ExternalPolicy::Local => InternalPolicy::Local,
+        };
+        self.seen_from(&Service { internal_policy, ..Service::default() }, place)
     }
 
     /// Ready endpoints and the port number each serves `port_name` on.

@@ -156,6 +156,7 @@ mod tests {
                 protocol: crate::Protocol::Tcp,
                 port,
                 app_protocol: crate::AppProtocol::Detect,
+                node_port: None,
             }],
             ..Service::default()
         })

@@ -169,6 +169,7 @@ mod tests {
                     protocol: Protocol::Tcp,
                     port: 80,
                     app_protocol: AppProtocol::Http,
+                    node_port: None,
                 }],
                 ..Service::default()
             })

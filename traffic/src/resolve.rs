@@ -46,8 +46,13 @@ mod tests {
 
     fn snapshot() -> Snapshot {
         let name = Name::new("shop", "web");
-        let port =
-            ServicePort { name: "".into(), protocol: Protocol::Tcp, port: 80, app_protocol: AppProtocol::Detect };
+        let port = ServicePort {
+            name: "".into(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            app_protocol: AppProtocol::Detect,
+            node_port: None,
+        };
         let endpoint = Endpoint {
             address: "10.244.1.5".parse().expect("address"),
             ready: true,

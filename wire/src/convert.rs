@@ -40,6 +40,11 @@ fn port(field: &'static str, p: u32) -> Result<u16, Malformed> {
     u16::try_from(p).ok().filter(|p| *p != 0).ok_or_else(|| invalid(field, p))
 }
 
+/// 0 stands for none.
+fn some_port(field: &'static str, p: u32) -> Result<Option<u16>, Malformed> {
+    if p == 0 { Ok(None) } else { port(field, p).map(Some) }
+}
+
 fn ports(field: &'static str, v: &[u32]) -> Result<Vec<u16>, Malformed> {
     v.iter().map(|p| port(field, *p)).collect()
 }
@@ -163,6 +168,7 @@ impl From<&m::Service> for v1::Service {
                         m::AppProtocol::Tcp => v1::AppProtocol::Opaque,
                     }
                     .into(),
+                    node_port: p.node_port.unwrap_or(0).into(),
                 })
                 .collect(),
             external_ips: s.external_ips.iter().map(|a| address_to_wire(*a)).collect(),
@@ -178,6 +184,13 @@ impl From<&m::Service> for v1::Service {
                 m::Distribution::SameNode => v1::Distribution::SameNode,
             }
             .into(),
+            external_policy: match s.external_policy {
+                m::ExternalPolicy::Cluster => v1::ExternalPolicy::ExternalCluster,
+                m::ExternalPolicy::Local => v1::ExternalPolicy::ExternalLocal,
+            }
+            .into(),
+            health_check_node_port: s.health_check_node_port.unwrap_or(0).into(),
+            announcements: s.announcements.iter().map(Into::into).collect(),
         }
     }
 }
@@ -198,6 +211,7 @@ impl TryFrom<v1::Service> for m::Service {
                     v1::AppProtocol::Http2 => m::AppProtocol::Http2,
                     v1::AppProtocol::Opaque => m::AppProtocol::Tcp,
                 },
+                node_port: some_port("node port", p.node_port)?,
             })
         };
         Ok(Self {
@@ -217,7 +231,28 @@ impl TryFrom<v1::Service> for m::Service {
                 v1::Distribution::SameZone => m::Distribution::SameZone,
                 v1::Distribution::SameNode => m::Distribution::SameNode,
             },
+            external_policy: match v1::ExternalPolicy::try_from(s.external_policy) {
+                Ok(v1::ExternalPolicy::ExternalCluster) => m::ExternalPolicy::Cluster,
+                Ok(v1::ExternalPolicy::ExternalLocal) => m::ExternalPolicy::Local,
+                Err(_) => return Err(invalid("external policy", s.external_policy)),
+            },
+            health_check_node_port: some_port("health check node port", s.health_check_node_port)?,
+            announcements: s.announcements.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
         })
+    }
+}
+
+impl From<&m::Announcement> for v1::Announcement {
+    fn from(a: &m::Announcement) -> Self {
+        Self { address: address_to_wire(a.address), node: a.node.clone() }
+    }
+}
+
+impl TryFrom<v1::Announcement> for m::Announcement {
+    type Error = Malformed;
+
+    fn try_from(a: v1::Announcement) -> Result<Self, Malformed> {
+        Ok(Self { address: address_from_wire(&a.address)?, node: a.node })
     }
 }
 
@@ -511,11 +546,15 @@ mod tests {
                     protocol: m::Protocol::Tcp,
                     port: 80,
                     app_protocol: m::AppProtocol::Http,
+                    node_port: Some(30_080),
                 }],
                 external_ips: vec!["192.0.2.1".parse().expect("an address")],
                 affinity_s: Some(10_800),
                 internal_policy: m::InternalPolicy::Local,
                 distribution: m::Distribution::SameNode,
+                external_policy: m::ExternalPolicy::Local,
+                health_check_node_port: Some(30_081),
+                announcements: vec![m::Announcement { address, node: "n1".into() }],
             }),
             m::Resource::EndpointSet(m::EndpointSet {
                 name: name.clone(),

@@ -127,8 +127,13 @@ pub(super) mod tests {
     }
 
     pub(crate) fn service(name: &str, ip: &str) -> [Resource; 2] {
-        let port =
-            ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, app_protocol: AppProtocol::Detect };
+        let port = ServicePort {
+            name: "http".into(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            app_protocol: AppProtocol::Detect,
+            node_port: None,
+        };
         let name = Name::new("shop", name);
         [
             Resource::Service(Service {

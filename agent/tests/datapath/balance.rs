@@ -28,7 +28,13 @@ pub fn name(n: &str) -> Name {
 }
 
 pub fn service(n: &str, vips: &[&str]) -> Resource {
-    let port = |protocol| ServicePort { name: "web".into(), protocol, port: 80, app_protocol: AppProtocol::Detect };
+    let port = |protocol| ServicePort {
+        name: "web".into(),
+        protocol,
+        port: 80,
+        app_protocol: AppProtocol::Detect,
+        node_port: None,
+    };
     let virtual_ips = vips.iter().map(|v| v.parse().expect(v)).collect();
     Resource::Service(Service {
         name: name(n),

@@ -13,7 +13,7 @@ use rustix::{
 };
 use sluice_bench::stats::interval;
 use sluice_ebpf::{
-    common::{ServiceKey, TCP},
+    common::{INSIDE, ServiceKey, TCP},
     compile::Compiler,
     layout::{Target, Wanted, WantedGroup},
     loader::{self, Place},
@@ -257,7 +257,7 @@ fn wanted(services: usize) -> BTreeMap<ServiceKey, Arc<Wanted>> {
     let target = Target { addr: sluice_ebpf::addr(SERVER.into()), port_be: PORT.to_be() };
     let service = |index: usize| {
         let addr = sluice_ebpf::addr(IpAddr::V4(address(index)));
-        let key = ServiceKey { addr, port_be: 80_u16.to_be(), proto: TCP, pad: 0 };
+        let key = ServiceKey { addr, port_be: 80_u16.to_be(), proto: TCP, scope: INSIDE };
         (key, Arc::new(Wanted::new(false, vec![WantedGroup { weight: 1, targets: vec![target] }])))
     };
     (0..services).map(service).collect()
@@ -328,6 +328,7 @@ fn snapshot(changed: bool) -> m::Snapshot {
             protocol: m::Protocol::Tcp,
             port: 80,
             app_protocol: m::AppProtocol::Detect,
+            node_port: None,
         };
         let endpoint = |n: usize| m::Endpoint {
             address: Ipv4Addr::from(0x0a00_0000 + (index * ENDPOINTS + n) as u32).into(),

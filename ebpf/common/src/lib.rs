@@ -101,15 +101,32 @@ impl Addr {
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 
-/// A virtual address, port and protocol.
+pub const ICMP: u8 = 1;
+pub const ICMPV6: u8 = 58;
+
+/// Callers in the cluster: pods and nodes.
+pub const INSIDE: u8 = 0;
+/// Callers that come in over a node's own links. A key that is not there for them is looked up as [`INSIDE`].
+pub const OUTSIDE: u8 = 1;
+
+/// A virtual address, port and protocol. Node ports are under the unspecified address of their family
+/// (`0.0.0.0`, mapped, or `::`), which stands for every address of the node.
 #[repr(C)]
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ServiceKey {
     pub addr: Addr,
     pub port_be: u16,
     pub proto: u8,
-    pub pad: u8,
+    /// [`INSIDE`] or [`OUTSIDE`].
+    pub scope: u8,
 }
+
+/// Ports of every node's addresses that node ports are taken from (Kubernetes' default range); nothing else on the node
+/// gets them by itself.
+pub const NODE_PORTS: core::ops::RangeInclusive<u16> = 30_000..=32_767;
+/// Source ports for connections that go on under an address of the node: above the kernel's default
+/// `ip_local_port_range`, and taken out of it where it is wider.
+pub const SNAT_PORTS: core::ops::RangeInclusive<u16> = 61_000..=65_535;
 
 /// Most weighted groups behind one service port: Gateway API allows 16 backends per rule.
 pub const MAX_GROUPS: usize = 16;
@@ -128,6 +145,23 @@ pub struct Group {
 
 /// The service answers at the node itself and is never captured by a sidecar.
 pub const SERVICE_NODE_LOCAL: u32 = 1;
+
+/// Where flags keep the binary logarithm of the length of the service's Maglev table; 0 there: it has none.
+pub const MAGLEV_SHIFT: u32 = 8;
+/// Slots in one entry of the map of Maglev tables.
+pub const MAGLEV_BLOCK: usize = 256;
+/// A slot whose share of the connections is refused.
+pub const MAGLEV_NOBODY: u16 = u16::MAX;
+
+/// A block of a service's Maglev table, which says for each slot the index of a backend.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct MaglevKey {
+    pub set: u32,
+    pub block: u32,
+}
+
+pub type MaglevBlock = [u16; MAGLEV_BLOCK];
 
 /// What a service key stands for at present. Replaced as a whole, so that a reader sees one state or the next.
 #[repr(C)]
@@ -192,6 +226,170 @@ pub struct Affinity {
     pub pad: u16,
     /// Seconds since boot.
     pub used_s: u32,
+}
+
+/// The same of a client that is known by its address, and not by its socket.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Debug)]
+pub struct ClientKey {
+    pub client: Addr,
+    pub service: ServiceKey,
+}
+
+/// A packet's addresses and ports. Of an ICMP echo the identifier is the port of the side that asks, and the other is 0.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Flow {
+    pub src: Addr,
+    pub dst: Addr,
+    pub sport_be: u16,
+    pub dport_be: u16,
+    pub proto: u8,
+    pub pad: [u8; 3],
+}
+
+impl Flow {
+    /// As answers to it come.
+    #[inline(always)]
+    pub const fn flipped(&self) -> Self {
+        Self { src: self.dst, dst: self.src, sport_be: self.dport_be, dport_be: self.sport_be, ..*self }
+    }
+}
+
+/// What becomes of the packets of one [`Flow`]: two of these, one for each direction, are a connection.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Translation {
+    /// What the packet says afterwards.
+    pub to: Flow,
+    /// Seconds since boot of the last packet; written at most once a second.
+    pub used_s: u32,
+    /// [`CT_REPLY`], [`CT_SEEN_REPLY`], [`CT_CLOSING`], …
+    pub flags: u32,
+}
+
+/// The direction of the answers.
+pub const CT_REPLY: u32 = 1;
+/// An answer was seen: the connection lives for longer.
+pub const CT_ANSWERED: u32 = 2;
+/// A FIN was seen in this direction.
+pub const CT_FIN: u32 = 4;
+/// Over: a RST, or FINs from both sides.
+pub const CT_CLOSED: u32 = 8;
+
+/// Seconds without a packet after which a connection is forgotten: TCP that is open, that was never answered, that is
+/// over; UDP and ICMP that was answered, and that was not (RFC 5382 §5 asks for 2 h 4 min, RFC 4787 §4.3 for 2 min).
+pub mod timeout {
+    pub const TCP_OPEN_S: u32 = 7_440;
+    pub const TCP_NEW_S: u32 = 60;
+    pub const TCP_CLOSED_S: u32 = 10;
+    pub const ANSWERED_S: u32 = 120;
+    pub const NEW_S: u32 = 30;
+}
+
+impl Translation {
+    /// Seconds for which it outlives its last packet.
+    #[inline(always)]
+    pub const fn timeout_s(&self) -> u32 {
+        let answered = self.flags & CT_ANSWERED != 0;
+        match (self.to.proto, self.flags & CT_CLOSED != 0) {
+            (TCP, true) => timeout::TCP_CLOSED_S,
+            (TCP, false) if answered => timeout::TCP_OPEN_S,
+            (TCP, false) => timeout::TCP_NEW_S,
+            _ if answered => timeout::ANSWERED_S,
+            _ => timeout::NEW_S,
+        }
+    }
+}
+
+/// The first fragment of a packet alone has ports.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Debug)]
+pub struct FragmentKey {
+    pub src: Addr,
+    pub dst: Addr,
+    pub id: u32,
+    pub proto: u8,
+    pub pad: [u8; 3],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct FragmentPorts {
+    pub sport_be: u16,
+    pub dport_be: u16,
+}
+
+/// A range of addresses, for longest-prefix lookup: `len` counts bits of the 128, also for mapped addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Range {
+    pub len: u32,
+    pub addr: Addr,
+}
+
+/// A link of the node that is no pod's: what leaves there with an address of the node's has this one.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Device {
+    pub addr4: Addr,
+    pub addr6: Addr,
+    pub mac: [u8; 6],
+    pub pad: u16,
+}
+
+/// Who asks for events.
+pub const WATCH_DROPS: u32 = 1;
+pub const WATCH_FLOWS: u32 = 2;
+/// Pods' packets to addresses outside the cluster get an address of the node.
+pub const MASQUERADE: u32 = 4;
+
+/// Settings of the programs: the only entry of its map.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// Cookie of the node's own network namespace.
+    pub host_netns: u64,
+    /// [`WATCH_DROPS`], [`WATCH_FLOWS`], [`MASQUERADE`].
+    pub flags: u32,
+    pub pad: u32,
+}
+
+/// Where an event was made.
+pub mod hook {
+    /// A socket's connect or sendmsg.
+    pub const SOCKET: u8 = 0;
+    /// Packet from a pod.
+    pub const POD: u8 = 1;
+    /// Packet that came in over a link of the node.
+    pub const WIRE: u8 = 2;
+    /// Packet from the node's own network stack.
+    pub const HOST: u8 = 3;
+}
+
+/// A new flow or a drop, as it goes through the ring buffer.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Event {
+    /// Since boot.
+    pub time_ns: u64,
+    /// Of the caller's socket; 0 for packets.
+    pub netns: u64,
+    /// As it came. A socket's own end is not known yet: [`Addr::UNSET`] and 0.
+    pub before: Flow,
+    /// As it goes on; the same where nothing is translated.
+    pub after: Flow,
+    /// A [`Reason`], as a number.
+    pub reason: u32,
+    /// Of the link; 0 for sockets.
+    pub ifindex: u32,
+    /// Bytes of the packet; 0 for sockets.
+    pub len: u32,
+    /// One of [`hook`].
+    pub hook: u8,
+    /// 1: the packet or connection ends here.
+    pub dropped: u8,
+    pub pad: u16,
 }
 
 /// A socket and the backend that was chosen for it.
@@ -292,6 +490,8 @@ pub type Uid = [u8; 40];
 plain! {
     Addr = 16, ServiceKey = 20, Group = 12, Service = 208, BackendKey = 8, Backend = 24, ReverseKey = 32, Reverse = 20,
     MemberKey = 24, AffinityKey = 32, Affinity = 24, Pod = 408, PodAddr = 16, PortKey = 20, ListenKey = 20, Uid = 40, u8 = 1, u32 = 4, u64 = 8,
+    MaglevKey = 8, MaglevBlock = 512, ClientKey = 36, Flow = 40, Translation = 48, FragmentKey = 40, FragmentPorts = 4,
+    Range = 20, Device = 40, Settings = 16, Event = 112,
 }
 
 /// Why a program decided as it did: index into the per-CPU counters.
@@ -359,6 +559,40 @@ reasons! {
     Affine = "affine",
     /// The client's backend could not be noted: the next connection chooses anew.
     AffinityFull = "affinity_full",
+    /// Packet: a new connection to a service was given its backend.
+    PacketTranslated = "packet_translated",
+    /// Packet: a new connection to a host port was given its pod.
+    HostPort = "host_port",
+    /// Packet: a pod's new connection to the outside goes on under an address of the node.
+    Masqueraded = "masqueraded",
+    /// Packet to a pod of this node, handed to it past the node's own stack.
+    ToPod = "to_pod",
+    /// Packet sent on over a link of the node, past the node's own stack.
+    Forwarded = "forwarded",
+    /// ICMP error about a translated packet, translated back.
+    IcmpTranslated = "icmp_translated",
+    /// ARP request or neighbour solicitation for an announced address, answered.
+    AddressAnswered = "address_answered",
+    /// Packet to a service without a backend: dropped.
+    DroppedNoBackend = "dropped_no_backend",
+    /// Headers cut short or contradictory: dropped.
+    DroppedMalformed = "dropped_malformed",
+    /// Fragment whose first one was not seen: dropped.
+    DroppedFragment = "dropped_fragment",
+    /// No port of the node is free for the connection: dropped.
+    DroppedNoPort = "dropped_no_port",
+    /// The connection could not be noted: dropped.
+    DroppedTableFull = "dropped_table_full",
+    /// No route: dropped.
+    DroppedNoRoute = "dropped_no_route",
+    /// Hop limit used up and no way to say so: dropped.
+    DroppedHopLimit = "dropped_hop_limit",
+    /// Larger than the way on: dropped and answered with ICMP, where that is possible.
+    DroppedTooBig = "dropped_too_big",
+    /// The packet could not be rewritten: dropped.
+    DroppedRewrite = "dropped_rewrite",
+    /// An event was lost because nobody read the ring buffer in time.
+    EventLost = "event_lost",
 }
 
 /// Size of the counters' array; the enum may grow up to it without a new layout.
@@ -378,12 +612,25 @@ pub mod map {
     pub const COUNTERS: &str = "COUNTERS";
     pub const MEMBERS: &str = "MEMBERS";
     pub const AFFINITY: &str = "AFFINITY";
-    pub const ALL: [&str; 11] =
-        [SERVICES, BACKENDS, REVERSE, PODS, ADDRS, INTENTS, PORTS, LISTENERS, COUNTERS, MEMBERS, AFFINITY];
+    pub const MAGLEV: &str = "MAGLEV";
+    pub const CLIENTS: &str = "CLIENTS";
+    pub const HOST_PORTS: &str = "HOST_PORTS";
+    pub const FLOWS: &str = "FLOWS";
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    pub const LOCALS: &str = "LOCALS";
+    pub const CLUSTER: &str = "CLUSTER";
+    pub const DEVICES: &str = "DEVICES";
+    pub const ANNOUNCED: &str = "ANNOUNCED";
+    pub const SETTINGS: &str = "SETTINGS";
+    pub const EVENTS: &str = "EVENTS";
+    pub const ALL: [&str; 22] = [
+        SERVICES, BACKENDS, REVERSE, PODS, ADDRS, INTENTS, PORTS, LISTENERS, COUNTERS, MEMBERS, AFFINITY, MAGLEV,
+        CLIENTS, HOST_PORTS, FLOWS, FRAGMENTS, LOCALS, CLUSTER, DEVICES, ANNOUNCED, SETTINGS, EVENTS,
+    ];
 }
 
-/// Sizes of the maps. At the bound an update fails and is reported by who made it; `REVERSE` and
-/// `AFFINITY` forget their oldest entries.
+/// Sizes of the maps. At the bound an update fails and is reported by who made it; `REVERSE`,
+/// `AFFINITY`, `CLIENTS`, `FLOWS` and `FRAGMENTS` forget their oldest entries.
 pub mod bound {
     pub const SERVICES: usize = 65_536;
     pub const BACKENDS: usize = 524_288;
@@ -395,4 +642,17 @@ pub mod bound {
     pub const LISTENERS: usize = 4 * PODS;
     pub const MEMBERS: usize = 131_072;
     pub const AFFINITY: usize = 32_768;
+    /// Blocks of [`super::MAGLEV_BLOCK`] slots.
+    pub const MAGLEV: usize = 65_536;
+    pub const CLIENTS: usize = 32_768;
+    pub const HOST_PORTS: usize = 4_096;
+    /// Directions of connections: two each.
+    pub const FLOWS: usize = 131_072;
+    pub const FRAGMENTS: usize = 8_192;
+    pub const LOCALS: usize = 1_024;
+    pub const CLUSTER: usize = 16_384;
+    pub const DEVICES: usize = 256;
+    pub const ANNOUNCED: usize = 4_096;
+    /// Bytes of the ring buffer: some thousand events.
+    pub const EVENTS: usize = 512 * 1024;
 }

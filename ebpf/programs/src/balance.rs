@@ -4,9 +4,7 @@
 
 use crate::maps::{AFFINITY, BACKENDS, MEMBERS, REVERSE, SERVICES, count};
 use aya_ebpf::{
-    helpers::generated::{
-        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_boot_ns,
-    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_boot_ns},
     programs::SockAddrContext,
 };
 use sluice_ebpf_common::*;
@@ -72,7 +70,7 @@ pub enum Choice {
 
 #[inline(always)]
 pub fn is_node_local(dial: &Dial, proto: u8) -> bool {
-    let key = ServiceKey { addr: dial.addr, port_be: dial.port_be, proto, pad: 0 };
+    let key = ServiceKey { addr: dial.addr, port_be: dial.port_be, proto, scope: INSIDE };
     // SAFETY: read once; a stale value decides as the moment before would have.
     unsafe { SERVICES.get(&key) }.is_some_and(|s| s.flags & SERVICE_NODE_LOCAL != 0)
 }
@@ -80,7 +78,7 @@ pub fn is_node_local(dial: &Dial, proto: u8) -> bool {
 /// Two even numbers choose: one the group by weight, one the backend in it; unless the client has a backend already.
 #[inline(always)]
 pub fn choose(ctx: &SockAddrContext, dial: &Dial, proto: u8, by_weight: u32, in_group: u32) -> Choice {
-    let key = ServiceKey { addr: dial.addr, port_be: dial.port_be, proto, pad: 0 };
+    let key = ServiceKey { addr: dial.addr, port_be: dial.port_be, proto, scope: INSIDE };
     for _ in 0..ATTEMPTS {
         // SAFETY: entries may be replaced while read; `Backend` says for whom it was written and is checked.
         let Some(service) = (unsafe { SERVICES.get(&key) }) else { return Choice::Unknown };

@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{HashMap, LruHashMap, PerCpuArray, SockHash},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockHash},
     macros::btf_map,
 };
 use sluice_ebpf_common::*;
@@ -34,6 +34,35 @@ pub static COUNTERS: PerCpuArray<u64, { MAX_REASONS as usize }> = PerCpuArray::n
 pub static MEMBERS: HashMap<MemberKey, u32, { bound::MEMBERS }, LAZY> = HashMap::new();
 #[btf_map]
 pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { bound::AFFINITY }> = LruHashMap::new();
+
+/// Maglev tables of services that callers from outside reach.
+#[btf_map]
+pub static MAGLEV: HashMap<MaglevKey, MaglevBlock, { bound::MAGLEV }, LAZY> = HashMap::new();
+#[btf_map]
+pub static CLIENTS: LruHashMap<ClientKey, Affinity, { bound::CLIENTS }> = LruHashMap::new();
+/// Host ports, written by the plugin with the pod.
+#[btf_map]
+pub static HOST_PORTS: HashMap<ServiceKey, Reverse, { bound::HOST_PORTS }, LAZY> = HashMap::new();
+/// Connections whose packets are translated.
+#[btf_map]
+pub static FLOWS: LruHashMap<Flow, Translation, { bound::FLOWS }> = LruHashMap::new();
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { bound::FRAGMENTS }> = LruHashMap::new();
+/// The node's own addresses.
+#[btf_map]
+pub static LOCALS: HashMap<Addr, u32, { bound::LOCALS }, LAZY> = HashMap::new();
+/// Ranges that pods reach under their own address: other pods, nodes, and what the operator excludes.
+#[btf_map]
+pub static CLUSTER: LpmTrie<Addr, u32, { bound::CLUSTER }, LAZY> = LpmTrie::new();
+#[btf_map]
+pub static DEVICES: HashMap<u32, Device, { bound::DEVICES }, LAZY> = HashMap::new();
+/// Addresses that this node answers for in its network.
+#[btf_map]
+pub static ANNOUNCED: HashMap<Addr, u32, { bound::ANNOUNCED }, LAZY> = HashMap::new();
+#[btf_map]
+pub static SETTINGS: Array<Settings, 1> = Array::new();
+#[btf_map]
+pub static EVENTS: RingBuf<Event, { bound::EVENTS }, 0> = RingBuf::new();
 
 #[inline(always)]
 pub fn count(reason: Reason) {

@@ -36,7 +36,7 @@ pub fn service(name: &str, ip: &str, app_protocol: AppProtocol, addresses: &[Soc
         mesh: Mesh::Plain,
         ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: a.port() }],
     };
-    let port = ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, app_protocol };
+    let port = ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: 80, app_protocol, node_port: None };
     vec![
         Resource::Service(Service {
             name: name.clone(),
