@@ -13,6 +13,7 @@ use crate::{
 use aya::{Ebpf, EbpfLoader, programs::Program};
 use sluice_ebpf_common::map;
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
     os::{
@@ -35,6 +36,13 @@ const CGROUP_PROGRAMS: [(&str, Hook); 8] = [
     ("getpeername6", Hook::Getpeername6),
 ];
 const STEER: &str = "steer_pod";
+/// The programs of a pod's link: packets from the pod, packets of the node's own stack to it.
+const POD_PACKETS: [(&str, Hook, &str); 2] =
+    [("from_pod", Hook::TcxIngress, "_in"), ("from_host", Hook::TcxEgress, "_out")];
+/// The same of a link of the node's.
+const DEVICE_PACKETS: [(&str, Hook, &str); 2] =
+    [("from_wire", Hook::TcxIngress, "_in"), ("from_host", Hook::TcxEgress, "_out")];
+const PACKET_PROGRAMS: [&str; 3] = ["from_pod", "from_wire", "from_host"];
 /// `f_type` of a BPF file system (linux/magic.h).
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
@@ -68,7 +76,7 @@ pub fn load(place: &Place) -> Result<Loaded> {
 pub fn load_with(place: &Place, set_retval: bool) -> Result<Loaded> {
     check_bpffs(&place.bpffs)?;
     let dir = pin_dir(&place.bpffs);
-    for folder in [dir.clone(), links(&dir), pods(&dir)] {
+    for folder in [dir.clone(), links(&dir), pods(&dir), devices(&dir)] {
         fs::create_dir_all(&folder).map_err(|e| Error::syscall("create", folder.display(), e))?;
     }
     let cgroup = File::open(&place.cgroup).map_err(|e| Error::syscall("open cgroup", place.cgroup.display(), e))?;
@@ -76,9 +84,14 @@ pub fn load_with(place: &Place, set_retval: bool) -> Result<Loaded> {
     for (name, hook) in CGROUP_PROGRAMS {
         attach_cgroup(&dir, program(&mut object, name)?, name, hook, &cgroup)?;
     }
-    let steer = program(&mut object, STEER)?;
-    pin_over(steer.as_fd(), &dir.join(STEER))?;
-    let pods = replace_in_pods(&dir, steer.as_fd())?;
+    let mut current = BTreeMap::new();
+    for name in PACKET_PROGRAMS.into_iter().chain([STEER]) {
+        let program = program(&mut object, name)?;
+        pin_over(program.as_fd(), &dir.join(name))?;
+        current.insert(name, program);
+    }
+    replace(&devices(&dir), &DEVICE_PACKETS, &current)?;
+    let pods = replace(&pods(&dir), &POD_PACKETS, &current)?;
     Ok(Loaded { set_retval, pods })
 }
 
@@ -90,7 +103,7 @@ pub fn repair(place: &Place) -> Result<bool> {
     let whole = CGROUP_PROGRAMS.iter().all(|(name, _)| {
         sys::pinned(&links(&dir).join(name)).and_then(|l| sys::link_info(l.as_fd())).is_ok_and(|i| i.cgroup() == cgroup)
     });
-    let pins = map::ALL.iter().chain([&STEER]).all(|name| dir.join(name).exists());
+    let pins = map::ALL.iter().chain(&PACKET_PROGRAMS).chain([&STEER]).all(|name| dir.join(name).exists());
     if whole && pins {
         return Ok(false);
     }
@@ -100,7 +113,7 @@ pub fn repair(place: &Place) -> Result<bool> {
 /// Removes every pin: the programs detach and the maps go. For uninstalling and for tests.
 pub fn unload(bpffs: &Path) -> Result<()> {
     let dir = pin_dir(bpffs);
-    for folder in [pods(&dir), links(&dir), dir] {
+    for folder in [pods(&dir), devices(&dir), links(&dir), dir] {
         let entries = match fs::read_dir(&folder) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             other => other.map_err(|e| Error::syscall("list", folder.display(), e))?,
@@ -127,9 +140,71 @@ fn pods(dir: &Path) -> PathBuf {
     dir.join("pods")
 }
 
+fn devices(dir: &Path) -> PathBuf {
+    dir.join("devices")
+}
+
 /// Pin of the steering link of one pod.
 fn pod_link(bpffs: &Path, netns_cookie: u64) -> PathBuf {
     pods(&pin_dir(bpffs)).join(netns_cookie.to_string())
+}
+
+/// Puts the packet programs on the node's end of a pod's link, which is in the calling thread's namespace; what is
+/// there already stays.
+pub fn attach_pod_link(bpffs: &Path, netns_cookie: u64, ifindex: u32) -> Result<()> {
+    attach_packets(&pin_dir(bpffs), &POD_PACKETS, &pod_link(bpffs, netns_cookie), ifindex)
+}
+
+/// Puts the packet programs on a link of the node's own.
+pub fn attach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
+    let dir = pin_dir(bpffs);
+    attach_packets(&dir, &DEVICE_PACKETS, &devices(&dir).join(ifindex.to_string()), ifindex)
+}
+
+/// Takes them off.
+pub fn detach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
+    unpin_packets(&DEVICE_PACKETS, &devices(&pin_dir(bpffs)).join(ifindex.to_string()))
+}
+
+/// Links of the node's own, by index, that have programs; also such as are gone.
+pub fn attached_devices(bpffs: &Path) -> Result<BTreeSet<u32>> {
+    let dir = devices(&pin_dir(bpffs));
+    let entries = fs::read_dir(&dir).map_err(|e| Error::syscall("list", dir.display(), e))?;
+    Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.split('_').next()?.parse().ok()).collect())
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
+}
+
+fn attach_packets(dir: &Path, programs: &[(&str, Hook, &str)], path: &Path, ifindex: u32) -> Result<()> {
+    for (name, hook, suffix) in programs {
+        let path = with_suffix(path, suffix);
+        match sys::pinned(&path).and_then(|l| sys::link_info(l.as_fd())) {
+            Ok(info) if info.ifindex() == ifindex => continue,
+            // Of a link that is gone, whose name another has now.
+            Ok(_) => fs::remove_file(&path).map_err(|e| Error::syscall("unpin", path.display(), e))?,
+            Err(_) => {}
+        }
+        let program = open_pin(&dir.join(name))?;
+        let link = sys::device_link_create(program.as_fd(), ifindex, *hook)
+            .map_err(|e| Error::syscall("attach packet programs to link", ifindex, e))?;
+        sys::pin(link.as_fd(), &path).map_err(|e| Error::syscall("pin", path.display(), e))?;
+    }
+    Ok(())
+}
+
+fn unpin_packets(programs: &[(&str, Hook, &str)], path: &Path) -> Result<()> {
+    programs.iter().try_for_each(|(_, _, suffix)| unpin(&with_suffix(path, suffix)))
+}
+
+fn unpin(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::syscall("unpin", path.display(), e)),
+        _ => Ok(()),
+    }
 }
 
 /// Attaches the pinned steering program to a pod's namespace; a link that is there already stays.
@@ -144,25 +219,26 @@ pub fn attach_pod(bpffs: &Path, netns: BorrowedFd<'_>, netns_cookie: u64) -> Res
     sys::pin(link.as_fd(), &path).map_err(|e| Error::syscall("pin", path.display(), e))
 }
 
-/// Whether the pod's steering link is pinned.
+/// Whether all of the pod's programs are pinned.
 pub fn pod_attached(bpffs: &Path, netns_cookie: u64) -> bool {
-    pod_link(bpffs, netns_cookie).exists()
+    let path = pod_link(bpffs, netns_cookie);
+    path.exists() && POD_PACKETS.iter().all(|(_, _, suffix)| with_suffix(&path, suffix).exists())
 }
 
-/// Ends steering for a pod; the link dies with its pin.
+/// Takes a pod's programs away; a link dies with its pin.
 pub fn detach_pod(bpffs: &Path, netns_cookie: u64) -> Result<()> {
     let path = pod_link(bpffs, netns_cookie);
-    match fs::remove_file(&path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::syscall("unpin", path.display(), e)),
-        _ => Ok(()),
-    }
+    unpin(&path)?;
+    unpin_packets(&POD_PACKETS, &path)
 }
 
 /// Cookies of the pods that have a pinned steering link.
 pub fn attached_pods(bpffs: &Path) -> Result<Vec<u64>> {
     let dir = pods(&pin_dir(bpffs));
     let entries = fs::read_dir(&dir).map_err(|e| Error::syscall("list", dir.display(), e))?;
-    Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
+    let cookie = |e: fs::DirEntry| e.file_name().to_str()?.split('_').next()?.parse().ok();
+    let cookies: BTreeSet<u64> = entries.flatten().filter_map(cookie).collect();
+    Ok(cookies.into_iter().collect())
 }
 
 fn check_bpffs(bpffs: &Path) -> Result<()> {
@@ -182,11 +258,12 @@ fn open_object(dir: &Path, set_retval: bool) -> Result<Ebpf> {
         loader.map_pin_path(name, dir.join(name));
     }
     let mut object = loader.load(OBJECT).map_err(|e| Error::Object(Box::new(e)))?;
-    for name in CGROUP_PROGRAMS.iter().map(|(n, _)| *n).chain([STEER]) {
+    for name in CGROUP_PROGRAMS.iter().map(|(n, _)| *n).chain(PACKET_PROGRAMS).chain([STEER]) {
         let program = object.program_mut(name).ok_or(Error::NoProgram(name))?;
         let loaded = match program {
             Program::CgroupSockAddr(p) => p.load(),
             Program::SkLookup(p) => p.load(),
+            Program::SchedClassifier(p) => p.load(),
             _ => return Err(Error::NoProgram(name)),
         };
         loaded.map_err(|e| Error::Program { name, cause: Box::new(e) })?;
@@ -225,27 +302,35 @@ fn pin_over(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
     fs::rename(&next, path).map_err(|e| Error::syscall("rename pin to", path.display(), e))
 }
 
-/// New steering for the pods that run; links of namespaces that are gone are removed.
-fn replace_in_pods(dir: &Path, steer: BorrowedFd<'_>) -> Result<usize> {
-    let folder = pods(dir);
-    let wanted = sys::program_id(steer).map_err(|e| Error::syscall("inspect", STEER, e))?;
-    let mut replaced = 0;
-    let entries = fs::read_dir(&folder).map_err(|e| Error::syscall("list", folder.display(), e))?;
-    for entry in entries.flatten() {
-        let path = entry.path();
-        let link = open_pin(&path)?;
-        match sys::link_update(link.as_fd(), steer) {
-            Ok(()) => replaced += 1,
-            Err(e) if e.raw_os_error() == Some(libc::ENOLINK) => {
-                fs::remove_file(&path).map_err(|e| Error::syscall("unpin", path.display(), e))?;
-            }
-            Err(e) => {
-                let current = sys::link_info(link.as_fd()).map(|i| i.program);
-                if current.ok() != Some(wanted) {
-                    return Err(Error::syscall("replace steering in", path.display(), e));
-                }
-            }
+/// New programs for the links pinned in `folder`: by the suffix of the pin, steering where there is none. Links of what
+/// is gone are removed. The number of pods, or of devices.
+fn replace(folder: &Path, programs: &[(&str, Hook, &str)], current: &BTreeMap<&str, OwnedFd>) -> Result<usize> {
+    let mut owners = BTreeSet::new();
+    let entries = fs::read_dir(folder).map_err(|e| Error::syscall("list", folder.display(), e))?;
+    for path in entries.flatten().map(|e| e.path()) {
+        let file = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let name = programs.iter().find(|(_, _, suffix)| file.ends_with(suffix)).map_or(STEER, |(name, _, _)| name);
+        let Some(program) = current.get(name) else { continue };
+        if replace_one(&path, program.as_fd())? {
+            owners.insert(file.split('_').next().unwrap_or_default().to_owned());
         }
     }
-    Ok(replaced)
+    Ok(owners.len())
+}
+
+/// False where the link's target is gone.
+fn replace_one(path: &Path, program: BorrowedFd<'_>) -> Result<bool> {
+    let link = open_pin(path)?;
+    match sys::link_update(link.as_fd(), program) {
+        Ok(()) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::ENOLINK) => {
+            fs::remove_file(path).map_err(|e| Error::syscall("unpin", path.display(), e))?;
+            Ok(false)
+        }
+        Err(e) => {
+            let current = sys::link_info(link.as_fd()).map(|i| i.program);
+            let wanted = sys::program_id(program).map_err(|e| Error::syscall("inspect", path.display(), e))?;
+            if current.ok() == Some(wanted) { Ok(true) } else { Err(Error::syscall("replace", path.display(), e)) }
+        }
+    }
 }

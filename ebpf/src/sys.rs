@@ -35,6 +35,8 @@ pub(crate) enum Hook {
     Getpeername4 = 29,
     Getpeername6 = 30,
     SkLookup = 36,
+    TcxIngress = 46,
+    TcxEgress = 47,
 }
 
 #[repr(C)]
@@ -126,6 +128,12 @@ pub(crate) fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, hook:
     bpf(LINK_CREATE, &mut attr).map(owned)
 }
 
+/// At a network device, by its index in the calling thread's namespace. `EINVAL` before Linux 6.6.
+pub(crate) fn device_link_create(program: BorrowedFd<'_>, ifindex: u32, hook: Hook) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreate { program: raw(program), target: ifindex, hook: hook as u32, flags: 0 };
+    bpf(LINK_CREATE, &mut attr).map(owned)
+}
+
 /// Puts `program` into `link` in place of the one there: no packet and no call sees none.
 pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     bpf(LINK_UPDATE, &mut LinkUpdate { link: raw(link), program: raw(program), flags: 0, old: 0 }).map(drop)
@@ -151,6 +159,11 @@ pub(crate) struct LinkInfo {
 }
 
 impl LinkInfo {
+    /// Of a link at a network device; 0 when the device is gone.
+    pub(crate) fn ifindex(&self) -> u32 {
+        self.words[0]
+    }
+
     pub(crate) fn cgroup(&self) -> u64 {
         self.words[0] as u64 | (self.words[1] as u64) << 32
     }

@@ -89,6 +89,20 @@ impl Addr {
     }
 
     #[inline(always)]
+    pub const fn is_multicast(&self) -> bool {
+        if self.is_v4() {
+            return u32::from_be(self.words[3]) >> 28 == 0xe || self.words[3] == u32::MAX;
+        }
+        u32::from_be(self.words[0]) >> 24 == 0xff
+    }
+
+    /// The unspecified address of the same family.
+    #[inline(always)]
+    pub const fn unspecified(&self) -> Self {
+        Self { words: [0, 0, if self.is_v4() { MAPPED } else { 0 }, 0] }
+    }
+
+    #[inline(always)]
     pub const fn is_link_local(&self) -> bool {
         if self.is_v4() {
             return u32::from_be(self.words[3]) >> 16 == 0xa9fe;
@@ -145,6 +159,8 @@ pub struct Group {
 
 /// The service answers at the node itself and is never captured by a sidecar.
 pub const SERVICE_NODE_LOCAL: u32 = 1;
+/// Callers from outside have an entry of their own ([`OUTSIDE`]).
+pub const SERVICE_OUTSIDE: u32 = 2;
 
 /// Where flags keep the binary logarithm of the length of the service's Maglev table; 0 there: it has none.
 pub const MAGLEV_SHIFT: u32 = 8;
@@ -249,6 +265,15 @@ pub struct Flow {
 }
 
 impl Flow {
+    #[inline(always)]
+    pub const fn same(&self, o: &Self) -> bool {
+        self.src.same(&o.src)
+            && self.dst.same(&o.dst)
+            && self.sport_be == o.sport_be
+            && self.dport_be == o.dport_be
+            && self.proto == o.proto
+    }
+
     /// As answers to it come.
     #[inline(always)]
     pub const fn flipped(&self) -> Self {
@@ -262,11 +287,14 @@ impl Flow {
 pub struct Translation {
     /// What the packet says afterwards.
     pub to: Flow,
-    /// Seconds since boot of the last packet; written at most once a second.
-    pub used_s: u32,
-    /// [`CT_REPLY`], [`CT_SEEN_REPLY`], [`CT_CLOSING`], …
+    /// When the last packet came, in [ticks](TICK_SHIFT) of the monotonic clock; written once a tick at most.
+    pub used: u32,
+    /// [`CT_REPLY`], [`CT_ANSWERED`], [`CT_FIN`], [`CT_CLOSED`].
     pub flags: u32,
 }
+
+/// A tick is 2^30 nanoseconds (1.07 s): the programs shift where they would have to divide.
+pub const TICK_SHIFT: u32 = 30;
 
 /// The direction of the answers.
 pub const CT_REPLY: u32 = 1;
@@ -277,28 +305,34 @@ pub const CT_FIN: u32 = 4;
 /// Over: a RST, or FINs from both sides.
 pub const CT_CLOSED: u32 = 8;
 
-/// Seconds without a packet after which a connection is forgotten: TCP that is open, that was never answered, that is
+/// Ticks without a packet after which a connection is forgotten: TCP that is open, that was never answered, that is
 /// over; UDP and ICMP that was answered, and that was not (RFC 5382 §5 asks for 2 h 4 min, RFC 4787 §4.3 for 2 min).
 pub mod timeout {
-    pub const TCP_OPEN_S: u32 = 7_440;
-    pub const TCP_NEW_S: u32 = 60;
-    pub const TCP_CLOSED_S: u32 = 10;
-    pub const ANSWERED_S: u32 = 120;
-    pub const NEW_S: u32 = 30;
+    pub const TCP_OPEN: u32 = 7_000;
+    pub const TCP_NEW: u32 = 60;
+    pub const TCP_CLOSED: u32 = 10;
+    pub const ANSWERED: u32 = 120;
+    pub const NEW: u32 = 30;
 }
 
 impl Translation {
-    /// Seconds for which it outlives its last packet.
+    /// Ticks for which it outlives its last packet.
     #[inline(always)]
-    pub const fn timeout_s(&self) -> u32 {
+    pub const fn timeout(&self) -> u32 {
         let answered = self.flags & CT_ANSWERED != 0;
         match (self.to.proto, self.flags & CT_CLOSED != 0) {
-            (TCP, true) => timeout::TCP_CLOSED_S,
-            (TCP, false) if answered => timeout::TCP_OPEN_S,
-            (TCP, false) => timeout::TCP_NEW_S,
-            _ if answered => timeout::ANSWERED_S,
-            _ => timeout::NEW_S,
+            (TCP, true) => timeout::TCP_CLOSED,
+            (TCP, false) if answered => timeout::TCP_OPEN,
+            (TCP, false) => timeout::TCP_NEW,
+            _ if answered => timeout::ANSWERED,
+            _ => timeout::NEW,
         }
+    }
+
+    /// Whether it is over at `now`, in ticks.
+    #[inline(always)]
+    pub const fn expired(&self, now: u32) -> bool {
+        now.wrapping_sub(self.used) > self.timeout()
     }
 }
 
@@ -414,6 +448,8 @@ pub struct Reverse {
 
 /// The pod has a sidecar: its TCP is captured, and refused while no sidecar lives.
 pub const POD_MESHED: u32 = 1;
+/// What comes to the pod is limited by a queue on the node's end of its link, which must not be passed by.
+pub const POD_SHAPED: u32 = 2;
 
 /// A pod, by the cookie of its network namespace. Names are zero-padded.
 #[repr(C)]

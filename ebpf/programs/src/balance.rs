@@ -2,7 +2,10 @@
 //! getpeername. It keeps no state per packet. `REVERSE` gives the application its own words back, `AFFINITY` keeps a
 //! client with its backend where the service asks for that; both may forget.
 
-use crate::maps::{AFFINITY, BACKENDS, MEMBERS, REVERSE, SERVICES, count};
+use crate::maps::{
+    AFFINITY, BACKENDS, CLIENTS, HOST_PORTS, LOCALS, MAGLEV, MEMBERS, REVERSE, SERVICES, SETTINGS, count,
+};
+use crate::work::Work;
 use aya_ebpf::{
     helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_boot_ns},
     programs::SockAddrContext,
@@ -78,7 +81,23 @@ pub fn is_node_local(dial: &Dial, proto: u8) -> bool {
 /// Two even numbers choose: one the group by weight, one the backend in it; unless the client has a backend already.
 #[inline(always)]
 pub fn choose(ctx: &SockAddrContext, dial: &Dial, proto: u8, by_weight: u32, in_group: u32) -> Choice {
-    let key = ServiceKey { addr: dial.addr, port_be: dial.port_be, proto, scope: INSIDE };
+    let mut key = ServiceKey { addr: dial.addr, port_be: dial.port_be, proto, scope: INSIDE };
+    // SAFETY: presence only; the loop below reads it.
+    if unsafe { SERVICES.get(&key) }.is_none() {
+        if !is_own(ctx, dial) {
+            return Choice::Unknown;
+        }
+        if let Some(to) = host_port(&key) {
+            return Choice::Backend(to);
+        }
+        key.addr = dial.addr.unspecified();
+        if let Some(to) = host_port(&key) {
+            return Choice::Backend(to);
+        }
+        if !NODE_PORTS.contains(&u16::from_be(dial.port_be)) {
+            return Choice::Unknown;
+        }
+    }
     for _ in 0..ATTEMPTS {
         // SAFETY: entries may be replaced while read; `Backend` says for whom it was written and is checked.
         let Some(service) = (unsafe { SERVICES.get(&key) }) else { return Choice::Unknown };
@@ -89,12 +108,7 @@ pub fn choose(ctx: &SockAddrContext, dial: &Dial, proto: u8, by_weight: u32, in_
         }
         let Some(group) = group(service, by_weight) else { return Choice::None };
         let index = group.first + scale(in_group, group.count);
-        // SAFETY: as above.
-        if let Some(backend) = unsafe { BACKENDS.get(BackendKey { set: service.set, index }) }
-            && backend.service_port_be == key.port_be
-            && backend.service_word == key.addr.words[3]
-        {
-            let to = Dial { addr: backend.addr, port_be: backend.port_be };
+        if let Some(to) = backend(service, &key, index) {
             if service.affinity_s > 0 {
                 keep_affine(ctx, &key, to);
             }
@@ -104,6 +118,113 @@ pub fn choose(ctx: &SockAddrContext, dial: &Dial, proto: u8, by_weight: u32, in_
     }
     count(Reason::RaceLost);
     Choice::None
+}
+
+/// An address of the node, on which node ports and host ports are; loopback is that for its own processes alone.
+#[inline(always)]
+fn is_own(ctx: &SockAddrContext, dial: &Dial) -> bool {
+    if dial.addr.is_loopback() || dial.addr.is_unspecified() {
+        // SAFETY: helper on the hook's own context.
+        let netns = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
+        return SETTINGS.get(0).is_some_and(|s| s.host_netns == netns);
+    }
+    // SAFETY: presence only.
+    unsafe { LOCALS.get(&dial.addr) }.is_some()
+}
+
+#[inline(always)]
+pub fn host_port(key: &ServiceKey) -> Option<Dial> {
+    // SAFETY: an entry is written once, with its pod.
+    let to = unsafe { HOST_PORTS.get(key) }?;
+    count(Reason::HostPort);
+    Some(Dial { addr: to.addr, port_be: to.port_be })
+}
+
+/// The backend under an index, unless the entry was replaced meanwhile.
+#[inline(always)]
+fn backend(service: &Service, key: &ServiceKey, index: u32) -> Option<Dial> {
+    // SAFETY: what was written for another service is told by what it says.
+    let backend = unsafe { BACKENDS.get(BackendKey { set: service.set, index }) }?;
+    let own = backend.service_port_be == key.port_be && backend.service_word == key.addr.words[3];
+    own.then_some(Dial { addr: backend.addr, port_be: backend.port_be })
+}
+
+/// The backend of `w.service` for the first packet of a connection. Every node that is asked chooses the same one, where
+/// all know the same backends: the choice depends on the packet alone.
+#[inline(always)]
+pub fn choose_for(w: &mut Work) -> Choice {
+    let hash = spread(&w.head.flow);
+    for _ in 0..ATTEMPTS {
+        // SAFETY: as in `choose`.
+        let Some(service) = (unsafe { SERVICES.get(&w.service) }) else { return Choice::Unknown };
+        let affine = service.affinity_s > 0;
+        if affine {
+            (w.client.client, w.client.service) = (w.head.flow.src, w.service);
+            if let Some(to) = kept(&w.client, service) {
+                return Choice::Backend(to);
+            }
+        }
+        let Some(index) = slot(service, hash) else { return Choice::None };
+        if let Some(to) = backend(service, &w.service, index) {
+            if affine {
+                keep(&w.client, to);
+            }
+            return Choice::Backend(to);
+        }
+        count(Reason::Raced);
+    }
+    count(Reason::RaceLost);
+    Choice::None
+}
+
+#[inline(always)]
+fn spread(flow: &Flow) -> u64 {
+    let mut hash = ((flow.sport_be as u64) << 32) | ((flow.dport_be as u64) << 16) | flow.proto as u64;
+    for i in 0..4 {
+        hash = mix(hash ^ ((flow.src.words[i] as u64) << 32) ^ flow.dst.words[i] as u64);
+    }
+    hash
+}
+
+/// The index of a backend: from the service's Maglev table, or by weight where it has none.
+#[inline(always)]
+fn slot(service: &Service, hash: u64) -> Option<u32> {
+    let bits = (service.flags >> MAGLEV_SHIFT) & 31;
+    if bits == 0 {
+        let group = group(service, (hash >> 32) as u32)?;
+        return Some(group.first + scale(hash as u32, group.count));
+    }
+    let slot = (hash & ((1 << bits) - 1)) as u32;
+    let key = MaglevKey { set: service.set, block: slot / MAGLEV_BLOCK as u32 };
+    // SAFETY: a table is written whole before its service names it, and removed after.
+    let table = unsafe { MAGLEV.get(&key) }?;
+    let index = table[slot as usize & (MAGLEV_BLOCK - 1)];
+    (index != MAGLEV_NOBODY).then_some(index as u32)
+}
+
+/// [`affine`] for a client that is known by its address.
+#[inline(always)]
+fn kept(client: &ClientKey, service: &Service) -> Option<Dial> {
+    // SAFETY: as in `affine`.
+    let before = unsafe { CLIENTS.get(client) }?;
+    if now_s().wrapping_sub(before.used_s) >= service.affinity_s {
+        return None;
+    }
+    let to = Dial { addr: before.addr, port_be: before.port_be };
+    let member = MemberKey { set: service.set, port_be: to.port_be, pad: 0, addr: to.addr };
+    // SAFETY: only whether it is there counts.
+    unsafe { MEMBERS.get(&member) }?;
+    keep(client, to);
+    count(Reason::Affine);
+    Some(to)
+}
+
+#[inline(always)]
+fn keep(client: &ClientKey, to: Dial) {
+    let value = Affinity { addr: to.addr, port_be: to.port_be, pad: 0, used_s: now_s() };
+    if CLIENTS.insert(client, &value, 0).is_err() {
+        count(Reason::AffinityFull);
+    }
 }
 
 #[inline(always)]

@@ -5,14 +5,20 @@
 
 mod balance;
 mod capture;
+mod connections;
+mod icmp;
 mod maps;
+mod neighbour;
+mod packet;
+mod route;
 mod steer;
+mod work;
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
     helpers::generated::bpf_set_retval,
-    macros::{cgroup_sock_addr, sk_lookup},
-    programs::{SkLookupContext, SockAddrContext},
+    macros::{cgroup_sock_addr, classifier, sk_lookup},
+    programs::{SkLookupContext, SockAddrContext, TcContext},
 };
 use balance::{Dial, Verdict};
 use core::ptr;
@@ -99,6 +105,21 @@ sock_addr_programs! {
     recvmsg6: dial6, balance::recvmsg, answer6;
     getpeername4: dial4, balance::getpeername, answer4;
     getpeername6: dial6, balance::getpeername, answer6;
+}
+
+macro_rules! packet_programs {
+    ($($name:ident: $decide:path;)*) => { $(
+        #[classifier]
+        pub fn $name(ctx: TcContext) -> i32 {
+            $decide(packet::Skb { raw: ctx.skb.skb })
+        }
+    )* };
+}
+
+packet_programs! {
+    from_pod: route::from_pod;
+    from_wire: route::from_wire;
+    from_host: route::from_host;
 }
 
 const SK_DROP: u32 = 0;

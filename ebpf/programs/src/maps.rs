@@ -64,6 +64,10 @@ pub static SETTINGS: Array<Settings, 1> = Array::new();
 #[btf_map]
 pub static EVENTS: RingBuf<Event, { bound::EVENTS }, 0> = RingBuf::new();
 
+/// Room of a packet program on one CPU, where the stack (512 bytes) does not reach: a [`crate::work::Work`].
+#[btf_map]
+pub static WORK: PerCpuArray<[u64; crate::work::WORDS], 1> = PerCpuArray::new();
+
 #[inline(always)]
 pub fn count(reason: Reason) {
     if let Some(p) = COUNTERS.get_ptr_mut(reason as u32) {

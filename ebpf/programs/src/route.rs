@@ -1,0 +1,393 @@
+//! Packets at a node's links: services, host ports and masquerade; and the way on, past the node's own stack, so that
+//! its firewall's FORWARD policy does not matter.
+//!
+//! A program decides in this order: a known connection; else a service or host port that the packet is addressed to;
+//! else, for pods, whether the destination is outside the cluster. Then the packet is rewritten and sent on.
+
+use crate::{
+    balance::{self, Choice},
+    connections::{self, Source},
+    icmp::{self, Report},
+    maps::{ADDRS, ANNOUNCED, CLUSTER, DEVICES, EVENTS, LOCALS, SERVICES, SETTINGS, count},
+    neighbour,
+    packet::{Body, ETH_P_ARP, ETH_P_IPV6, Skb, Unread},
+    work::{Work, work},
+};
+use aya_ebpf::{
+    bindings::{bpf_fib_lookup as FibLookup, bpf_redir_neigh},
+    btf_maps::lpm_trie::Key,
+    helpers::generated::{bpf_fib_lookup, bpf_ktime_get_boot_ns, bpf_redirect_neigh, bpf_redirect_peer},
+};
+use sluice_ebpf_common::*;
+
+/// Leaves the packet to programs after this one, and to the stack.
+pub const NEXT: i32 = -1;
+pub const DROP: i32 = 2;
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+const FIB_SUCCESS: i64 = 0;
+const FIB_BLACKHOLE: i64 = 1;
+const FIB_UNREACHABLE: i64 = 2;
+const FIB_PROHIBIT: i64 = 3;
+const FIB_NO_NEIGH: i64 = 7;
+const FIB_FRAG_NEEDED: i64 = 8;
+
+/// What a packet becomes.
+enum Fate {
+    /// As it came.
+    Leave,
+    /// What `Work::to` says.
+    Become,
+    Drop(Reason),
+    /// A service that has no backend: its caller is told.
+    Refuse,
+}
+
+/// Where a packet goes on.
+enum Way {
+    /// To the stack of this node.
+    Stack,
+    Pod {
+        ifindex: u32,
+        shaped: bool,
+    },
+    /// By the next hop in `Work::fib`.
+    Link(u32),
+    TooBig(u16),
+    None,
+}
+
+#[inline(always)]
+pub fn from_pod(skb: Skb) -> i32 {
+    entered(skb, hook::POD)
+}
+
+#[inline(always)]
+pub fn from_wire(skb: Skb) -> i32 {
+    match skb.ethertype() {
+        Some(ETH_P_ARP) => neighbour::answer_arp(&skb),
+        _ => entered(skb, hook::WIRE),
+    }
+}
+
+/// Packets of the node's own stack: answers of its processes to translated connections.
+#[inline(always)]
+pub fn from_host(skb: Skb) -> i32 {
+    let Some(w) = work() else { return NEXT };
+    if skb.read(&mut w.head).is_err() {
+        return NEXT;
+    }
+    if w.head.body == Body::Error {
+        icmp::translate(&skb, w);
+        return NEXT;
+    }
+    if !connections::known(w) || skb.rewrite(&w.head, &w.to, false) {
+        return NEXT;
+    }
+    dropped(&skb, w, Reason::DroppedRewrite, hook::HOST)
+}
+
+#[inline(always)]
+fn entered(skb: Skb, at: u8) -> i32 {
+    let Some(w) = work() else { return NEXT };
+    match skb.read(&mut w.head) {
+        Ok(()) => {}
+        Err(Unread::Foreign) if at == hook::WIRE && skb.ethertype() == Some(ETH_P_IPV6) => {
+            return neighbour::answer_nd(&skb);
+        }
+        Err(Unread::Foreign) => return NEXT,
+        Err(Unread::Drop(reason)) => return dropped(&skb, w, reason, at),
+    }
+    if w.head.flow.dst.is_multicast() {
+        return NEXT;
+    }
+    if w.head.body == Body::Error {
+        let translated = icmp::translate(&skb, w);
+        return deliver(&skb, w, at, translated);
+    }
+    match fate(&skb, w, at) {
+        Fate::Leave => return deliver(&skb, w, at, false),
+        Fate::Become => {}
+        Fate::Drop(reason) => return dropped(&skb, w, reason, at),
+        Fate::Refuse => return icmp::report(&skb, w, Report::PortUnreachable, Reason::DroppedNoBackend, at),
+    }
+    let way = way(&skb, &w.to, &mut w.fib);
+    let hop = match way {
+        Way::TooBig(mtu) => return icmp::report(&skb, w, Report::TooBig(mtu), Reason::DroppedTooBig, at),
+        Way::None => return dropped(&skb, w, Reason::DroppedNoRoute, at),
+        Way::Link(_) if w.head.hops <= 1 => return dropped(&skb, w, Reason::DroppedHopLimit, at),
+        Way::Link(_) => true,
+        Way::Stack | Way::Pod { .. } => false,
+    };
+    if !skb.rewrite(&w.head, &w.to, hop) {
+        return dropped(&skb, w, Reason::DroppedRewrite, at);
+    }
+    send(way, w)
+}
+
+/// A packet that stays as it is, or is translated already.
+#[inline(always)]
+fn deliver(skb: &Skb, w: &mut Work, at: u8, translated: bool) -> i32 {
+    let way = way(skb, &w.head.flow, &mut w.fib);
+    match way {
+        Way::Pod { .. } => send(way, w),
+        // What only passes through this node is the stack's, and so is every answer that it can give better.
+        Way::Link(_) if at == hook::POD || translated => {
+            if w.head.hops <= 1 || !skb.rewrite(&w.head, &w.head.flow, true) {
+                return NEXT;
+            }
+            send(way, w)
+        }
+        // An announced address on a port that is no service's: nobody further on has it either.
+        // SAFETY: presence only.
+        Way::Link(_) if unsafe { ANNOUNCED.get(&w.head.flow.dst) }.is_some() => {
+            icmp::report(skb, w, Report::PortUnreachable, Reason::DroppedNoBackend, at)
+        }
+        _ => NEXT,
+    }
+}
+
+#[inline(always)]
+fn fate(skb: &Skb, w: &mut Work, at: u8) -> Fate {
+    if connections::known(w) {
+        return Fate::Become;
+    }
+    // An answer that is the first that is seen of a connection begins none.
+    if w.head.body == Body::EchoReply {
+        return Fate::Leave;
+    }
+    match destination(w, at) {
+        Choice::Unknown => {}
+        Choice::None => return nobody(w),
+        Choice::Backend(to) => {
+            w.to = w.head.flow;
+            (w.to.dst, w.to.dport_be) = (to.addr, to.port_be);
+            return match source(skb, w, at) {
+                Ok(source) => begun(skb, w, source, at, Reason::PacketTranslated),
+                Err(reason) => Fate::Drop(reason),
+            };
+        }
+    }
+    if at == hook::POD && masqueraded(&w.head.flow) {
+        w.to = w.head.flow;
+        if leaving(skb, w) {
+            return begun(skb, w, Source::Node, at, Reason::Masqueraded);
+        }
+    }
+    Fate::Leave
+}
+
+#[inline(always)]
+fn begun(skb: &Skb, w: &mut Work, source: Source, at: u8, reason: Reason) -> Fate {
+    if let Err(reason) = connections::begin(w, source) {
+        return Fate::Drop(reason);
+    }
+    count(reason);
+    tell(skb, &w.head.flow, &w.to, reason, at, false);
+    Fate::Become
+}
+
+/// An address of the node itself: its stack refuses what nobody listens for. Any other would be sent on and on.
+#[inline(always)]
+fn nobody(w: &Work) -> Fate {
+    // SAFETY: presence only.
+    if unsafe { LOCALS.get(&w.head.flow.dst) }.is_some() {
+        count(Reason::NoBackend);
+        return Fate::Leave;
+    }
+    Fate::Refuse
+}
+
+/// The backend of a new connection, where its destination is a service or a host port.
+#[inline(always)]
+fn destination(w: &mut Work, at: u8) -> Choice {
+    let flow = &w.head.flow;
+    if flow.proto != TCP && flow.proto != UDP {
+        return Choice::Unknown;
+    }
+    w.service = ServiceKey { addr: flow.dst, port_be: flow.dport_be, proto: flow.proto, scope: INSIDE };
+    let choice = chosen(w, at);
+    if !matches!(choice, Choice::Unknown) {
+        return choice;
+    }
+    // SAFETY: presence only.
+    if unsafe { LOCALS.get(&w.head.flow.dst) }.is_none() {
+        return Choice::Unknown;
+    }
+    if let Some(to) = balance::host_port(&w.service) {
+        return Choice::Backend(to);
+    }
+    w.service.addr = w.service.addr.unspecified();
+    if NODE_PORTS.contains(&u16::from_be(w.service.port_be)) {
+        let choice = chosen(w, at);
+        if !matches!(choice, Choice::Unknown) {
+            return choice;
+        }
+    }
+    balance::host_port(&w.service).map_or(Choice::Unknown, Choice::Backend)
+}
+
+/// Of `w.service`, which is of the scope [`INSIDE`] again when it is unknown.
+#[inline(always)]
+fn chosen(w: &mut Work, at: u8) -> Choice {
+    // SAFETY: flags only; a stale one decides as the moment before would have.
+    let Some(service) = (unsafe { SERVICES.get(&w.service) }) else { return Choice::Unknown };
+    if at == hook::WIRE && service.flags & SERVICE_OUTSIDE != 0 {
+        w.service.scope = OUTSIDE;
+    }
+    let choice = balance::choose_for(w);
+    w.service.scope = INSIDE;
+    choice
+}
+
+/// Writes the source that the backend is to see, so that its answers come back here.
+#[inline(always)]
+fn source(skb: &Skb, w: &mut Work, at: u8) -> Result<Source, Reason> {
+    if w.to.dst.same(&w.to.src) {
+        // The pod itself is the backend: it answers its gateway, which is us.
+        w.to.src = gateway(w.to.dst.is_v4());
+        return Ok(Source::Node);
+    }
+    // A backend on this node answers by way of this node.
+    // SAFETY: presence only.
+    let here = unsafe { ADDRS.get(&w.to.dst).is_some() || LOCALS.get(&w.to.dst).is_some() };
+    if here || at == hook::POD || w.to.dst.is_link_local() {
+        return Ok(Source::Kept);
+    }
+    if leaving(skb, w) { Ok(Source::Node) } else { Err(Reason::DroppedNoRoute) }
+}
+
+/// Gives `w.to` the node's address on the link by which it leaves, if it leaves and there is one.
+#[inline(always)]
+fn leaving(skb: &Skb, w: &mut Work) -> bool {
+    let Way::Link(ifindex) = way(skb, &w.to, &mut w.fib) else { return false };
+    // SAFETY: replaced whole.
+    let Some(device) = (unsafe { DEVICES.get(&ifindex) }) else { return false };
+    let address = if w.to.dst.is_v4() { &device.addr4 } else { &device.addr6 };
+    if address.is_unspecified() {
+        return false;
+    }
+    w.to.src = *address;
+    true
+}
+
+/// What pods know their gateway by (see `netlink::plan`).
+#[inline(always)]
+fn gateway(v4: bool) -> Addr {
+    if v4 {
+        return Addr::from_v4(u32::from_ne_bytes([169, 254, 1, 1]));
+    }
+    Addr { words: [0xfe80_0000_u32.to_be(), 0, 0, 1_u32.to_be()] }
+}
+
+/// Whether a pod's new connection leaves the cluster.
+#[inline(always)]
+fn masqueraded(flow: &Flow) -> bool {
+    let Some(settings) = SETTINGS.get(0) else { return false };
+    if settings.flags & MASQUERADE == 0 || flow.dst.is_link_local() {
+        return false;
+    }
+    // SAFETY: presence only.
+    let here = unsafe { ADDRS.get(&flow.dst).is_some() || LOCALS.get(&flow.dst).is_some() };
+    !here && CLUSTER.get(&Key::new(128, flow.dst)).is_none()
+}
+
+/// Where a packet with these addresses goes.
+#[inline(always)]
+fn way(skb: &Skb, flow: &Flow, fib: &mut FibLookup) -> Way {
+    // SAFETY: replaced whole; presence decides.
+    if let Some(pod) = unsafe { ADDRS.get(&flow.dst) } {
+        return Way::Pod { ifindex: pod.ifindex, shaped: pod.flags & POD_SHAPED != 0 };
+    }
+    // SAFETY: presence only.
+    if flow.dst.is_link_local() || unsafe { LOCALS.get(&flow.dst) }.is_some() {
+        return Way::Stack;
+    }
+    fib.l4_protocol = flow.proto;
+    fib.sport = flow.sport_be;
+    fib.dport = flow.dport_be;
+    fib.ifindex = skb.ifindex();
+    fib.__bindgen_anon_1.tot_len = 0;
+    fib.__bindgen_anon_2.flowinfo = 0;
+    if flow.dst.is_v4() {
+        fib.family = AF_INET;
+        fib.__bindgen_anon_3.ipv4_src = flow.src.words[3];
+        fib.__bindgen_anon_4.ipv4_dst = flow.dst.words[3];
+    } else {
+        fib.family = AF_INET6;
+        fib.__bindgen_anon_3.ipv6_src = flow.src.words;
+        fib.__bindgen_anon_4.ipv6_dst = flow.dst.words;
+    }
+    let p: *mut FibLookup = fib;
+    // SAFETY: parameters in the program's own room, their size given.
+    let found = unsafe { bpf_fib_lookup(skb.raw.cast(), p, size_of::<FibLookup>() as i32, 0) };
+    match found as i64 {
+        FIB_SUCCESS | FIB_NO_NEIGH => Way::Link(fib.ifindex),
+        // SAFETY: the kernel has written the length that would pass.
+        FIB_FRAG_NEEDED => Way::TooBig(unsafe { fib.__bindgen_anon_1.mtu_result }),
+        FIB_BLACKHOLE | FIB_UNREACHABLE | FIB_PROHIBIT => Way::None,
+        _ => Way::Stack,
+    }
+}
+
+#[inline(always)]
+fn send(way: Way, w: &mut Work) -> i32 {
+    match way {
+        Way::Pod { ifindex, shaped: false } => {
+            count(Reason::ToPod);
+            // SAFETY: helper; a link that has gone makes it a drop.
+            unsafe { bpf_redirect_peer(ifindex, 0) as i32 }
+        }
+        // The neighbour entry of a pod is permanent: its own address on its own link.
+        Way::Pod { ifindex, shaped: true } => {
+            count(Reason::ToPod);
+            // SAFETY: as above.
+            unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+        }
+        Way::Link(ifindex) => {
+            count(Reason::Forwarded);
+            w.hop.nh_family = w.fib.family as u32;
+            // SAFETY: both are integers of the same size; of IPv4 the first word counts.
+            unsafe { w.hop.__bindgen_anon_1.ipv6_nh = w.fib.__bindgen_anon_4.ipv6_dst };
+            // SAFETY: parameters in the program's own room, their size given.
+            unsafe { bpf_redirect_neigh(ifindex, &raw mut w.hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32 }
+        }
+        Way::Stack | Way::TooBig(_) | Way::None => NEXT,
+    }
+}
+
+#[inline(always)]
+pub fn dropped(skb: &Skb, w: &Work, reason: Reason, at: u8) -> i32 {
+    count(reason);
+    tell(skb, &w.head.flow, &w.head.flow, reason, at, true);
+    DROP
+}
+
+/// Writes an event for whoever follows.
+#[inline(always)]
+pub fn tell(skb: &Skb, before: &Flow, after: &Flow, reason: Reason, at: u8, dropped: bool) {
+    let Some(settings) = SETTINGS.get(0) else { return };
+    if settings.flags & (if dropped { WATCH_DROPS } else { WATCH_FLOWS }) == 0 {
+        return;
+    }
+    let Some(mut entry) = EVENTS.reserve(0) else {
+        return count(Reason::EventLost);
+    };
+    // SAFETY: a helper without arguments.
+    let time_ns = unsafe { bpf_ktime_get_boot_ns() };
+    entry.write(Event {
+        time_ns,
+        netns: 0,
+        before: *before,
+        after: *after,
+        reason: reason as u32,
+        ifindex: skb.ifindex(),
+        len: skb.len(),
+        hook: at,
+        dropped: dropped as u8,
+        pad: 0,
+    });
+    entry.submit(0);
+}
