@@ -8,11 +8,13 @@ use crate::{
     addr,
     layout::{Target, Wanted, WantedGroup},
 };
-use sluice_ebpf_common::{INSIDE, MAX_GROUPS, ServiceKey, TCP, UDP};
-use sluice_model::{Kind, Name, Place, Policy, Protocol, Route, Rule, Service, ServicePort, Snapshot, Workload};
+use sluice_ebpf_common::{INSIDE, MAX_GROUPS, OUTSIDE, ServiceKey, TCP, UDP};
+use sluice_model::{
+    ExternalPolicy, Kind, Name, Place, Policy, Protocol, Route, Rule, Service, ServicePort, Snapshot, Workload,
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
 
@@ -96,20 +98,20 @@ pub fn compile(snapshot: &Snapshot, node: &str, dns: Option<DnsOverlay>) -> Comp
     let routes = routes_by_parent(snapshot);
     let place = snapshot.place(node);
     // No service takes another's own address by naming it as an external one.
-    let own = snapshot.services().map(|s| (s, &s.virtual_ips));
-    for (service, addresses) in own.chain(snapshot.services().map(|s| (s, &s.external_ips))) {
-        let attached = routes.get(&service.name).map_or(&[][..], Vec::as_slice);
-        for (port, vip) in service.ports.iter().flat_map(|p| addresses.iter().map(move |v| (p, *v))) {
-            let key = key(vip, port.port, port.protocol);
-            if let Some(winner) = out.owners.get(&key) {
-                let (winner, loser) = (winner.clone(), service.name.clone());
-                out.problems.push(Problem::AddressTaken { winner, loser, vip, port: port.port });
-                continue;
+    for reach in [Reach::Own, Reach::External, Reach::Node] {
+        for service in snapshot.services() {
+            let attached = routes.get(&service.name).map_or(&[][..], Vec::as_slice);
+            for (port, vip, number) in reach.dials(service) {
+                let key = key(vip, number, port.protocol);
+                if let Some(winner) = out.owners.get(&key) {
+                    let (winner, loser) = (winner.clone(), service.name.clone());
+                    out.problems.push(Problem::AddressTaken { winner, loser, vip, port: number });
+                    continue;
+                }
+                out.owners.insert(key, service.name.clone());
+                let view = View { snapshot, place, v4: vip.is_ipv4(), reach, callers: Callers::Inside };
+                view.write(key, attached, service, port, &mut out.services, &mut out.problems);
             }
-            out.owners.insert(key, service.name.clone());
-            let view = View { snapshot, place, v4: vip.is_ipv4() };
-            let wanted = view.wanted(attached, service, port, &mut out.problems);
-            out.services.insert(key, Arc::new(wanted));
         }
     }
     for (key, wanted) in dns.iter().flat_map(overlay) {
@@ -131,15 +133,43 @@ impl Compiled {
         let affected: BTreeSet<&Name> = sets.iter().chain(parents).collect();
         for service in affected.into_iter().filter_map(|name| snapshot.service(name)) {
             let attached = routes.get(&service.name).map_or(&[][..], Vec::as_slice);
-            for (port, vip) in service.ports.iter().flat_map(|p| service.addresses().map(move |v| (p, v))) {
-                let key = key(vip, port.port, port.protocol);
-                if self.owners.get(&key) == Some(&service.name) {
-                    let view = View { snapshot, place, v4: vip.is_ipv4() };
-                    let wanted = view.wanted(attached, service, port, &mut vec![]);
-                    self.services.insert(key, Arc::new(wanted));
+            for reach in [Reach::Own, Reach::External, Reach::Node] {
+                for (port, vip, number) in reach.dials(service) {
+                    let key = key(vip, number, port.protocol);
+                    if self.owners.get(&key) == Some(&service.name) {
+                        let view = View { snapshot, place, v4: vip.is_ipv4(), reach, callers: Callers::Inside };
+                        view.write(key, attached, service, port, &mut self.services, &mut vec![]);
+                    }
                 }
             }
         }
+    }
+}
+
+/// By what a service is dialled.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Own,
+    External,
+    /// A port of the node's own addresses.
+    Node,
+}
+
+impl Reach {
+    /// Ports of the service with each address and number that it has there.
+    fn dials(self, service: &Service) -> impl Iterator<Item = (&ServicePort, IpAddr, u16)> {
+        let addresses: Vec<IpAddr> = match self {
+            Self::Own => service.virtual_ips.clone(),
+            Self::External => service.external_ips.clone(),
+            Self::Node => {
+                let any = |v4| if v4 { IpAddr::from(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
+                let families: BTreeSet<bool> = service.virtual_ips.iter().map(IpAddr::is_ipv4).collect();
+                families.into_iter().map(any).collect()
+            }
+        };
+        let number = move |p: &ServicePort| if self == Self::Node { p.node_port } else { Some(p.port) };
+        let ports = service.ports.iter().filter_map(move |p| Some((p, number(p)?)));
+        ports.flat_map(move |(p, number)| addresses.clone().into_iter().map(move |a| (p, a, number)))
     }
 }
 
@@ -182,9 +212,38 @@ struct View<'a> {
     snapshot: &'a Snapshot,
     place: Place<'a>,
     v4: bool,
+    reach: Reach,
+    callers: Callers,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Callers {
+    Inside,
+    Outside,
 }
 
 impl View<'_> {
+    /// The service's entry, and that for callers from outside where these may reach other endpoints.
+    fn write(
+        self,
+        key: ServiceKey,
+        routes: &[&Route],
+        service: &Service,
+        port: &ServicePort,
+        entries: &mut BTreeMap<ServiceKey, Arc<Wanted>>,
+        problems: &mut Vec<Problem>,
+    ) {
+        let maglev = self.reach != Reach::Own;
+        let outside = maglev && service.external_policy == ExternalPolicy::Local;
+        let wanted = self.wanted(routes, service, port, problems);
+        entries.insert(key, Arc::new(Wanted { maglev, outside, ..wanted }));
+        if outside {
+            let view = View { callers: Callers::Outside, ..self };
+            let wanted = view.wanted(routes, service, port, &mut vec![]);
+            entries.insert(ServiceKey { scope: OUTSIDE, ..key }, Arc::new(Wanted { maglev, ..wanted }));
+        }
+    }
+
     fn wanted(self, routes: &[&Route], service: &Service, port: &ServicePort, problems: &mut Vec<Problem>) -> Wanted {
         let Some((route, rule)) = catch_all(routes, port) else {
             let group = WantedGroup { weight: 1, targets: self.ready_targets(service, port) };
@@ -209,8 +268,11 @@ impl View<'_> {
 
     fn ready_targets(self, service: &Service, port: &ServicePort) -> Vec<Target> {
         let Some(set) = self.snapshot.endpoint_set(&service.name) else { return vec![] };
-        set.seen_from(service, self.place)
-            .ready_on(&port.name, port.protocol)
+        let seen = match self.callers {
+            Callers::Outside => set.seen_from_outside(service, self.place),
+            Callers::Inside => set.seen_from(service, self.place),
+        };
+        seen.ready_on(&port.name, port.protocol)
             .filter(|(e, _)| e.address.is_ipv4() == self.v4)
             .map(|(e, number)| Target { addr: addr(e.address), port_be: number.to_be() })
             .collect()

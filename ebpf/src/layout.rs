@@ -2,8 +2,10 @@
 //!
 //! `lookup` is the user-space mirror of the programs' choice; tests compare it with a slow, obvious reference.
 
+use crate::maglev;
 use sluice_ebpf_common::{
-    Addr, Backend, BackendKey, Group, MAX_GROUPS, MemberKey, SERVICE_NODE_LOCAL, Service, ServiceKey,
+    Addr, Backend, BackendKey, Group, MAGLEV_BLOCK, MAGLEV_SHIFT, MAX_GROUPS, MaglevBlock, MaglevKey, MemberKey,
+    SERVICE_NODE_LOCAL, SERVICE_OUTSIDE, Service, ServiceKey,
 };
 
 /// Where a connection may go.
@@ -27,6 +29,10 @@ pub struct Wanted {
     pub node_local: bool,
     /// Seconds for which a client keeps its backend; 0: none does.
     pub affinity_s: u32,
+    /// Packets choose by a Maglev table.
+    pub maglev: bool,
+    /// Callers from outside have an entry of their own.
+    pub outside: bool,
     pub groups: Vec<WantedGroup>,
 }
 
@@ -45,7 +51,7 @@ impl Wanted {
             g.targets.sort_unstable();
             g.targets.dedup();
         }
-        Self { node_local, affinity_s: 0, groups }
+        Self { node_local, groups, ..Self::default() }
     }
 
     /// Clients keep their backends for so many seconds.
@@ -63,6 +69,26 @@ impl Wanted {
         })
     }
 
+    /// Slots of the Maglev table, a power of two.
+    fn slots(&self) -> Option<usize> {
+        self.maglev.then(|| maglev::slots(&self.groups)).flatten()
+    }
+
+    /// How many blocks its Maglev table has.
+    pub fn blocks(&self) -> u32 {
+        self.slots().map_or(0, |slots| (slots / MAGLEV_BLOCK) as u32)
+    }
+
+    /// The Maglev table in blocks, to be written before the service names it.
+    pub fn table(&self, set: u32) -> Vec<(MaglevKey, MaglevBlock)> {
+        if !self.maglev {
+            return vec![];
+        }
+        let table = maglev::table(&self.groups);
+        let blocks = table.chunks_exact(MAGLEV_BLOCK).filter_map(|c| c.try_into().ok());
+        (0..).zip(blocks).map(|(block, slots)| (MaglevKey { set, block }, slots)).collect()
+    }
+
     pub fn targets(&self) -> impl Iterator<Item = &Target> {
         self.groups.iter().flat_map(|g| &g.targets)
     }
@@ -70,7 +96,11 @@ impl Wanted {
 
 /// The values for one service under the set id `set`.
 pub fn lay_out(key: &ServiceKey, wanted: &Wanted, set: u32) -> (Service, Vec<(BackendKey, Backend)>) {
-    let flags = if wanted.node_local { SERVICE_NODE_LOCAL } else { 0 };
+    let mut flags = if wanted.node_local { SERVICE_NODE_LOCAL } else { 0 };
+    flags |= if wanted.outside { SERVICE_OUTSIDE } else { 0 };
+    if let Some(slots) = wanted.slots() {
+        flags |= slots.trailing_zeros() << MAGLEV_SHIFT;
+    }
     let (groups, affinity_s) = (wanted.groups.len() as u32, wanted.affinity_s);
     let mut service = Service { set, groups, flags, affinity_s, ..Service::default() };
     let (mut upto, mut first) = (0u32, 0u32);
@@ -109,7 +139,9 @@ pub fn read_back(
         groups.push(WantedGroup { weight, targets: (0..g.count).map(target).collect::<Option<_>>()? });
     }
     let node_local = service.flags & SERVICE_NODE_LOCAL != 0;
-    let wanted = Wanted { node_local, affinity_s: service.affinity_s, groups };
+    let outside = service.flags & SERVICE_OUTSIDE != 0;
+    let maglev = service.flags >> MAGLEV_SHIFT != 0;
+    let wanted = Wanted { node_local, affinity_s: service.affinity_s, maglev, outside, groups };
     let canonical = lay_out(key, &wanted, service.set).0 == *service;
     canonical.then_some(wanted)
 }

@@ -10,6 +10,7 @@ pub mod compile;
 mod error;
 pub mod layout;
 pub mod loader;
+pub mod maglev;
 pub mod maps;
 mod sys;
 pub mod table;

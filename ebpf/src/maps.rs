@@ -2,8 +2,8 @@
 
 use crate::{Error, error::Result, sys};
 use sluice_ebpf_common::{
-    Addr, Backend, BackendKey, LAYOUT, ListenKey, MAX_REASONS, MemberKey, Plain, Pod, PodAddr, PortKey, Reason,
-    Reverse, ReverseKey, Service, ServiceKey, Uid, map,
+    Addr, Backend, BackendKey, LAYOUT, ListenKey, MAX_REASONS, MaglevBlock, MaglevKey, MemberKey, Plain, Pod, PodAddr,
+    PortKey, Reason, Reverse, ReverseKey, Service, ServiceKey, Uid, map,
 };
 use std::{
     marker::PhantomData,
@@ -37,6 +37,9 @@ pub struct HashMap<K, V> {
 /// Entries per batch: two buffers of some ten KB.
 const BATCH: usize = 256;
 
+/// More than the largest map has.
+const KEYS: usize = 1 << 20;
+
 impl<K: Plain, V: Plain> HashMap<K, V> {
     /// Opens the map pinned as `name` in `dir`.
     pub fn open(dir: &Path, name: &str) -> Result<Self> {
@@ -68,6 +71,21 @@ impl<K: Plain, V: Plain> HashMap<K, V> {
     /// Whether there was such an entry.
     pub fn remove(&self, key: &K) -> Result<bool> {
         sys::map_delete(self.fd.as_fd(), bytes(key)).map_err(self.error("remove an entry of"))
+    }
+
+    /// All keys, one call each: for maps whose values are large and not wanted.
+    pub fn keys(&self) -> Result<Vec<K>> {
+        let mut keys = Vec::<K>::new();
+        let mut next = MaybeUninit::uninit();
+        // An entry that goes meanwhile makes the kernel begin anew.
+        while keys.len() < KEYS
+            && sys::map_next_key(self.fd.as_fd(), keys.last().map(bytes), bytes_mut(&mut next))
+                .map_err(self.error("list"))?
+        {
+            // SAFETY: the kernel wrote the key.
+            keys.push(unsafe { next.assume_init() });
+        }
+        Ok(keys)
     }
 
     /// All entries; those that change meanwhile may be seen in either state.
@@ -214,6 +232,7 @@ pub struct ServiceMaps {
     pub services: HashMap<ServiceKey, Service>,
     pub backends: HashMap<BackendKey, Backend>,
     pub members: HashMap<MemberKey, u32>,
+    pub maglev: HashMap<MaglevKey, MaglevBlock>,
     pub reverse: HashMap<ReverseKey, Reverse>,
 }
 
@@ -223,6 +242,7 @@ impl ServiceMaps {
             services: HashMap::open(dir, map::SERVICES)?,
             backends: HashMap::open(dir, map::BACKENDS)?,
             members: HashMap::open(dir, map::MEMBERS)?,
+            maglev: HashMap::open(dir, map::MAGLEV)?,
             reverse: HashMap::open(dir, map::REVERSE)?,
         })
     }

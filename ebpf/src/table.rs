@@ -9,7 +9,7 @@ use crate::{
     layout::{Target, Wanted, lay_out, read_back},
     maps::ServiceMaps,
 };
-use sluice_ebpf_common::{Backend, BackendKey, INSIDE, MemberKey, Service, ServiceKey};
+use sluice_ebpf_common::{Backend, BackendKey, INSIDE, MaglevKey, MemberKey, Service, ServiceKey};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
@@ -35,6 +35,8 @@ struct Entries {
     set: u32,
     backends: u32,
     members: Vec<MemberKey>,
+    /// Blocks of its Maglev table.
+    blocks: u32,
 }
 
 /// The service maps and what this process knows to be in them.
@@ -68,6 +70,7 @@ impl ServiceTable {
                 false => drop(self.maps.members.remove(&key)?),
             }
         }
+        let blocks = self.blocks(&sets)?;
         let highest = sets.iter().chain(backends.keys().map(|k| &k.set)).max().copied().unwrap_or(0);
         self.next_set = self.next_set.max(highest.wrapping_add(1).max(1));
         let mut sizes = HashMap::<u32, u32>::new();
@@ -79,12 +82,31 @@ impl ServiceTable {
             let members = members.remove(&s.set).unwrap_or_default();
             let there: HashSet<&MemberKey> = members.iter().collect();
             let all_there = |w: &Wanted| w.members(s.set).all(|m| there.contains(&m));
+            let blocks = blocks.get(&s.set).copied().unwrap_or(0);
             let wanted = read_back(&key, &s, |k| backends.get(&k).copied()).filter(all_there);
+            let wanted = wanted.filter(|w| w.blocks() == blocks);
             let backends = sizes.get(&s.set).copied().unwrap_or(0);
-            (key, Present { entries: Entries { set: s.set, backends, members }, wanted: wanted.map(Arc::new) })
+            let entries = Entries { set: s.set, backends, members, blocks };
+            (key, Present { entries, wanted: wanted.map(Arc::new) })
         };
         self.present = services.into_iter().map(present).collect();
         Ok(())
+    }
+
+    /// Blocks of Maglev tables by set. What this process has written itself it takes for granted: the tables are large,
+    /// and this is asked every second.
+    fn blocks(&self, sets: &HashSet<u32>) -> Result<HashMap<u32, u32>> {
+        if !self.present.is_empty() {
+            return Ok(self.present.values().map(|p| (p.entries.set, p.entries.blocks)).collect());
+        }
+        let mut blocks = HashMap::<u32, u32>::new();
+        for key in self.maps.maglev.keys()? {
+            match sets.contains(&key.set) {
+                true => *blocks.entry(key.set).or_default() += 1,
+                false => drop(self.maps.maglev.remove(&key)?),
+            }
+        }
+        Ok(blocks)
     }
 
     /// Makes the maps say `wanted` and nothing else. On an error what was done stays done and is known: the next call
@@ -144,8 +166,13 @@ impl ServiceTable {
     fn replace(&mut self, key: &ServiceKey, wanted: &Arc<Wanted>) -> Result<Present> {
         let set = self.next_set;
         self.next_set = self.next_set.wrapping_add(1).max(1);
-        let (service, backends) = lay_out(key, wanted, set);
-        let entries = Entries { set, backends: backends.len() as u32, members: wanted.members(set).collect() };
+        let blocks = self.write_table(wanted, set);
+        let (service, backends) = match blocks {
+            0 => lay_out(key, &Wanted { maglev: false, ..Wanted::clone(wanted) }, set),
+            _ => lay_out(key, wanted, set),
+        };
+        let count = backends.len() as u32;
+        let entries = Entries { set, backends: count, members: wanted.members(set).collect(), blocks };
         let written = backends
             .iter()
             .try_for_each(|(k, b)| self.maps.backends.set(k, b))
@@ -156,6 +183,20 @@ impl ServiceTable {
             return Err(e);
         }
         Ok(Present { entries, wanted: Some(wanted.clone()) })
+    }
+
+    /// Blocks written; none where the map has no room: packets then choose by weight, and a backend that goes moves more
+    /// connections than its own.
+    fn write_table(&self, wanted: &Wanted, set: u32) -> u32 {
+        let table = wanted.table(set);
+        let written = table.iter().take_while(|(k, b)| self.maps.maglev.set(k, b).is_ok()).count();
+        if written == table.len() {
+            return written as u32;
+        }
+        for (key, _) in &table[..written] {
+            let _ = self.maps.maglev.remove(key); // swept at the next start
+        }
+        0
     }
 
     /// Notes what a service is now; the entries of what it was.
@@ -174,6 +215,9 @@ impl ServiceTable {
         let set = entries.set;
         for index in 0..entries.backends {
             self.maps.backends.remove(&BackendKey { set, index })?;
+        }
+        for block in 0..entries.blocks {
+            self.maps.maglev.remove(&MaglevKey { set, block })?;
         }
         entries.members.iter().try_for_each(|m| self.maps.members.remove(m).map(drop))
     }

@@ -679,7 +679,7 @@ pub mod bound {
     pub const MEMBERS: usize = 131_072;
     pub const AFFINITY: usize = 32_768;
     /// Blocks of [`super::MAGLEV_BLOCK`] slots.
-    pub const MAGLEV: usize = 65_536;
+    pub const MAGLEV: usize = 262_144;
     pub const CLIENTS: usize = 32_768;
     pub const HOST_PORTS: usize = 4_096;
     /// Directions of connections: two each.
