@@ -21,6 +21,11 @@ pub enum Error {
     Answer(String),
     #[error("{0:?} is not an address range in CIDR notation, such as 10.244.1.0/24")]
     Prefix(String),
+    #[error(
+        "reserving ports {reserved} would leave none of {local} for outgoing connections; widen \
+         net.ipv4.ip_local_port_range"
+    )]
+    NoPorts { reserved: String, local: String },
     #[error("a thread inside network namespace {0} ended without a result")]
     Thread(String),
 }

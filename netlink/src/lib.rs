@@ -2,13 +2,16 @@
 //! made inside a namespace.
 //!
 //! [`plan`] is pure: wanted state against present state gives operations. [`kernel`] reads the present state and
-//! carries operations out, [`link`] makes and removes veth pairs, [`qdisc`] limits what they carry, [`diag`] finds and
-//! closes sockets. No eBPF here, and no decision about what is wanted.
+//! carries operations out, [`link`] makes and removes veth pairs and lists the node's devices, [`qdisc`] limits what
+//! links carry, [`filter`] puts programs on them, [`watch`] hears of changes, [`diag`] finds and closes sockets. No eBPF
+//! is loaded here, and nothing decides about what is wanted.
 
 #![allow(unsafe_code)] // setns, unshare and two socket options have no safe wrapper; each use says why it is sound
 
+mod device;
 pub mod diag;
 mod error;
+pub mod filter;
 pub mod kernel;
 pub mod lab;
 pub mod link;
@@ -18,6 +21,7 @@ pub mod qdisc;
 mod rtnl;
 pub mod sock;
 pub mod sysctl;
+pub mod watch;
 
 pub use error::Error;
 pub use ns::Netns;

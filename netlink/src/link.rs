@@ -1,5 +1,6 @@
 //! veth pairs: made with the peer directly in the pod's namespace, found by name, deleted.
 
+pub use crate::device::{Device, devices};
 use crate::{Connection, Error, Netns, error::Result, plan::GATEWAY_MAC, rtnl::Request};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{

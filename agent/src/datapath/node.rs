@@ -38,6 +38,9 @@ impl Wires {
         let v4 = sysctl::ensure("ipv4/ip_forward", "1")?;
         // A kernel without IPv6 has no such file; then there are no IPv6 pods either.
         let v6 = sysctl::get("ipv6/conf/all/forwarding").is_ok() && sysctl::ensure("ipv6/conf/all/forwarding", "1")?;
+        if sysctl::reserve_ports()? {
+            tracing::info!("reserved node ports and the data path's own ports");
+        }
         Ok(v4 || v6)
     }
 
