@@ -28,6 +28,12 @@ pub enum Error {
         #[source]
         cause: Box<aya::programs::ProgramError>,
     },
+    #[error("map the ring buffer {path}")]
+    RingBuffer {
+        path: PathBuf,
+        #[source]
+        cause: Box<aya::maps::MapError>,
+    },
     #[error("the eBPF object holds no program {0}; it was built from other sources")]
     NoProgram(&'static str),
 }

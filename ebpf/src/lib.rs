@@ -1,17 +1,19 @@
 //! User side of the kernel data path: loads and pins programs and maps, and keeps the maps true.
 //!
 //! [`compile`] and [`layout`] are pure: a snapshot becomes wanted entries, wanted entries become map values.
-//! [`loader`], [`maps`] and [`table`] act. This crate makes no link and no route (that is `netlink`) and decides no
+//! [`loader`], [`maps`], [`table`], [`settings`] and [`events`] act. This crate makes no link and no route (that is `netlink`) and decides no
 //! traffic: it writes down what the snapshot says.
 
-#![allow(unsafe_code)] // bpf(2) has no safe wrapper; every call is in `sys`, byte views of plain types in `maps`
+#![allow(unsafe_code)] // bpf(2) has no safe wrapper; every call is in `sys`, byte views of plain types in `maps`, and of events in `events`
 
 pub mod compile;
 mod error;
+pub mod events;
 pub mod layout;
 pub mod loader;
 pub mod maglev;
 pub mod maps;
+pub mod settings;
 mod sys;
 pub mod table;
 

@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-fn bytes<T: Plain>(value: &T) -> &[u8] {
+pub(crate) fn bytes<T: Plain>(value: &T) -> &[u8] {
     // SAFETY: `Plain` promises that all bytes of the type are initialized.
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }

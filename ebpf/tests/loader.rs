@@ -1,12 +1,18 @@
 //! The real kernel takes the programs: load, load again over the pins, repair what was taken away, unload. Needs root;
 //! uses a BPF file system and a cgroup of its own, so it can run beside anything.
 
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    mount::{MountFlags, UnmountFlags, mount, unmount},
+};
 use sluice_ebpf::{
-    common::{Reason, ServiceKey, map},
+    Error,
+    common::{MASQUERADE, Reason, ServiceKey, Settings, WATCH_DROPS, WATCH_FLOWS, map},
+    events::{EventReader, since_boot},
     layout::{Target, Wanted, WantedGroup},
     loader::{self, Place},
     maps::{Counters, Listeners, PodMaps, ServiceMaps, pin_dir},
+    settings::SettingsMap,
     table::{Changes, ServiceTable},
 };
 use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
@@ -65,6 +71,41 @@ fn loads_twice_repairs_and_unloads() {
     assert!(!loader::repair(&ground.place).expect("whole again"));
     loader::unload(&ground.place.bpffs).expect("unload");
     assert!(!dir.exists());
+}
+
+/// Each part of an agent changes its own bits; what they are stays when the pins are made anew.
+#[test]
+fn settings_are_shared_and_outlive_their_pin() {
+    let ground = Ground::new("settings");
+    loader::load(&ground.place).expect("load");
+    let dir = pin_dir(&ground.place.bpffs);
+    let settings = SettingsMap::open(&dir).expect("settings");
+    assert_eq!(settings.get().expect("get"), Settings::default());
+    settings.update(|s| (s.host_netns, s.flags) = (9, MASQUERADE)).expect("one part");
+    settings.set_flags(WATCH_DROPS | WATCH_FLOWS, WATCH_DROPS).expect("another");
+    let wanted = Settings { host_netns: 9, flags: MASQUERADE | WATCH_DROPS, pad: 0 };
+    assert_eq!(SettingsMap::open(&dir).expect("settings").get().expect("get"), wanted);
+    fs::remove_file(dir.join(map::SETTINGS)).expect("take the map away");
+    assert!(loader::repair(&ground.place).expect("repair"));
+    assert_eq!(SettingsMap::open(&dir).expect("settings").get().expect("get"), Settings::default());
+    settings.reopen().expect("reopen");
+    assert_eq!(SettingsMap::open(&dir).expect("settings").get().expect("get"), wanted);
+}
+
+/// Nobody watches: there is nothing to read, and waiting for it does not fail.
+#[test]
+fn the_events_ring_buffer_opens_from_its_pin() {
+    let ground = Ground::new("events");
+    let dir = pin_dir(&ground.place.bpffs);
+    assert!(matches!(EventReader::open(&dir), Err(Error::NotPinned { .. })));
+    loader::load(&ground.place).expect("load");
+    let mut events = EventReader::open(&dir).expect("events");
+    assert_eq!(events.next_record(), None);
+    events.discard();
+    let mut fds = [PollFd::new(&events, PollFlags::IN)];
+    assert_eq!(poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).expect("poll"), 0);
+    let twice = (since_boot().expect("clock"), since_boot().expect("clock"));
+    assert!(twice.0 <= twice.1 && !twice.0.is_zero());
 }
 
 /// The call that old kernels do not know is in a branch that their verifier drops.

@@ -544,6 +544,11 @@ macro_rules! reasons {
             pub const fn label(self) -> &'static str {
                 match self { $(Reason::$name => $text,)* }
             }
+
+            /// By its number, as maps and events hold it; `None` for one that is not known here.
+            pub fn from_number(number: u32) -> Option<Self> {
+                Self::ALL.get(number as usize).copied()
+            }
         }
     };
 }
@@ -631,6 +636,32 @@ reasons! {
     EventLost = "event_lost",
 }
 
+impl Reason {
+    /// Whether the packet or connection ends with it.
+    pub const fn ends(self) -> bool {
+        matches!(
+            self,
+            Self::NoBackend
+                | Self::RaceLost
+                | Self::RefusedNoSidecar
+                | Self::RefusedBound
+                | Self::RefusedMark
+                | Self::DroppedOutbound
+                | Self::DroppedInbound
+                | Self::AssignFailed
+                | Self::DroppedNoBackend
+                | Self::DroppedMalformed
+                | Self::DroppedFragment
+                | Self::DroppedNoPort
+                | Self::DroppedTableFull
+                | Self::DroppedNoRoute
+                | Self::DroppedHopLimit
+                | Self::DroppedTooBig
+                | Self::DroppedRewrite
+        )
+    }
+}
+
 /// Size of the counters' array; the enum may grow up to it without a new layout.
 pub const MAX_REASONS: u32 = 64;
 const _: () = assert!(Reason::ALL.len() <= MAX_REASONS as usize);
@@ -691,4 +722,25 @@ pub mod bound {
     pub const ANNOUNCED: usize = 4_096;
     /// Bytes of the ring buffer: some thousand events.
     pub const EVENTS: usize = 512 * 1024;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_known_by_their_numbers() {
+        for (number, reason) in (0..).zip(Reason::ALL) {
+            assert_eq!((*reason as u32, Reason::from_number(number)), (number, Some(*reason)));
+        }
+        assert_eq!(Reason::from_number(Reason::ALL.len() as u32), None);
+        assert_eq!(Reason::from_number(u32::MAX), None);
+    }
+
+    #[test]
+    fn what_is_called_dropped_or_refused_ends() {
+        let called = |r: &&Reason| r.label().starts_with("dropped") || r.label().starts_with("refused");
+        assert!(Reason::ALL.iter().filter(called).all(|r| r.ends()));
+        assert!(Reason::NoBackend.ends() && !Reason::Translated.ends() && !Reason::EventLost.ends());
+    }
 }
