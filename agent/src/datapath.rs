@@ -5,21 +5,25 @@
 
 mod node;
 mod pods;
+mod ports;
 mod repair;
 mod reset;
 
 use crate::{attest, error::describe};
 use node::Wires;
 use pods::{Overrides, PodTable};
+use ports::Ports;
 use sluice_cni::{Lease, Store, store::Lock};
 use sluice_ebpf::{
+    common::MASQUERADE,
     compile::{Compiler, DnsOverlay},
     loader::{self, Loaded, Place},
     maps::{Counters, ServiceMaps, pin_dir},
+    settings::{SettingsMap, with_bits},
     table::{Changes, ServiceTable},
 };
 use sluice_model::Snapshot;
-use sluice_netlink::plan::GATEWAY4;
+use sluice_netlink::plan::{GATEWAY4, Prefix};
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
@@ -41,6 +45,8 @@ pub enum Error {
     Pods(#[source] sluice_ebpf::Error),
     #[error("read the plugin's leases")]
     Leases(#[source] sluice_cni::Error),
+    #[error("bring the maps of the node's links and addresses to what they are")]
+    Ports(#[source] sluice_ebpf::Error),
     #[error("set up the node's own network")]
     Node(#[source] sluice_netlink::Error),
 }
@@ -54,6 +60,10 @@ pub struct DatapathConfig {
     pub node: String,
     /// The cluster DNS address, answered by the node's resolver on the pods' gateway address.
     pub dns: Option<IpAddr>,
+    /// Pods reach addresses outside the cluster under an address of the node.
+    pub masquerade: bool,
+    /// Ranges outside the cluster that they reach under their own.
+    pub masquerade_excluded: Vec<Prefix>,
 }
 
 impl DatapathConfig {
@@ -103,6 +113,8 @@ pub struct Datapath {
     pod_table: PodTable,
     counters: Counters,
     wires: Wires,
+    ports: Ports,
+    settings: Arc<SettingsMap>,
     /// Nothing before the first snapshot: the entries of the agent before us stay as they are.
     compiler: Compiler,
     overrides: Overrides,
@@ -122,10 +134,47 @@ impl Datapath {
             loader::load(&place).map_err(Error::Load)?
         };
         let (table, pod_table, counters) = open_maps(&place.bpffs).map_err(Error::Load)?;
+        let dir = pin_dir(&place.bpffs);
+        let settings = Arc::new(SettingsMap::open(&dir).map_err(Error::Load)?);
+        let host_netns = wires.netns_cookie().map_err(Error::Node)?;
+        let masquerade = if config.masquerade { MASQUERADE } else { 0 };
+        settings
+            .update(|s| {
+                s.host_netns = host_netns;
+                s.flags = with_bits(s.flags, MASQUERADE, masquerade);
+            })
+            .map_err(Error::Load)?;
+        let ports = Ports::open(&place.bpffs, &dir, config.masquerade_excluded.clone()).map_err(Error::Load)?;
         let compiler = Compiler::new(config.node.clone(), config.overlay());
         let config = config.clone();
         let overrides = Overrides::default();
-        Ok(Self { config, place, loaded, state_dir, store, table, pod_table, counters, wires, compiler, overrides })
+        let mut datapath = Self {
+            config,
+            place,
+            loaded,
+            state_dir,
+            store,
+            table,
+            pod_table,
+            counters,
+            wires,
+            ports,
+            settings,
+            compiler,
+            overrides,
+        };
+        datapath.reconcile_ports(None)?;
+        Ok(datapath)
+    }
+
+    /// Settings of the programs, shared by those who have a say in them.
+    pub fn settings(&self) -> Arc<SettingsMap> {
+        self.settings.clone()
+    }
+
+    fn reconcile_ports(&mut self, snapshot: Option<&Snapshot>) -> Result<Vec<String>, Error> {
+        let (connection, present) = self.wires.parts();
+        self.ports.reconcile(connection, present, snapshot, &self.config.node)
     }
 
     /// What loading found: whether refused connections see ECONNREFUSED, how many pods were steered on.
@@ -152,6 +201,7 @@ impl Datapath {
         applied.problems.extend(failed.iter().map(|e| describe(e)));
         // A node that cannot be reached is no reason to keep the whole cluster from this snapshot.
         applied.problems.extend(self.wires.reconcile(&leases).err().map(|e| describe(&e)));
+        applied.problems.extend(self.reconcile_ports(Some(snapshot)).err().map(|e| describe(&e)));
         Ok(applied)
     }
 

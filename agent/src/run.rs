@@ -78,6 +78,12 @@ pub struct Options {
     /// Servers for names outside the cluster
     #[arg(long)]
     pub upstream_dns: Vec<SocketAddr>,
+    /// Let pods reach addresses outside the cluster under their own address, not the node's
+    #[arg(long)]
+    pub no_masquerade: bool,
+    /// Range outside the cluster that pods reach under their own address, as 192.0.2.0/24; may be given again
+    #[arg(long, value_name = "RANGE")]
+    pub masquerade_exclude: Vec<sluice_netlink::plan::Prefix>,
     /// Seconds between heartbeats; control's grace period must be a few of them
     #[arg(long, default_value_t = 10)]
     pub heartbeat_s: u64,
@@ -183,6 +189,8 @@ async fn start_network(
         cgroup: None,
         node: o.node_name.clone(),
         dns: Some(o.cluster_dns),
+        masquerade: !o.no_masquerade,
+        masquerade_excluded: o.masquerade_exclude.clone(),
     })
     .context("open the data path")?;
     let gate = Arc::new(Gate::new()?);

@@ -9,7 +9,7 @@ use crate::{
     store::{Entry, Lease, PodRef},
 };
 use sluice_ebpf::{
-    common::{CAPTURE_MARK, CAPTURE_TABLE, POD_MESHED, Pod, PodAddr, PortKey},
+    common::{CAPTURE_MARK, CAPTURE_TABLE, POD_MESHED, POD_SHAPED, Pod, PodAddr, PortKey},
     loader,
     maps::{PodMaps, padded, pin_dir},
 };
@@ -202,7 +202,10 @@ pub fn enlist(bpffs: &Path, maps: &PodMaps, inside: &Inside, lease: &Lease, ifin
         false => maps.intents.get(&padded(&lease.pod.uid)).map_err(&failed)?,
     };
     let before = maps.pods.get(&inside.cookie).map_err(&failed)?;
-    let flags = intent.or(before.map(|p| p.flags)).unwrap_or(0) & POD_MESHED;
+    let mut flags = intent.or(before.map(|p| p.flags)).unwrap_or(0) & POD_MESHED;
+    if lease.bandwidth.ingress.is_some() {
+        flags |= POD_SHAPED;
+    }
     let mut pod = Pod {
         sidecar_cgroup: before.map_or(0, |p| p.sidecar_cgroup),
         flags,
@@ -218,6 +221,7 @@ pub fn enlist(bpffs: &Path, maps: &PodMaps, inside: &Inside, lease: &Lease, ifin
     }
     // Steering first: a meshed pod is closed from the first moment that it is known.
     loader::attach_pod(bpffs, inside.netns.as_fd(), inside.cookie).map_err(&failed)?;
+    loader::attach_pod_link(bpffs, inside.cookie, ifindex).map_err(&failed)?;
     for ip in &lease.addresses {
         let entry = PodAddr { netns: inside.cookie, flags, ifindex };
         maps.addrs.set(&sluice_ebpf::addr(*ip), &entry).map_err(&failed)?;

@@ -66,6 +66,11 @@ impl Compiler {
         Self { node, dns, last: None }
     }
 
+    /// The last one; `None` before the first.
+    pub fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        self.last.as_ref().map(|(snapshot, _)| snapshot.clone())
+    }
+
     /// Of the last snapshot; `None` before the first.
     pub fn compiled(&self) -> Option<&Compiled> {
         self.last.as_ref().map(|(_, compiled)| compiled)

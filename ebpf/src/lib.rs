@@ -7,6 +7,7 @@
 #![allow(unsafe_code)] // bpf(2) has no safe wrapper; every call is in `sys`, byte views of plain types in `maps`, and of events in `events`
 
 pub mod compile;
+pub mod dry_run;
 mod error;
 pub mod events;
 pub mod layout;

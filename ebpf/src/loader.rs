@@ -152,11 +152,11 @@ fn pod_link(bpffs: &Path, netns_cookie: u64) -> PathBuf {
 /// Puts the packet programs on the node's end of a pod's link, which is in the calling thread's namespace; what is
 /// there already stays.
 pub fn attach_pod_link(bpffs: &Path, netns_cookie: u64, ifindex: u32) -> Result<()> {
-    attach_packets(&pin_dir(bpffs), &POD_PACKETS, &pod_link(bpffs, netns_cookie), ifindex)
+    attach_packets(&pin_dir(bpffs), &POD_PACKETS, &pod_link(bpffs, netns_cookie), ifindex).map(drop)
 }
 
-/// Puts the packet programs on a link of the node's own.
-pub fn attach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
+/// Puts the packet programs on a link of the node's own; true where one was missing.
+pub fn attach_device(bpffs: &Path, ifindex: u32) -> Result<bool> {
     let dir = pin_dir(bpffs);
     attach_packets(&dir, &DEVICE_PACKETS, &devices(&dir).join(ifindex.to_string()), ifindex)
 }
@@ -179,7 +179,8 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
-fn attach_packets(dir: &Path, programs: &[(&str, Hook, &str)], path: &Path, ifindex: u32) -> Result<()> {
+fn attach_packets(dir: &Path, programs: &[(&str, Hook, &str)], path: &Path, ifindex: u32) -> Result<bool> {
+    let mut attached = false;
     for (name, hook, suffix) in programs {
         let path = with_suffix(path, suffix);
         match sys::pinned(&path).and_then(|l| sys::link_info(l.as_fd())) {
@@ -192,8 +193,9 @@ fn attach_packets(dir: &Path, programs: &[(&str, Hook, &str)], path: &Path, ifin
         let link = sys::device_link_create(program.as_fd(), ifindex, *hook)
             .map_err(|e| Error::syscall("attach packet programs to link", ifindex, e))?;
         sys::pin(link.as_fd(), &path).map_err(|e| Error::syscall("pin", path.display(), e))?;
+        attached = true;
     }
-    Ok(())
+    Ok(attached)
 }
 
 fn unpin_packets(programs: &[(&str, Hook, &str)], path: &Path) -> Result<()> {

@@ -2,8 +2,8 @@
 
 use crate::{Error, error::Result, sys};
 use sluice_ebpf_common::{
-    Addr, Backend, BackendKey, LAYOUT, ListenKey, MAX_REASONS, MaglevBlock, MaglevKey, MemberKey, Plain, Pod, PodAddr,
-    PortKey, Reason, Reverse, ReverseKey, Service, ServiceKey, Uid, map,
+    Addr, Backend, BackendKey, Device, LAYOUT, ListenKey, MAX_REASONS, MaglevBlock, MaglevKey, MemberKey, Plain, Pod,
+    PodAddr, PortKey, Range, Reason, Reverse, ReverseKey, Service, ServiceKey, Uid, map,
 };
 use std::{
     marker::PhantomData,
@@ -86,6 +86,13 @@ impl<K: Plain, V: Plain> HashMap<K, V> {
             keys.push(unsafe { next.assume_init() });
         }
         Ok(keys)
+    }
+
+    /// All entries of a map that is small, or cannot be read in batches (prefix trees, before Linux 5.16).
+    pub fn all(&self) -> Result<Vec<(K, V)>> {
+        let keys = self.keys()?;
+        let read = |key: K| Ok(self.get(&key)?.map(|value| (key, value)));
+        keys.into_iter().filter_map(|key| read(key).transpose()).collect()
     }
 
     /// All entries; those that change meanwhile may be seen in either state.
@@ -223,6 +230,25 @@ impl PodMaps {
             addrs: HashMap::open(dir, map::ADDRS)?,
             intents: HashMap::open(dir, map::INTENTS)?,
             ports: HashMap::open(dir, map::PORTS)?,
+        })
+    }
+}
+
+/// The maps that say what the node's own links and addresses are.
+pub struct NodeMaps {
+    pub locals: HashMap<Addr, u32>,
+    pub cluster: HashMap<Range, u32>,
+    pub devices: HashMap<u32, Device>,
+    pub announced: HashMap<Addr, u32>,
+}
+
+impl NodeMaps {
+    pub fn open(dir: &Path) -> Result<Self> {
+        Ok(Self {
+            locals: HashMap::open(dir, map::LOCALS)?,
+            cluster: HashMap::open(dir, map::CLUSTER)?,
+            devices: HashMap::open(dir, map::DEVICES)?,
+            announced: HashMap::open(dir, map::ANNOUNCED)?,
         })
     }
 }

@@ -17,6 +17,7 @@ const MAP_DELETE_ELEM: i64 = 3;
 const MAP_GET_NEXT_KEY: i64 = 4;
 const OBJ_PIN: i64 = 6;
 const OBJ_GET: i64 = 7;
+const PROG_TEST_RUN: i64 = 10;
 const OBJ_GET_INFO_BY_FD: i64 = 15;
 const MAP_LOOKUP_BATCH: i64 = 24;
 const LINK_CREATE: i64 = 28;
@@ -90,6 +91,23 @@ struct LinkUpdate {
     program: u32,
     flags: u32,
     old: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    program: u32,
+    verdict: u32,
+    size_in: u32,
+    size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration_ns: u32,
+    context_size_in: u32,
+    context_size_out: u32,
+    context_in: u64,
+    context_out: u64,
 }
 
 /// `attr` must be the kernel's layout for `command`, and pointers in it valid for the call.
@@ -187,6 +205,26 @@ pub(crate) fn map_lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> i
 pub(crate) fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
     let mut attr = Elem { map: raw(map), key: key.as_ptr() as u64, value: value.as_ptr() as u64, ..Elem::default() };
     bpf(MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Runs a packet program `repeat` times on one packet; (verdict, bytes of the packet afterwards, nanoseconds per run).
+pub(crate) fn test_run(
+    program: BorrowedFd<'_>,
+    packet: &[u8],
+    after: &mut [u8],
+    repeat: u32,
+) -> io::Result<(i32, usize, u32)> {
+    let mut attr = TestRun {
+        program: raw(program),
+        size_in: packet.len() as u32,
+        size_out: after.len() as u32,
+        data_in: packet.as_ptr() as u64,
+        data_out: after.as_mut_ptr() as u64,
+        repeat,
+        ..TestRun::default()
+    };
+    bpf(PROG_TEST_RUN, &mut attr)?;
+    Ok((attr.verdict as i32, attr.size_out as usize, attr.duration_ns))
 }
 
 /// Whether there was such an entry.

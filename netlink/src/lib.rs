@@ -8,6 +8,7 @@
 
 #![allow(unsafe_code)] // setns, unshare and two socket options have no safe wrapper; each use says why it is sound
 
+pub mod announce;
 mod device;
 pub mod diag;
 mod error;

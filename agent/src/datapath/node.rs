@@ -12,6 +12,8 @@ use std::{collections::HashMap, net::IpAddr};
 pub(super) struct Wires {
     connection: Connection,
     wanted: State,
+    /// As read at the last reconciliation.
+    present: State,
     /// Routes that nobody wants are removed only once a snapshot has said which are wanted.
     told: bool,
 }
@@ -19,7 +21,12 @@ pub(super) struct Wires {
 impl Wires {
     /// Opens in the calling thread's namespace and gives the node the pods' gateway address.
     pub(super) fn open() -> Result<Self, Error> {
-        let mut wires = Self { connection: Connection::open()?, wanted: node_state(&[], &[]), told: false };
+        let mut wires = Self {
+            connection: Connection::open()?,
+            wanted: node_state(&[], &[]),
+            present: State::default(),
+            told: false,
+        };
         wires.ensure_settings()?;
         wires.reconcile(&[])?;
         Ok(wires)
@@ -27,6 +34,11 @@ impl Wires {
 
     pub(super) fn netns_cookie(&self) -> Result<u64, Error> {
         self.connection.netns_cookie()
+    }
+
+    /// The node's links with its addresses, as they were at the last reconciliation.
+    pub(super) fn parts(&mut self) -> (&mut Connection, &State) {
+        (&mut self.connection, &self.present)
     }
 
     pub(super) fn connection(&mut self) -> &mut Connection {
@@ -68,8 +80,8 @@ impl Wires {
             }
         }
         let owned = self.told.then_some(PROTOCOL_NODE);
-        let present = kernel::read(&mut self.connection)?;
-        let operations = plan(&wanted, &present, owned);
+        self.present = kernel::read(&mut self.connection)?;
+        let operations = plan(&wanted, &self.present, owned);
         kernel::apply(&mut self.connection, &operations)?;
         Ok(operations)
     }

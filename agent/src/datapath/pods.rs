@@ -1,7 +1,7 @@
 //! Flags and excluded ports of this node's pods: what is wanted (PURE: `plan`) and writing the difference.
 
 use sluice_ebpf::{
-    common::{Addr, POD_MESHED, Pod, PortKey, Uid},
+    common::{Addr, POD_MESHED, POD_SHAPED, Pod, PortKey, Uid},
     compile::WantedPod,
     maps::{PodMaps, padded, unpadded},
 };
@@ -70,8 +70,10 @@ fn plan(
             wanted_ports.extend(ports.iter().filter(|k| own.contains(&k.addr)).copied());
             continue;
         };
-        if pod.flags != flags_of(w) {
-            changes.flags.push((*cookie, flags_of(w)));
+        // That the pod is shaped is the plugin's to say.
+        let flags = pod.flags & POD_SHAPED | flags_of(w);
+        if pod.flags != flags {
+            changes.flags.push((*cookie, flags));
         }
         let keys = own.iter().flat_map(|a| w.excluded_ports.iter().map(|p| PortKey { addr: *a, port: *p, pad: 0 }));
         wanted_ports.extend(keys);

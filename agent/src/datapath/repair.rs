@@ -6,7 +6,10 @@ use sluice_cni::{
     store::Lock,
     wiring::{self, Inside},
 };
-use sluice_ebpf::{loader, maps::padded};
+use sluice_ebpf::{
+    loader,
+    maps::{padded, pin_dir},
+};
 use sluice_netlink::link;
 use std::time::Duration;
 
@@ -32,6 +35,8 @@ impl Datapath {
         if reloaded {
             wrong.push("programs or maps were unpinned".into());
             (self.table, self.pod_table, self.counters) = open_maps(&self.place.bpffs).map_err(Error::Load)?;
+            self.ports.reopen(&pin_dir(&self.place.bpffs)).map_err(Error::Load)?;
+            self.settings.reopen().map_err(Error::Load)?;
         }
         Ok(())
     }
@@ -105,6 +110,9 @@ impl Datapath {
         let leases = self.store.settled(SETTLED).map_err(Error::Leases)?;
         let operations = self.wires.reconcile(&leases).map_err(Error::Node)?;
         wrong.extend(operations.iter().map(|o| format!("needed: {o}")));
+        let snapshot = self.compiler.snapshot();
+        // Links and addresses come and go: to follow them is no repair.
+        self.reconcile_ports(snapshot.as_deref()).map(drop)?;
         Ok(())
     }
 }

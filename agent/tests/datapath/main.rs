@@ -6,6 +6,7 @@
 mod balance;
 mod capture;
 mod ground;
+mod outside;
 mod parts;
 mod placement;
 
@@ -20,7 +21,8 @@ fn main() {
         return;
     }
     type Story = fn(&Ground);
-    let stories: [(&str, Story); 2] = [("balance", balance::story), ("capture", capture::story)];
+    let stories: [(&str, Story); 3] =
+        [("outside", outside::story), ("balance", balance::story), ("capture", capture::story)];
     let plugin = ground::build_plugin();
     let ground = Ground::new(plugin);
     for (name, story) in stories {

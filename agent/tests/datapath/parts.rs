@@ -52,6 +52,8 @@ fn agent() {
         cgroup: None,
         node: NODE.into(),
         dns: Some("10.96.0.10".parse().expect("address")),
+        masquerade: true,
+        masquerade_excluded: vec!["203.0.113.0/24".parse().expect("range")],
     };
     let datapath = Datapath::open(&config).expect("open");
     let gate = Arc::new(Gate::new().expect("gate"));

@@ -1,0 +1,512 @@
+//! Given a node with a network around it, when callers from outside dial node ports, external addresses and host ports,
+//! and pods dial the world, then packets are translated both ways, whatever the node's firewall thinks of forwarding.
+
+use crate::{
+    balance::{endpoints, name, node, service},
+    ground::{Ground, NODE, TestPod, until},
+};
+use sluice_model::{Announcement, Endpoint, EndpointSet, ExternalPolicy, Name, Node, Protocol, Resource, Service};
+use sluice_netlink::{
+    Connection, Netns, kernel, lab, link, ns,
+    plan::{Address, LO, Operation, Prefix, Route, RouteKind},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{self, ErrorKind, Read, Write},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    thread,
+    time::Duration,
+};
+
+const WAIT: Duration = Duration::from_secs(5);
+const NODE4: &str = "192.168.50.1";
+const NODE6: &str = "fd00:50::1";
+/// Two machines of the network: a caller, and another node, which is its own only pod as well.
+const CALLER4: &str = "192.168.50.2";
+const CALLER6: &str = "fd00:50::2";
+const OTHER4: &str = "192.168.50.3";
+const OTHER6: &str = "fd00:50::3";
+const FAR_POD4: &str = "10.244.2.5";
+const FAR_POD6: &str = "fd00:2::5";
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect(text)
+}
+
+fn at(text: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(ip(text), port)
+}
+
+/// The network around the node.
+struct Around {
+    hub: Netns,
+    caller: Netns,
+    other: Netns,
+}
+
+impl Around {
+    fn new() -> Self {
+        let make = |name: &str| ns::make_named(Path::new(&format!("/run/sluice-test/{name}"))).expect("namespace");
+        let (hub, caller, other) = (make("hub"), make("caller"), make("other"));
+        let own = Netns::current().expect("own namespace");
+        lab::bridge(&hub, "br0", ip("192.168.50.254"), 24).expect("bridge");
+        let machines = [(&own, NODE4, NODE6), (&caller, CALLER4, CALLER6), (&other, OTHER4, OTHER6)];
+        for (number, (machine, v4, v6)) in machines.into_iter().enumerate() {
+            lab::cable(&hub, "br0", &format!("port{number}"), machine, "eth0", ip(v4), 24).expect("cable");
+            add_address(machine, "eth0", v6, 64);
+            machine.run(|| lab::loopback_up().expect("lo")).expect("run");
+        }
+        for address in [FAR_POD4, FAR_POD6] {
+            add_address(&other, "lo", address, if address.contains(':') { 128 } else { 32 });
+        }
+        // What the far pods' node would know: where this node's pods are.
+        for (range, via) in [("10.244.1.0/24", NODE4), ("fd00:1::/64", NODE6)] {
+            add_route(&other, range, via);
+            add_route(&caller, range, via);
+        }
+        Self { hub, caller, other }
+    }
+}
+
+impl Drop for Around {
+    fn drop(&mut self) {
+        for netns in [&self.hub, &self.caller, &self.other] {
+            let _ = ns::remove_named(netns.path());
+        }
+    }
+}
+
+fn add_address(machine: &Netns, link_name: &str, address: &str, len: u8) {
+    let mut c = Connection::open_in(machine).expect("connection");
+    let link = if link_name == "lo" { LO } else { link::find(&mut c, link_name).expect("find").expect("link").index };
+    let prefix = Prefix { address: ip(address), len };
+    kernel::apply(&mut c, &[Operation::AddAddress(Address { link, prefix })]).expect("address");
+}
+
+fn add_route(machine: &Netns, range: &str, via: &str) {
+    let mut c = Connection::open_in(machine).expect("connection");
+    let link = link::find(&mut c, "eth0").expect("find").expect("link").index;
+    let to: Prefix = range.parse().expect(range);
+    let route = Route {
+        table: 254,
+        to,
+        kind: RouteKind::Unicast,
+        via: Some(ip(via)),
+        link: Some(link),
+        source: None,
+        protocol: 4,
+    };
+    kernel::apply(&mut c, &[Operation::AddRoute(route)]).expect("route");
+}
+
+/// Answers with its name and what it sees of the caller; a datagram's length too.
+fn serve(netns: &Netns, name: &str, port: u16) {
+    for any in ["0.0.0.0", "::"] {
+        let to = SocketAddr::new(ip(any), port);
+        let bind = || {
+            let make = |kind| -> io::Result<socket2::Socket> {
+                let s = socket2::Socket::new(socket2::Domain::for_address(to), kind, None)?;
+                if to.is_ipv6() {
+                    s.set_only_v6(true)?;
+                }
+                s.set_reuse_address(true)?;
+                s.bind(&to.into())?;
+                Ok(s)
+            };
+            let tcp = make(socket2::Type::STREAM)?;
+            tcp.listen(1024)?;
+            Ok::<_, io::Error>((TcpListener::from(tcp), UdpSocket::from(make(socket2::Type::DGRAM)?)))
+        };
+        let (tcp, udp) = netns.run(bind).expect("run").expect("bind");
+        let (a, b) = (name.to_owned(), name.to_owned());
+        thread::spawn(move || {
+            for mut c in tcp.incoming().flatten() {
+                let a = a.clone();
+                thread::spawn(move || answer(&mut c, &a));
+            }
+        });
+        thread::spawn(move || {
+            let mut buffer = vec![0; 65_536];
+            while let Ok((n, from)) = udp.recv_from(&mut buffer) {
+                let _ = udp.send_to(format!("{b} {} {n}", from.ip()).as_bytes(), from);
+            }
+        });
+    }
+}
+
+/// `name source` at once; then everything that comes is sent back.
+fn answer(c: &mut TcpStream, name: &str) {
+    let Ok(peer) = c.peer_addr() else { return };
+    let _ = c.write_all(format!("{name} {}\n", peer.ip()).as_bytes());
+    let Ok(mut reader) = c.try_clone() else { return };
+    let _ = io::copy(&mut reader, c);
+}
+
+fn dial(to: SocketAddr) -> io::Result<String> {
+    greeting(&mut TcpStream::connect_timeout(&to, WAIT)?)
+}
+
+fn greeting(c: &mut TcpStream) -> io::Result<String> {
+    c.set_read_timeout(Some(WAIT))?;
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while c.read(&mut byte)? == 1 && byte[0] != b'\n' {
+        line.push(byte[0]);
+    }
+    Ok(String::from_utf8_lossy(&line).into_owned())
+}
+
+/// A connected socket takes answers from nobody but whom it asked.
+fn ask(to: SocketAddr, length: usize) -> io::Result<String> {
+    let s = UdpSocket::bind(SocketAddr::new(ip(if to.is_ipv4() { "0.0.0.0" } else { "::" }), 0))?;
+    s.set_read_timeout(Some(WAIT))?;
+    s.connect(to)?;
+    s.send(&vec![7; length])?;
+    let mut buffer = [0; 256];
+    let n = s.recv(&mut buffer)?;
+    Ok(String::from_utf8_lossy(&buffer[..n]).into_owned())
+}
+
+fn within<T: Send>(netns: &Netns, work: impl FnOnce() -> T + Send) -> T {
+    netns.run(work).expect("run")
+}
+
+fn shop(n: &str, number: u8, edit: impl FnOnce(&mut Service)) -> Resource {
+    let Resource::Service(mut s) = service(n, &[&format!("10.96.1.{number}"), &format!("fd00:96::1:{number}")]) else {
+        unreachable!("a service");
+    };
+    for port in &mut s.ports {
+        port.node_port = Some(30_000 + u16::from(number));
+    }
+    edit(&mut s);
+    Resource::Service(s)
+}
+
+fn far_endpoints(n: &str) -> Resource {
+    let Resource::EndpointSet(set) = endpoints(n, &[]) else { unreachable!("a set") };
+    let port = |protocol| sluice_model::EndpointPort { name: "web".into(), protocol, port: 8080 };
+    let endpoint = |address: &str| Endpoint {
+        address: ip(address),
+        ready: true,
+        node: "n2".into(),
+        zone: String::new(),
+        draining: false,
+        workload: None,
+        hostname: None,
+        mesh: sluice_model::Mesh::Plain,
+        ports: vec![port(Protocol::Tcp), port(Protocol::Udp)],
+    };
+    Resource::EndpointSet(EndpointSet { endpoints: [FAR_POD4, FAR_POD6].map(endpoint).to_vec(), ..set })
+}
+
+fn other_node() -> Resource {
+    Resource::Node(Node {
+        name: Name::cluster("n2"),
+        addresses: vec![ip(OTHER4), ip(OTHER6)],
+        pod_cidrs: vec!["10.244.2.0/24".into(), "fd00:2::/64".into()],
+        zone: String::new(),
+        ready: true,
+    })
+}
+
+const EXTERNAL4: &str = "192.168.50.100";
+const EXTERNAL6: &str = "fd00:50::100";
+
+fn local(s: &mut Service) {
+    s.external_policy = ExternalPolicy::Local;
+}
+
+pub fn story(ground: &Ground) {
+    forbid_forwarding();
+    let around = Around::new();
+    let [b1, b2, pod] = ["o1", "o2", "pod"].map(|n| ground.pod(n));
+    serve(&b1.netns, "o1", 8080);
+    serve(&b2.netns, "o2", 8080);
+    serve(&around.other, "far", 8080);
+    serve(&around.caller, "world", 9000);
+    let Resource::Node(own) = node() else { unreachable!("a node") };
+    let own = Resource::Node(Node { addresses: vec![ip(NODE4), ip(NODE6)], ..own });
+    let external = |s: &mut Service| {
+        s.external_ips = vec![ip(EXTERNAL4), ip(EXTERNAL6)];
+        s.announcements = s.external_ips.iter().map(|a| Announcement { address: *a, node: NODE.into() }).collect();
+    };
+    let all = vec![
+        own,
+        other_node(),
+        shop("here", 1, |_| {}),
+        endpoints("here", &[&b1]),
+        shop("there", 2, |_| {}),
+        far_endpoints("there"),
+        shop("external", 3, external),
+        endpoints("external", &[&b1]),
+        shop("local", 4, local),
+        endpoints("local", &[&b1]),
+        shop("local-far", 5, local),
+        far_endpoints("local-far"),
+        shop("nobody", 6, |s| s.external_ips = vec![ip("192.168.50.101"), ip("fd00:50::101")]),
+        shop("closed", 7, |s| s.external_ips.clear()),
+        closed_port("closed", &b1),
+        shop("both", 8, |_| {}),
+        endpoints("both", &[&b1, &b2]),
+        shop("affine", 9, |s| s.affinity_s = Some(10_800)),
+        endpoints("affine", &[&b1, &b2]),
+    ];
+    ground.apply(all.clone());
+    node_ports(&around, &pod);
+    external_addresses(&around, &pod);
+    policies(&around, &pod);
+    nobody(&around);
+    pods_reach_the_world(&around, &pod);
+    escaped(&pod, &b1);
+    large(&around);
+    same_source_port(&around);
+    balanced(&around, &[&b1, &b2]);
+    new_link(&around);
+    agent_dies(ground, &around);
+    [b1, b2, pod].into_iter().for_each(|p| ground.end_pod(p));
+    ground.apply(vec![node()]);
+    let mut c = Connection::open().expect("connection");
+    let eth0 = link::find(&mut c, "eth0").expect("find").expect("link").index;
+    link::delete(&mut c, eth0).expect("delete");
+    let _ = Command::new("nft").args(["flush", "ruleset"]).status();
+}
+
+/// As a host firewall that forwards nothing.
+fn forbid_forwarding() {
+    let rules = "table inet filter { chain forward { type filter hook forward priority 0; policy drop; } }";
+    let status = Command::new("nft").arg(rules).status().expect("nft (package nftables)");
+    assert!(status.success(), "nft");
+}
+
+/// An endpoint whose port nobody has: its kernel answers datagrams with an ICMP error.
+fn closed_port(n: &str, pod: &TestPod) -> Resource {
+    let Resource::EndpointSet(mut set) = endpoints(n, &[pod]) else { unreachable!("a set") };
+    set.endpoints.iter_mut().flat_map(|e| &mut e.ports).for_each(|p| p.port = 9);
+    Resource::EndpointSet(set)
+}
+
+fn node_ports(around: &Around, pod: &TestPod) {
+    for (own, caller) in [(NODE4, CALLER4), (NODE6, CALLER6)] {
+        let said = within(&around.caller, || (dial(at(own, 30_001)), ask(at(own, 30_001), 1)));
+        assert_eq!(said.0.expect("TCP"), format!("o1 {caller}"), "a pod of this node sees the caller");
+        assert_eq!(said.1.expect("UDP"), format!("o1 {caller} 1"));
+        let said = within(&around.caller, || (dial(at(own, 30_002)), ask(at(own, 30_002), 1)));
+        assert_eq!(said.0.expect("TCP"), format!("far {own}"), "a pod of another sees this node");
+        assert_eq!(said.1.expect("UDP"), format!("far {own} 1"));
+        let said = within(&pod.netns, || (dial(at(own, 30_002)), ask(at(own, 30_001), 1)));
+        assert!(said.0.expect("TCP from a pod").starts_with("far "));
+        assert!(said.1.expect("UDP from a pod").starts_with("o1 "));
+        // From the node itself, by any of its addresses.
+        for address in [own, if own.contains(':') { "::1" } else { "127.0.0.1" }] {
+            assert!(dial(at(address, 30_001)).expect("from the node").starts_with("o1 "));
+        }
+        let loopback = if own.contains(':') { "::1" } else { "127.0.0.1" };
+        let inside = within(&pod.netns, || dial(at(loopback, 30_001)));
+        assert_eq!(inside.expect_err("a pod's loopback is its own").kind(), ErrorKind::ConnectionRefused);
+    }
+    println!("node ports: v4 and v6, TCP and UDP, from outside, pods and the node");
+}
+
+fn external_addresses(around: &Around, pod: &TestPod) {
+    for (external, caller) in [(EXTERNAL4, CALLER4), (EXTERNAL6, CALLER6)] {
+        let said = within(&around.caller, || (dial(at(external, 80)), ask(at(external, 80), 1)));
+        assert_eq!(said.0.expect("TCP"), format!("o1 {caller}"));
+        assert_eq!(said.1.expect("UDP"), format!("o1 {caller} 1"));
+        assert!(within(&pod.netns, || dial(at(external, 80))).expect("from a pod").starts_with("o1 "));
+        let other = within(&around.caller, || TcpStream::connect_timeout(&at(external, 81), WAIT).map(drop));
+        assert_eq!(other.expect_err("no such port").kind(), ErrorKind::ConnectionRefused);
+    }
+}
+
+fn policies(around: &Around, pod: &TestPod) {
+    for (own, caller) in [(NODE4, CALLER4), (NODE6, CALLER6)] {
+        let said = within(&around.caller, || (dial(at(own, 30_004)), dial(at(own, 30_005))));
+        assert_eq!(said.0.expect("TCP"), format!("o1 {caller}"));
+        assert_eq!(said.1.expect_err("no endpoint here").kind(), ErrorKind::ConnectionRefused);
+        let inside = within(&pod.netns, || dial(at(own, 30_005)));
+        assert!(inside.expect("the policy is for callers from outside").starts_with("far "));
+    }
+}
+
+fn nobody(around: &Around) {
+    for (own, external) in [(NODE4, "192.168.50.101"), (NODE6, "fd00:50::101")] {
+        let refused = |to: SocketAddr| {
+            let tcp = TcpStream::connect_timeout(&to, WAIT).map(drop).expect_err("nobody").kind();
+            (tcp, ask(to, 1).expect_err("nobody").kind())
+        };
+        let both = (ErrorKind::ConnectionRefused, ErrorKind::ConnectionRefused);
+        assert_eq!(within(&around.caller, || refused(at(own, 30_006))), both);
+        // The caller's neighbour for an address that nobody announces.
+        add_route(&around.caller, &format!("{external}/{}", if own.contains(':') { 128 } else { 32 }), own);
+        assert_eq!(within(&around.caller, || refused(at(external, 80))), both);
+        // The error comes from the pod, about an address that the caller has never heard of.
+        let closed = within(&around.caller, || ask(at(own, 30_007), 1)).expect_err("closed");
+        assert_eq!(closed.kind(), ErrorKind::ConnectionRefused, "the ICMP error is translated back");
+    }
+}
+
+fn pods_reach_the_world(around: &Around, pod: &TestPod) {
+    for (world, own) in [(CALLER4, NODE4), (CALLER6, NODE6)] {
+        let said = within(&pod.netns, || (dial(at(world, 9000)), ask(at(world, 9000), 1)));
+        assert_eq!(said.0.expect("TCP"), format!("world {own}"), "outside sees the node");
+        assert_eq!(said.1.expect("UDP"), format!("world {own} 1"));
+        let refused = within(&pod.netns, || ask(at(world, 9), 1)).expect_err("nobody there");
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "the ICMP error is translated back");
+        within(&pod.netns, || ping(ip(world))).expect("echo");
+    }
+    add_address(&around.caller, "eth0", "203.0.113.2", 24);
+    add_route(&Netns::current().expect("own"), "203.0.113.0/24", CALLER4);
+    let said = within(&pod.netns, || dial(at("203.0.113.2", 9000)));
+    assert_eq!(said.expect("TCP"), format!("world {}", pod.ip()), "an excluded range sees the pod");
+}
+
+/// One echo by a datagram ICMP socket.
+fn ping(to: IpAddr) -> io::Result<()> {
+    let (domain, protocol, kind) = match to {
+        IpAddr::V4(_) => (socket2::Domain::IPV4, socket2::Protocol::ICMPV4, 8),
+        IpAddr::V6(_) => (socket2::Domain::IPV6, socket2::Protocol::ICMPV6, 128),
+    };
+    std::fs::write("/proc/self/net/../../sys/net/ipv4/ping_group_range", "0 2147483647")
+        .or_else(|_| std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"))?;
+    let s = socket2::Socket::new(domain, socket2::Type::DGRAM, Some(protocol))?;
+    s.set_read_timeout(Some(WAIT))?;
+    s.connect(&SocketAddr::new(to, 0).into())?;
+    s.send(&[kind, 0, 0, 0, 0, 0, 0, 1, b's', b'l', b'u', b'i', b'c', b'e'])?;
+    let mut buffer = [0; 64];
+    let n = (&s).read(&mut buffer)?;
+    if buffer[..n].ends_with(b"sluice") { Ok(()) } else { Err(ErrorKind::InvalidData.into()) }
+}
+
+/// Datagrams to a virtual address that no socket was asked about: as from a virtual machine.
+fn escaped(pod: &TestPod, backend: &TestPod) {
+    let vip = Ipv4Addr::new(10, 96, 1, 1);
+    for (from, seen) in [(pod, pod.ip().to_string()), (backend, "169.254.1.1".to_owned())] {
+        let said = within(&from.netns, || raw_ask(from.ip(), vip)).expect("an answer");
+        assert_eq!(said, format!("o1 {seen} 1"), "from {}", from.name);
+    }
+}
+
+/// A hand-made datagram, and a socket that takes the answer.
+fn raw_ask(from: IpAddr, to: Ipv4Addr) -> io::Result<String> {
+    let IpAddr::V4(own) = from else { return Err(ErrorKind::Unsupported.into()) };
+    let s = UdpSocket::bind((own, 0))?;
+    s.set_read_timeout(Some(WAIT))?;
+    let raw = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::RAW, Some(socket2::Protocol::from(255)))?;
+    let mut packet = vec![0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0];
+    packet.extend(own.octets());
+    packet.extend(to.octets());
+    packet.extend(s.local_addr()?.port().to_be_bytes());
+    packet.extend([0, 80, 0, 9, 0, 0, b'?']); // no checksum: RFC 768
+    raw.send_to(&packet, &SocketAddr::new(to.into(), 0).into())?;
+    let mut buffer = [0; 256];
+    let (n, source) = s.recv_from(&mut buffer)?;
+    assert_eq!(source, SocketAddr::new(to.into(), 80), "the answer comes from where the question went");
+    Ok(String::from_utf8_lossy(&buffer[..n]).into_owned())
+}
+
+/// Streams and fragments.
+fn large(around: &Around) {
+    for own in [NODE4, NODE6] {
+        for port in [30_001, 30_002] {
+            let to = at(own, port);
+            within(&around.caller, || {
+                let mut c = TcpStream::connect_timeout(&to, WAIT).expect("connect");
+                greeting(&mut c).expect("greeting");
+                let data: Vec<u8> = (0..4_000_000_u32).map(|i| (i % 251) as u8).collect();
+                let mut writer = c.try_clone().expect("clone");
+                let sent = data.clone();
+                let sending = thread::spawn(move || {
+                    writer.write_all(&sent).expect("write");
+                    writer.shutdown(std::net::Shutdown::Write).expect("shutdown");
+                });
+                let mut back = Vec::new();
+                c.read_to_end(&mut back).expect("read");
+                sending.join().expect("join");
+                assert!(back == data, "{to}: {} of {} bytes come back the same", back.len(), data.len());
+            });
+            let said = within(&around.caller, || ask(to, 9_000)).unwrap_or_else(|e| panic!("{to}: {e}"));
+            assert!(said.ends_with(" 9000"), "{to}: a datagram in fragments: {said}");
+        }
+    }
+}
+
+/// One source port, two node ports, one backend: its answers must be told apart.
+fn same_source_port(around: &Around) {
+    within(&around.caller, || {
+        let open = |to: SocketAddr| {
+            let s = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket");
+            s.set_reuse_address(true).expect("option");
+            s.set_reuse_port(true).expect("option");
+            s.bind(&at(CALLER4, 45_000).into()).expect("bind");
+            s.connect_timeout(&to.into(), WAIT).expect("connect");
+            TcpStream::from(s)
+        };
+        let mut first = open(at(NODE4, 30_001));
+        let mut second = open(at(NODE4, 30_004));
+        for c in [&mut first, &mut second] {
+            assert_eq!(greeting(c).expect("greeting"), format!("o1 {CALLER4}"));
+        }
+        for (c, text) in [(&mut first, b"one"), (&mut second, b"two")] {
+            c.write_all(text).expect("write");
+            let mut back = [0; 3];
+            c.read_exact(&mut back).expect("read");
+            assert_eq!(&back, text);
+        }
+    });
+}
+
+fn balanced(around: &Around, pods: &[&TestPod]) {
+    const N: u32 = 2_000;
+    let mut seen = BTreeMap::<String, u32>::new();
+    let answers =
+        within(&around.caller, || (0..N).map(|_| dial(at(NODE4, 30_008)).expect("connect")).collect::<Vec<_>>());
+    for answer in answers {
+        *seen.entry(answer.split(' ').next().unwrap_or_default().to_owned()).or_default() += 1;
+    }
+    let expected = f64::from(N) / pods.len() as f64;
+    let chi: f64 = seen.values().map(|n| (f64::from(*n) - expected).powi(2) / expected).sum();
+    println!("{N} connections from outside: {seen:?}, chi-squared {chi:.2}");
+    assert_eq!(seen.len(), pods.len());
+    // One degree of freedom: above 24 by chance once in a million.
+    assert!(chi < 24.0);
+    let one: BTreeSet<String> =
+        within(&around.caller, || (0..50).map(|_| dial(at(NODE4, 30_009)).expect("connect")).collect());
+    assert_eq!(one.len(), 1, "a client keeps its backend: {one:?}");
+}
+
+/// A link that comes later is the node's too.
+fn new_link(around: &Around) {
+    let own = Netns::current().expect("own");
+    lab::bridge(&around.hub, "br1", ip("192.168.60.254"), 24).expect("bridge");
+    lab::cable(&around.hub, "br1", "later0", &own, "eth1", ip("192.168.60.1"), 24).expect("cable");
+    lab::cable(&around.hub, "br1", "later1", &around.caller, "eth1", ip("192.168.60.2"), 24).expect("cable");
+    until("the new link's address has node ports", || {
+        within(&around.caller, || dial(at("192.168.60.1", 30_001))).is_ok_and(|a| a == "o1 192.168.60.2")
+    });
+}
+
+fn agent_dies(ground: &Ground, around: &Around) {
+    let (stop, made) = (AtomicBool::new(false), AtomicU32::new(0));
+    thread::scope(|s| {
+        s.spawn(|| {
+            within(&around.caller, || {
+                while !stop.load(Ordering::Relaxed) {
+                    dial(at(NODE4, 30_002)).expect("no connection fails");
+                    made.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        });
+        for _ in 0..3 {
+            let before = made.load(Ordering::Relaxed);
+            ground.kill_agent();
+            until("connections go on without an agent", || made.load(Ordering::Relaxed) > before + 100);
+            ground.start_agent();
+            until("the agent is back", || PathBuf::from(crate::ground::ACK).exists());
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    println!("agent killed 3 times: {made:?} connections from outside, none failed");
+}

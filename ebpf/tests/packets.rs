@@ -1,0 +1,361 @@
+//! The packet programs, run by the kernel on packets of all kinds: what they become, byte by byte, with every checksum.
+//! Needs root; a BPF file system and a cgroup of its own.
+
+mod frames;
+mod lab;
+
+use frames::{Frame, Read, read};
+use lab::Lab;
+use sluice_ebpf::{
+    addr,
+    common::{Addr, Device, INSIDE, MASQUERADE, PodAddr, Range, Reason, Reverse, ServiceKey, TCP, UDP, WATCH_DROPS},
+    dry_run::Verdict,
+    layout::{Target, Wanted, WantedGroup},
+};
+use std::net::IpAddr;
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect(text)
+}
+
+const FAMILIES: [Family; 2] = [
+    Family {
+        caller: "198.51.100.7",
+        vip: "10.96.0.1",
+        empty: "10.96.0.2",
+        pod: "10.244.1.5",
+        second: "10.244.1.6",
+        node: "192.0.2.1",
+        router: "198.51.100.254",
+    },
+    Family {
+        caller: "2001:db8:7::7",
+        vip: "fd00:96::1",
+        empty: "fd00:96::2",
+        pod: "fd00:1::5",
+        second: "fd00:1::6",
+        node: "2001:db8:1::1",
+        router: "2001:db8:7::ff",
+    },
+];
+
+#[derive(Clone, Copy)]
+struct Family {
+    caller: &'static str,
+    vip: &'static str,
+    empty: &'static str,
+    pod: &'static str,
+    second: &'static str,
+    node: &'static str,
+    router: &'static str,
+}
+
+/// A node with two pods, a service on port 80 whose only backend is the first, and one without.
+fn lab(name: &str) -> Lab {
+    let mut lab = Lab::new(name);
+    let mut services = vec![];
+    for f in FAMILIES {
+        for pod in [f.pod, f.second] {
+            let entry = PodAddr { netns: 7, flags: 0, ifindex: 1 };
+            lab.pods.addrs.set(&addr(ip(pod)), &entry).expect("pod");
+        }
+        lab.node.locals.set(&addr(ip(f.node)), &1).expect("local");
+        for proto in [TCP, UDP] {
+            let key =
+                |address: Addr, port: u16| ServiceKey { addr: address, port_be: port.to_be(), proto, scope: INSIDE };
+            let target = Target { addr: addr(ip(f.pod)), port_be: 8080_u16.to_be() };
+            let wanted = Wanted::new(false, vec![WantedGroup { weight: 1, targets: vec![target] }]);
+            services.push((key(addr(ip(f.vip)), 80), wanted.clone()));
+            services.push((key(addr(ip(f.vip)).unspecified(), 30_080), Wanted { maglev: true, ..wanted }));
+            services.push((key(addr(ip(f.empty)), 80), Wanted::default()));
+        }
+    }
+    lab.serve(services);
+    lab
+}
+
+fn request(f: Family, proto: u8) -> Frame {
+    Frame { src: ip(f.caller), dst: ip(f.vip), sport: 40_000, dport: 80, proto, ..Frame::default() }
+}
+
+/// The packet there, and its answer back, as the two ends see them.
+fn there_and_back(lab: &Lab, sent: &Frame, program: &str) {
+    let before = sent.bytes();
+    let there = lab.run(program, &before);
+    assert_eq!(there.verdict, Verdict::Redirect, "{sent:?}");
+    let seen = read(&there.packet).unwrap_or_else(|e| panic!("{e}: {sent:?}"));
+    let pod = if sent.dst.is_ipv4() { FAMILIES[0].pod } else { FAMILIES[1].pod };
+    assert_eq!((seen.dst, seen.dport), (ip(pod), 8080), "{sent:?}");
+    assert_eq!((seen.src, seen.sport), (sent.src, sent.sport), "the source is kept");
+    assert_eq!(seen.payload, read(&before).expect("whole").payload);
+    assert_eq!(there.packet.len(), before.len());
+    let answer = Frame {
+        src: seen.dst,
+        dst: seen.src,
+        sport: seen.dport,
+        dport: seen.sport,
+        proto: sent.proto,
+        ..Frame::default()
+    };
+    let back = lab.run("from_pod", &answer.bytes());
+    let seen = read(&back.packet).expect("whole");
+    assert_eq!((seen.src, seen.sport, seen.dst, seen.dport), (sent.dst, sent.dport, sent.src, sent.sport));
+}
+
+#[test]
+fn connections_are_translated_both_ways() {
+    let lab = lab("packets-ways");
+    for (number, f) in (0..).zip(FAMILIES) {
+        for (program, port) in [("from_wire", 40_000), ("from_pod", 41_000)] {
+            for proto in [TCP, UDP] {
+                let plain = Frame { sport: port + number, ..request(f, proto) };
+                there_and_back(&lab, &plain, program);
+                for options in [1, 5, 10] {
+                    // IPv4: words of options; IPv6: extension headers of so many times eight bytes.
+                    let frame = Frame { options, sport: port + 100 + options as u16, ..plain.clone() };
+                    there_and_back(&lab, &frame, program);
+                }
+                for payload in [0, 1, 2, 3, 100, 1400] {
+                    let frame =
+                        Frame { payload: vec![0xa5; payload], sport: port + 200 + payload as u16, ..plain.clone() };
+                    there_and_back(&lab, &frame, program);
+                }
+            }
+        }
+        let no_checksum = Frame { checksum: !f.vip.contains('.'), sport: 45_000, ..request(f, UDP) };
+        there_and_back(&lab, &no_checksum, "from_wire");
+        let node_port = Frame { dst: ip(f.node), dport: 30_080, sport: 46_000, ..request(f, TCP) };
+        there_and_back(&lab, &node_port, "from_wire");
+        let elsewhere = Frame { dst: ip(f.node), dport: 22, ..request(f, TCP) };
+        let out = lab.run("from_wire", &elsewhere.bytes());
+        assert_eq!((out.verdict, out.packet), (Verdict::Next, elsewhere.bytes()), "the node's own");
+    }
+}
+
+#[test]
+fn a_host_port_leads_to_its_pod() {
+    let lab = lab("packets-hostport");
+    for f in FAMILIES {
+        let unspecified = addr(ip(f.node)).unspecified();
+        for (address, port) in [(unspecified, 8443_u16), (addr(ip(f.node)), 9443)] {
+            let key = ServiceKey { addr: address, port_be: port.to_be(), proto: TCP, scope: INSIDE };
+            let to = Reverse { addr: addr(ip(f.pod)), port_be: 8080_u16.to_be(), pad: 0 };
+            lab.host_ports.set(&key, &to).expect("host port");
+            let frame = Frame { dst: ip(f.node), dport: port, sport: 38_557 + port, ..request(f, TCP) };
+            there_and_back(&lab, &frame, "from_wire");
+        }
+        let udp = Frame { dst: ip(f.node), dport: 8443, ..request(f, UDP) };
+        assert_eq!(lab.run("from_wire", &udp.bytes()).verdict, Verdict::Next, "another protocol");
+    }
+}
+
+/// Two connections of one caller whose answers would look alike: the second goes on under another port.
+#[test]
+fn answers_are_told_apart() {
+    let lab = lab("packets-apart");
+    for f in FAMILIES {
+        let first = Frame { sport: 50_000, ..request(f, TCP) };
+        let second = Frame { dst: ip(f.node), dport: 30_080, ..first.clone() };
+        let ports = [&first, &second].map(|frame| {
+            let out = lab.run("from_wire", &frame.bytes());
+            let seen = read(&out.packet).expect("whole");
+            assert_eq!((seen.src, seen.dst, seen.dport), (ip(f.caller), ip(f.pod), 8080));
+            seen.sport
+        });
+        assert_eq!(ports[0], 50_000);
+        assert!(sluice_ebpf::common::SNAT_PORTS.contains(&ports[1]), "{ports:?}");
+        for (frame, port) in [first, second].iter().zip(ports) {
+            let answer =
+                Frame { src: ip(f.pod), dst: ip(f.caller), sport: 8080, dport: port, proto: TCP, ..Frame::default() };
+            let seen = read(&lab.run("from_pod", &answer.bytes()).packet).expect("whole");
+            assert_eq!((seen.src, seen.sport, seen.dport), (frame.dst, frame.dport, 50_000));
+        }
+    }
+}
+
+#[test]
+fn a_pod_that_is_its_own_backend_answers_its_gateway() {
+    let lab = lab("packets-hairpin");
+    for (f, gateway) in FAMILIES.into_iter().zip(["169.254.1.1", "fe80::1"]) {
+        let frame = Frame { src: ip(f.pod), ..request(f, TCP) };
+        let out = lab.run("from_pod", &frame.bytes());
+        let seen = read(&out.packet).expect("whole");
+        assert_eq!((out.verdict, seen.src, seen.dst), (Verdict::Redirect, ip(gateway), ip(f.pod)));
+        let answer =
+            Frame { src: seen.dst, dst: seen.src, sport: 8080, dport: seen.sport, proto: TCP, ..Frame::default() };
+        let back = lab.run("from_pod", &answer.bytes());
+        let seen = read(&back.packet).expect("whole");
+        assert_eq!((back.verdict, seen.src, seen.sport), (Verdict::Redirect, ip(f.vip), 80));
+        assert_eq!((seen.dst, seen.dport), (ip(f.pod), 40_000));
+    }
+}
+
+#[test]
+fn fragments_follow_their_first() {
+    let lab = lab("packets-fragments");
+    for f in FAMILIES {
+        let whole = Frame { payload: vec![1; 64], ..request(f, UDP) };
+        let orphan = whole.fragment(8, 1, 500);
+        let dropped = lab.counter(Reason::DroppedFragment);
+        assert_eq!(lab.run("from_wire", &orphan).verdict, Verdict::Drop);
+        assert_eq!(lab.counter(Reason::DroppedFragment), dropped + 1);
+        let first = lab.run("from_wire", &whole.fragment(0, 1, 600));
+        let later = lab.run("from_wire", &whole.fragment(8, 0, 600));
+        for out in [&first, &later] {
+            assert_eq!(out.verdict, Verdict::Redirect);
+            assert_eq!(frames::addresses(&out.packet), (ip(f.caller), ip(f.pod)));
+        }
+        let tail = |p: &[u8]| p[p.len() - 8..].to_vec();
+        assert_eq!(tail(&later.packet), tail(&whole.fragment(8, 0, 600)), "no port is written into data");
+        assert_eq!(lab.run("from_wire", &whole.fragment(8, 0, 700)).verdict, Verdict::Drop, "of another packet");
+    }
+}
+
+/// Cut anywhere, a packet is dropped and counted, or goes on as it was.
+#[test]
+fn truncated_at_every_byte() {
+    let lab = lab("packets-truncated");
+    for f in FAMILIES {
+        for proto in [TCP, UDP] {
+            for options in [0, 3] {
+                let frame = Frame { options, sport: 51_000 + options as u16, ..request(f, proto) };
+                let bytes = frame.bytes();
+                let headers = bytes.len() - frame.payload.len();
+                for length in 15..headers {
+                    // The kernel itself may refuse to make a packet of it.
+                    let Some(out) = lab.try_run("from_wire", &bytes[..length]) else { continue };
+                    let whole_but_checksum = proto == UDP && length >= headers;
+                    assert!(
+                        whole_but_checksum || out.verdict == Verdict::Drop || out.packet == bytes[..length],
+                        "{length} of {headers} bytes: {:?}",
+                        out.verdict
+                    );
+                }
+            }
+        }
+    }
+    assert!(lab.counter(Reason::DroppedMalformed) > 100);
+}
+
+/// Errors from the backend and from a router on the way, about packets as they were translated.
+#[test]
+fn icmp_errors_come_back_translated() {
+    let lab = lab("packets-icmp");
+    for f in FAMILIES {
+        for proto in [TCP, UDP] {
+            let sent = Frame { payload: vec![7; 32], ..request(f, proto) };
+            let there = lab.run("from_wire", &sent.bytes());
+            for (from, shown) in [(f.pod, f.vip), (f.router, f.router)] {
+                let error = frames::icmp_error(ip(from), ip(f.caller), &there.packet[14..]);
+                let out = lab.run("from_pod", &error);
+                let (outer, quoted) = frames::read_icmp_error(&out.packet).unwrap_or_else(|e| panic!("{e}"));
+                assert_eq!(outer, (ip(shown), ip(f.caller)));
+                let wanted =
+                    Read { src: sent.src, dst: sent.dst, sport: sent.sport, dport: sent.dport, payload: vec![] };
+                assert_eq!(quoted, wanted, "the caller sees its own words");
+            }
+            // Cut anywhere: as it was, or translated; never half.
+            let error = frames::icmp_error(ip(f.pod), ip(f.caller), &there.packet[14..]);
+            for length in 15..error.len() {
+                lab.try_run("from_pod", &error[..length]);
+            }
+            let unknown =
+                frames::icmp_error(ip(f.pod), ip(f.caller), &Frame { dst: ip(f.second), ..sent }.bytes()[14..]);
+            let out = lab.run("from_pod", &unknown);
+            assert!(out.verdict == Verdict::Next || out.verdict == Verdict::Redirect);
+            assert_eq!(frames::addresses(&out.packet), (ip(f.pod), ip(f.caller)), "about nothing of ours");
+        }
+    }
+    assert!(lab.counter(Reason::IcmpTranslated) >= 8);
+}
+
+#[test]
+fn a_service_without_backends_refuses() {
+    let lab = lab("packets-nobody");
+    for f in FAMILIES {
+        for proto in [TCP, UDP] {
+            let sent = Frame { dst: ip(f.empty), payload: vec![3; 40], ..request(f, proto) };
+            for program in ["from_wire", "from_pod"] {
+                let out = lab.run(program, &sent.bytes());
+                assert_eq!(out.verdict, Verdict::Redirect, "back to the caller");
+                let (outer, quoted) = frames::read_icmp_error(&out.packet).unwrap_or_else(|e| panic!("{e}"));
+                assert_eq!(outer, (ip(f.empty), ip(f.caller)));
+                assert_eq!((quoted.src, quoted.sport, quoted.dst, quoted.dport), (sent.src, 40_000, sent.dst, 80));
+                assert_eq!(&out.packet[..6], &sent.bytes()[6..12], "to the link-layer address that it came from");
+            }
+        }
+    }
+    assert_eq!(lab.counter(Reason::DroppedNoBackend), 8);
+}
+
+#[test]
+fn announced_addresses_are_answered_for() {
+    let lab = lab("packets-announced");
+    let mac = [2, 0, 0, 0, 0, 9];
+    lab.node.devices.set(&1, &Device { addr4: Addr::UNSET, addr6: Addr::UNSET, mac, pad: 0 }).expect("device");
+    for (address, other) in [("192.0.2.100", "192.0.2.101"), ("2001:db8:1::100", "2001:db8:1::101")] {
+        lab.node.announced.set(&addr(ip(address)), &1).expect("announced");
+        let caller = if address.contains(':') { ip("2001:db8:1::7") } else { ip("192.0.2.7") };
+        let out = lab.run("from_wire", &frames::solicitation(caller, ip(address)));
+        assert_eq!(out.verdict, Verdict::Redirect);
+        assert_eq!(frames::read_advertisement(&out.packet), Ok((ip(address), mac, caller)));
+        let question = frames::solicitation(caller, ip(other));
+        let out = lab.run("from_wire", &question);
+        assert_eq!((out.verdict, out.packet), (Verdict::Next, question.clone()), "another's");
+        for length in 15..question.len() {
+            let cut = &frames::solicitation(caller, ip(address))[..length];
+            if let Some(out) = lab.try_run("from_wire", cut) {
+                assert!(out.verdict == Verdict::Drop || out.packet == cut, "{length}");
+            }
+        }
+    }
+}
+
+/// What pods send to the outside is not sent without a route; what is the cluster's stays as it is.
+#[test]
+fn the_clusters_own_is_never_masqueraded() {
+    let lab = lab("packets-masquerade");
+    lab.settings.set_flags(MASQUERADE | WATCH_DROPS, MASQUERADE).expect("settings");
+    for f in FAMILIES {
+        let len = if f.pod.contains('.') { 96 + 24 } else { 64 };
+        lab.node.cluster.set(&Range { len, addr: addr(ip(f.pod)) }, &1).expect("range");
+        for dst in [f.second, f.node] {
+            let frame = Frame { src: ip(f.pod), dst: ip(dst), dport: 5432, ..request(f, TCP) };
+            let out = lab.run("from_pod", &frame.bytes());
+            assert_eq!(out.packet, frame.bytes(), "to {dst}");
+        }
+    }
+    assert_eq!(lab.counter(Reason::Masqueraded), 0);
+}
+
+/// Whatever comes: an answer, and checksums that hold where they held.
+#[test]
+fn random_packets_are_survived() {
+    let lab = lab("packets-random");
+    let mut random = frames::Random::new(0x51_0cea);
+    for round in 0..20_000 {
+        let f = FAMILIES[random.below(2)];
+        let proto = [TCP, UDP][random.below(2)];
+        let mut bytes = Frame {
+            options: random.below(6),
+            sport: random.below(65_536) as u16,
+            payload: vec![0; random.below(64)],
+            ..request(f, proto)
+        }
+        .bytes();
+        if round % 4 != 0 {
+            for _ in 0..=random.below(4) {
+                let at = 12 + random.below(bytes.len() - 12);
+                bytes[at] = random.below(256) as u8;
+            }
+            bytes.truncate(15 + random.below(bytes.len() - 14));
+        }
+        for program in ["from_wire", "from_pod", "from_host"] {
+            let Some(out) = lab.try_run(program, &bytes) else { continue };
+            assert!(!matches!(out.verdict, Verdict::Other(_)), "{program}: {:?} of {bytes:02x?}", out.verdict);
+            if read(&bytes).is_ok() && out.verdict != Verdict::Drop && out.packet.len() == bytes.len() {
+                read(&out.packet).unwrap_or_else(|e| panic!("{program}: {e}: {bytes:02x?} to {:02x?}", out.packet));
+            }
+        }
+    }
+}
