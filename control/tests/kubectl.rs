@@ -241,3 +241,55 @@ async fn applies_server_side() {
     assert!(ran.ok, "{}", ran.err);
     cluster.stop().await;
 }
+
+const BALANCED: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: NAME}
+spec: {type: LoadBalancer, selector: {app: nginx}, ports: [{port: 80}]}
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_check_ports_are_node_ports_of_their_own() {
+    let cluster = Cluster::start().await;
+    let local = |name: &str, more: &str| {
+        BALANCED.replace("NAME", name).replace("LoadBalancer,", &format!("LoadBalancer, {more}"))
+    };
+    let port = async |name: &str| {
+        let ports = "jsonpath={.spec.healthCheckNodePort} {.spec.ports[*].nodePort}";
+        cluster.kubectl(&["get", "svc", name, "-o", ports]).await
+    };
+    cluster.apply(&local("a", "externalTrafficPolicy: Local, healthCheckNodePort: 30100,")).await;
+    assert!(port("a").await.starts_with("30100 3"), "{}", port("a").await);
+    cluster.apply(&local("b", "externalTrafficPolicy: Local, allocateLoadBalancerNodePorts: false,")).await;
+    let of_b = port("b").await;
+    assert_eq!(of_b.split_whitespace().count(), 1, "a port for the check, none for the service: {of_b}");
+    assert!((30_000..=32_767).contains(&of_b.trim().parse::<u16>().expect("a port")) && of_b.trim() != "30100");
+    for (manifest, want) in [
+        (
+            local("c", "externalTrafficPolicy: Local, healthCheckNodePort: 30100,"),
+            "failed to allocate requested HealthCheck NodePort 30100: provided port is already allocated",
+        ),
+        (
+            local("c", "externalTrafficPolicy: Local, healthCheckNodePort: 80,"),
+            "The range of valid ports is 30000-32767",
+        ),
+        (local("c", "").replace("port: 80", "port: 80, nodePort: 30100"), "provided port is already allocated"),
+        (
+            local("c", "externalTrafficPolicy: Local, healthCheckNodePort: 30101,")
+                .replace("port: 80", "port: 80, nodePort: 30101"),
+            "failed to allocate requested HealthCheck NodePort 30101",
+        ),
+        (local("c", "healthCheckNodePort: 30101,"), "may only be set when `type` is 'LoadBalancer'"),
+        (local("a", "externalTrafficPolicy: Local, healthCheckNodePort: 30102,"), "field is immutable"),
+    ] {
+        let ran = cluster.kubectl_with(&["apply", "-f", "-"], &manifest).await;
+        assert!(!ran.ok && ran.err.contains(want), "{want}: {}", ran.err);
+    }
+    // It goes with the policy, and its number is free again.
+    cluster.kubectl(&["patch", "svc", "a", "-p", r#"{"spec":{"externalTrafficPolicy":"Cluster"}}"#]).await;
+    assert!(port("a").await.starts_with(" 3"), "{}", port("a").await);
+    cluster.apply(&local("c", "externalTrafficPolicy: Local, healthCheckNodePort: 30100,")).await;
+    assert!(port("c").await.starts_with("30100 "));
+    cluster.stop().await;
+}
