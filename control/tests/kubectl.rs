@@ -249,6 +249,68 @@ metadata: {name: NAME}
 spec: {type: LoadBalancer, selector: {app: nginx}, ports: [{port: 80}]}
 ";
 
+/// `EXTERNAL-IP` of a service, as kubectl shows it.
+async fn external_ip(cluster: &Cluster, name: &str) -> String {
+    let shown = cluster.kubectl(&["get", "svc", name, "--no-headers"]).await;
+    shown.split_whitespace().nth(3).expect("a column").to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn load_balancers_get_addresses_of_the_pool() {
+    let pool = "192.0.2.1-192.0.2.2";
+    let dir = tempfile::tempdir().expect("a directory");
+    let cluster = Cluster::start_with_pool(dir, pool).await;
+    let apply = async |cluster: &Cluster, name: &str| cluster.apply(&BALANCED.replace("NAME", name)).await;
+    for (name, ip) in [("a", "192.0.2.1"), ("b", "192.0.2.2"), ("c", "<pending>")] {
+        apply(&cluster, name).await;
+        eventually(ip, || async { external_ip(&cluster, name).await == ip }).await;
+    }
+    let told = ["get", "events", "--field-selector=reason=SyncLoadBalancerFailed,involvedObject.name=c"];
+    eventually("c says why it waits", || async {
+        cluster.kubectl(&told).await.contains("0 of 2 IPv4 addresses of the pool 192.0.2.1-192.0.2.2 are free")
+    })
+    .await;
+    let ingress = cluster.kubectl(&["get", "svc", "a", "-o", "jsonpath={.status.loadBalancer.ingress}"]).await;
+    assert_eq!(ingress, r#"[{"ip":"192.0.2.1","ipMode":"VIP"}]"#);
+
+    // Addresses outlive control; what is given up goes to who waits.
+    let cluster = Cluster::start_with_pool(cluster.stop().await, pool).await;
+    cluster.kubectl(&["delete", "svc", "b"]).await;
+    eventually("c has what b had", || async { external_ip(&cluster, "c").await == "192.0.2.2" }).await;
+    assert_eq!(external_ip(&cluster, "a").await, "192.0.2.1");
+    cluster.kubectl(&["patch", "svc", "a", "-p", r#"{"spec":{"type":"ClusterIP"}}"#]).await;
+    assert_eq!(external_ip(&cluster, "a").await, "<none>");
+    let left = cluster.kubectl(&["get", "svc", "a", "-o", "jsonpath={.status} {.spec.externalTrafficPolicy}"]).await;
+    assert_eq!(left, r#"{"loadBalancer":{}} "#);
+
+    let asking = |name: &str, ip: &str| {
+        BALANCED.replace("NAME", name).replace("LoadBalancer,", &format!("LoadBalancer, loadBalancerIP: {ip},"))
+    };
+    cluster.apply(&asking("d", "192.0.2.2")).await;
+    let told = ["get", "events", "--field-selector=reason=SyncLoadBalancerFailed,involvedObject.name=d"];
+    eventually("d is told whose it is", || async {
+        cluster.kubectl(&told).await.contains("loadBalancerIP 192.0.2.2 is taken by service default/c")
+    })
+    .await;
+    assert_eq!(external_ip(&cluster, "d").await, "<pending>");
+    cluster.apply(&asking("d", "192.0.2.1")).await;
+    eventually("d has what it asks for now", || async { external_ip(&cluster, "d").await == "192.0.2.1" }).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn load_balancers_wait_where_there_is_no_pool() {
+    let cluster = Cluster::start().await;
+    cluster.apply(&BALANCED.replace("NAME", "a")).await;
+    let told = ["get", "events", "--field-selector=reason=SyncLoadBalancerFailed"];
+    eventually("it says what is missing", || async {
+        cluster.kubectl(&told).await.contains("start sluice-control with --load-balancer-pool <range>")
+    })
+    .await;
+    assert_eq!(external_ip(&cluster, "a").await, "<pending>");
+    cluster.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn health_check_ports_are_node_ports_of_their_own() {
     let cluster = Cluster::start().await;
