@@ -102,6 +102,7 @@ impl Serve {
         mesh::Config {
             listen: self.discovery_listen,
             trust_domain: self.trust_domain.clone(),
+            pool: self.load_balancer_pool.clone(),
             workload_life: Duration::from_secs(self.workload_certificate_s),
         }
     }
