@@ -21,6 +21,10 @@ const ROOT: &str = "/var/lib/sluice-local";
 pub const API_PORT: u16 = 6443;
 pub const DEFAULT: &str = "sluice";
 pub const NODES: u8 = 3;
+/// As many as have addresses below the pool's.
+pub const NODES_MAX: u8 = 50;
+/// Addresses of services of type LoadBalancer: the high end of the machines' network.
+const LOAD_BALANCER_POOL: &str = "172.30.0.192/26";
 /// It becomes part of the names of cgroups and folders.
 const NAME_MAX: usize = 32;
 
@@ -151,6 +155,7 @@ impl Cluster {
             "--discovery-listen=0.0.0.0:6444".into(),
             format!("--advertise-url={}", self.api_url()),
             format!("--san={ip}"),
+            format!("--load-balancer-pool={LOAD_BALANCER_POOL}"),
         ];
         let argv = argv.into_iter().chain(self.control_args.clone()).collect();
         let control = Program { sockets: Sockets::Host, ..self.program("control", argv) };
@@ -238,6 +243,19 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// All in the machines' /24, and none of a machine in the pool.
+    #[test]
+    fn machines_and_services_share_no_address() {
+        let pool = LOAD_BALANCER_POOL.strip_suffix("/26").expect("a quarter of a /24");
+        let pool: Ipv4Addr = pool.parse().expect("an address");
+        let (network, first) = (&pool.octets()[..3], pool.octets()[3]);
+        assert_eq!(first % 64, 0);
+        for ip in (0..NODES_MAX).map(Cluster::node_ip).chain([Cluster::control_ip()]) {
+            let [.., host] = ip.octets();
+            assert!(ip.octets()[..3] == *network && !(first..=first + 63).contains(&host), "{ip}");
+        }
+    }
 
     #[test]
     fn names_are_parts_of_names() {

@@ -36,7 +36,7 @@ enum Command {
     /// Start a local cluster with a canary release in it
     Up {
         /// How many (default: 3, or those that there are)
-        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=50))]
+        #[arg(long, value_parser = clap::value_parser!(u8).range(1..=i64::from(cluster::NODES_MAX)))]
         nodes: Option<u8>,
         /// Port of the API on 127.0.0.1
         #[arg(long, default_value_t = cluster::API_PORT)]

@@ -11,6 +11,7 @@ use sluice_control::api::cache::Cache;
 use sluice_control::api::kinds;
 use sluice_control::api::registry::Context;
 use sluice_control::ca::PassphraseFile;
+use sluice_control::pool::Pool;
 use sluice_control::service::{Config, Service};
 
 fn main() -> anyhow::Result<()> {
@@ -30,6 +31,7 @@ async fn run(nodes: usize, pods: usize) -> anyhow::Result<()> {
         san: Vec::new(),
         service_cidr: "10.96.0.0/16".parse().map_err(anyhow::Error::msg)?,
         pod_cidr: "10.0.0.0/9".parse().map_err(anyhow::Error::msg)?,
+        load_balancer_pool: Pool::default(),
         token_file: None,
         node_grace: Duration::from_secs(3_600),
         eviction: Duration::from_secs(300),

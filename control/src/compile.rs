@@ -1,12 +1,17 @@
 //! Objects → the data plane's snapshot and the routes' statuses: PURE. Everything that agents and sidecars will do is
 //! decided from what this returns; what an object asks for and Sluice does not do yet is refused here, by name.
 
+mod announce;
 mod endpoints;
 mod routes;
 
 pub use routes::{ParentStatus, RouteStatus, Unmeshed, Verdict};
 
-use crate::{api::validate::special, inject};
+use crate::{
+    api::validate::special,
+    inject,
+    pool::{self, Pool},
+};
 use gateway_api::{experimental::tcproutes::TcpRoute, httproutes::HttpRoute};
 use k8s_openapi::api::{
     core::v1::{Node, Pod, Service, ServiceSpec},
@@ -36,12 +41,14 @@ pub struct Compiled {
     pub routes: Vec<RouteStatus>,
 }
 
-/// `trust_domain` is the cluster's, in every workload's identity.
-pub fn compile(o: &Objects, trust_domain: &str) -> Compiled {
+/// `trust_domain` is the cluster's, in every workload's identity; `pool` has the addresses that nodes answer for.
+pub fn compile(o: &Objects, trust_domain: &str, pool: &Pool) -> Compiled {
     let mut resources = vec![];
-    for s in o.services.values() {
-        if let Some(s) = service(s) {
+    let mut announcers = announce::Announcers::new(o, pool);
+    for object in o.services.values() {
+        if let Some(mut s) = service(object) {
             let set = endpoints::endpoint_set(&s, o, trust_domain);
+            s.announcements = announcers.announcements(object, &s, &set);
             resources.push(m::Resource::Service(s));
             resources.push(m::Resource::EndpointSet(set));
         }
@@ -137,10 +144,8 @@ fn service(s: &Service) -> Option<m::Service> {
 /// `externalIPs`, and the load balancer's addresses that are to be reached without a detour over it (`ipMode`, KEP-1860).
 fn external_ips(s: &Service) -> Vec<IpAddr> {
     let own = s.spec.iter().flat_map(|spec| spec.external_ips.iter().flatten());
-    let balancer = s.status.as_ref().and_then(|status| status.load_balancer.as_ref());
-    let ingress = balancer.iter().flat_map(|b| b.ingress.iter().flatten());
-    let direct = ingress.filter(|i| i.ip_mode.as_deref() != Some("Proxy")).filter_map(|i| i.ip.as_ref());
-    let all = own.chain(direct).filter_map(|ip| ip.parse::<IpAddr>().ok()).map(|ip| ip.to_canonical());
+    let own = own.filter_map(|ip| ip.parse::<IpAddr>().ok()).map(|ip| ip.to_canonical());
+    let all = own.chain(pool::ingress(s));
     // A status is not checked as a spec is, and loopback is nobody's to take.
     let mut all: Vec<IpAddr> = all.filter(|ip| special(*ip).is_none()).collect();
     all.sort();
@@ -211,14 +216,18 @@ fn node(n: &Node) -> Option<m::Node> {
     let status = n.status.clone().unwrap_or_default();
     let spec = n.spec.clone().unwrap_or_default();
     let addresses = status.addresses.iter().flatten().filter(|a| a.type_ == "InternalIP");
-    let ready = status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
     Some(m::Node {
         name: m::Name::cluster(n.metadata.name.clone()?),
         addresses: addresses.filter_map(|a| a.address.parse().ok()).collect(),
         pod_cidrs: spec.pod_cidrs.filter(|v| !v.is_empty()).unwrap_or_else(|| spec.pod_cidr.into_iter().collect()),
         zone: zone(n),
-        ready,
+        ready: ready(n),
     })
+}
+
+fn ready(n: &Node) -> bool {
+    let conditions = n.status.as_ref().and_then(|status| status.conditions.as_ref());
+    conditions.into_iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True")
 }
 
 fn zone(n: &Node) -> String {

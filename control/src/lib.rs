@@ -11,6 +11,7 @@ pub mod histogram;
 pub mod inject;
 pub mod join;
 pub mod mesh;
+pub mod pool;
 pub mod quantity;
 pub mod schedule;
 pub mod service;

@@ -10,6 +10,7 @@ use sluice_control::api::addresses::Cidr;
 use sluice_control::api::server;
 use sluice_control::ca::PassphraseFile;
 use sluice_control::mesh;
+use sluice_control::pool::{self, Pool};
 use sluice_control::service::{Config, Service};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -62,6 +63,11 @@ struct Serve {
     /// Addresses of pods; each node gets a /24 of it.
     #[arg(long, default_value = "10.244.0.0/16")]
     pod_cidr: Cidr,
+    /// Addresses of services of type LoadBalancer: ranges such as 192.0.2.64/26 or 192.0.2.64-192.0.2.95, IPv4 and IPv6,
+    /// separated by commas. They are of the network of the nodes, which answer for them there, and no machine has one of
+    /// them. Without any, such services wait for another balancer.
+    #[arg(long, default_value = "", overrides_with = "load_balancer_pool")]
+    load_balancer_pool: Pool,
     /// Static tokens: lines `token,user,uid,"group1,group2"`.
     #[arg(long)]
     token_auth_file: Option<PathBuf>,
@@ -83,6 +89,7 @@ impl Serve {
             san: self.san.iter().cloned().chain([mesh::SERVER_NAME.to_owned()]).collect(),
             service_cidr: self.service_cidr,
             pod_cidr: self.pod_cidr,
+            load_balancer_pool: self.load_balancer_pool.clone(),
             token_file: self.token_auth_file.clone(),
             node_grace: Duration::from_secs(self.node_monitor_grace_s),
             eviction: Duration::from_secs(self.eviction_s),
@@ -95,8 +102,24 @@ impl Serve {
         mesh::Config {
             listen: self.discovery_listen,
             trust_domain: self.trust_domain.clone(),
+            pool: self.load_balancer_pool.clone(),
             workload_life: Duration::from_secs(self.workload_certificate_s),
         }
+    }
+}
+
+impl Serve {
+    /// What no single flag can say of itself.
+    fn check(&self) -> anyhow::Result<()> {
+        for (flag, range) in [("--service-cidr", self.service_cidr), ("--pod-cidr", self.pod_cidr)] {
+            anyhow::ensure!(
+                !self.load_balancer_pool.meets(range),
+                "{} {} and {flag} {range} share addresses; name a range of the network of the nodes that no machine uses",
+                pool::FLAG,
+                self.load_balancer_pool
+            );
+        }
+        Ok(())
     }
 }
 
@@ -104,6 +127,7 @@ fn main() -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
     let Command::Serve(serve) = Cli::parse().command;
+    serve.check()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(run(*serve))
 }

@@ -5,6 +5,7 @@ use crate::{
     api::{addresses::Cidr, extra::Document},
     discovery::{Counters, Published, Server, Shared, run_feed, run_status},
     inject,
+    pool::Pool,
     service::Parts,
 };
 use serde_json::{Value, json};
@@ -18,6 +19,8 @@ use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 pub struct Config {
     pub listen: SocketAddr,
     pub trust_domain: String,
+    /// Addresses of services of type LoadBalancer.
+    pub pool: Pool,
     /// Life of a workload's certificate.
     pub workload_life: Duration,
 }
@@ -69,7 +72,8 @@ pub async fn start(parts: &Parts, config: &Config) -> anyhow::Result<(SocketAddr
             tracing::error!(%error, "discovery ended");
         }
     };
-    let feed = run_feed(parts.store.clone(), config.trust_domain.clone(), published, counters.clone());
+    let cluster = (config.trust_domain.clone(), config.pool.clone());
+    let feed = run_feed(parts.store.clone(), cluster, published, counters.clone());
     let status = run_status(parts.store.clone(), shared);
     parts.extra.add_metrics(Box::new(move |out| counters.render(out)));
     Ok((address, vec![tokio::spawn(grpc), abortable(parts, feed), abortable(parts, status)]))

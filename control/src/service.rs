@@ -19,6 +19,7 @@ use crate::api::metrics::Metrics;
 use crate::api::registry::{PodHook, Registry};
 use crate::api::server;
 use crate::ca::{Authority, CaError, Pair, PassphraseFile, kubeconfig, write_private};
+use crate::pool::Pool;
 use crate::store::{EmbeddedStore, Store, StoreError};
 
 /// How often watchers are told how far they are.
@@ -42,6 +43,8 @@ pub struct Config {
     pub service_cidr: Cidr,
     /// Addresses of pods; each node gets a /24 of it.
     pub pod_cidr: Cidr,
+    /// Addresses of services of type LoadBalancer.
+    pub load_balancer_pool: Pool,
     /// Static tokens.
     pub token_file: Option<PathBuf>,
     /// A node whose lease is older is not ready.

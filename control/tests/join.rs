@@ -42,6 +42,7 @@ impl Nodes {
         let config = mesh::Config {
             listen: "127.0.0.1:0".parse().expect("an address"),
             trust_domain: "cluster.local".to_owned(),
+            pool: sluice_control::pool::Pool::default(),
             workload_life: Duration::from_secs(3_600),
         };
         let (address, parts) = mesh::start(&cluster.service.parts, &config).await.expect("the port opens");

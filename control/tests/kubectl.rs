@@ -241,3 +241,117 @@ async fn applies_server_side() {
     assert!(ran.ok, "{}", ran.err);
     cluster.stop().await;
 }
+
+const BALANCED: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: NAME}
+spec: {type: LoadBalancer, selector: {app: nginx}, ports: [{port: 80}]}
+";
+
+/// `EXTERNAL-IP` of a service, as kubectl shows it.
+async fn external_ip(cluster: &Cluster, name: &str) -> String {
+    let shown = cluster.kubectl(&["get", "svc", name, "--no-headers"]).await;
+    shown.split_whitespace().nth(3).expect("a column").to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn load_balancers_get_addresses_of_the_pool() {
+    let pool = "192.0.2.1-192.0.2.2";
+    let dir = tempfile::tempdir().expect("a directory");
+    let cluster = Cluster::start_with_pool(dir, pool).await;
+    let apply = async |cluster: &Cluster, name: &str| cluster.apply(&BALANCED.replace("NAME", name)).await;
+    for (name, ip) in [("a", "192.0.2.1"), ("b", "192.0.2.2"), ("c", "<pending>")] {
+        apply(&cluster, name).await;
+        eventually(ip, || async { external_ip(&cluster, name).await == ip }).await;
+    }
+    let told = ["get", "events", "--field-selector=reason=SyncLoadBalancerFailed,involvedObject.name=c"];
+    eventually("c says why it waits", || async {
+        cluster.kubectl(&told).await.contains("0 of 2 IPv4 addresses of the pool 192.0.2.1-192.0.2.2 are free")
+    })
+    .await;
+    let ingress = cluster.kubectl(&["get", "svc", "a", "-o", "jsonpath={.status.loadBalancer.ingress}"]).await;
+    assert_eq!(ingress, r#"[{"ip":"192.0.2.1","ipMode":"VIP"}]"#);
+
+    // Addresses outlive control; what is given up goes to who waits.
+    let cluster = Cluster::start_with_pool(cluster.stop().await, pool).await;
+    cluster.kubectl(&["delete", "svc", "b"]).await;
+    eventually("c has what b had", || async { external_ip(&cluster, "c").await == "192.0.2.2" }).await;
+    assert_eq!(external_ip(&cluster, "a").await, "192.0.2.1");
+    cluster.kubectl(&["patch", "svc", "a", "-p", r#"{"spec":{"type":"ClusterIP"}}"#]).await;
+    assert_eq!(external_ip(&cluster, "a").await, "<none>");
+    let left = cluster.kubectl(&["get", "svc", "a", "-o", "jsonpath={.status} {.spec.externalTrafficPolicy}"]).await;
+    assert_eq!(left, r#"{"loadBalancer":{}} "#);
+
+    let asking = |name: &str, ip: &str| {
+        BALANCED.replace("NAME", name).replace("LoadBalancer,", &format!("LoadBalancer, loadBalancerIP: {ip},"))
+    };
+    cluster.apply(&asking("d", "192.0.2.2")).await;
+    let told = ["get", "events", "--field-selector=reason=SyncLoadBalancerFailed,involvedObject.name=d"];
+    eventually("d is told whose it is", || async {
+        cluster.kubectl(&told).await.contains("loadBalancerIP 192.0.2.2 is taken by service default/c")
+    })
+    .await;
+    assert_eq!(external_ip(&cluster, "d").await, "<pending>");
+    cluster.apply(&asking("d", "192.0.2.1")).await;
+    eventually("d has what it asks for now", || async { external_ip(&cluster, "d").await == "192.0.2.1" }).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn load_balancers_wait_where_there_is_no_pool() {
+    let cluster = Cluster::start().await;
+    cluster.apply(&BALANCED.replace("NAME", "a")).await;
+    let told = ["get", "events", "--field-selector=reason=SyncLoadBalancerFailed"];
+    eventually("it says what is missing", || async {
+        cluster.kubectl(&told).await.contains("start sluice-control with --load-balancer-pool <range>")
+    })
+    .await;
+    assert_eq!(external_ip(&cluster, "a").await, "<pending>");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_check_ports_are_node_ports_of_their_own() {
+    let cluster = Cluster::start().await;
+    let local = |name: &str, more: &str| {
+        BALANCED.replace("NAME", name).replace("LoadBalancer,", &format!("LoadBalancer, {more}"))
+    };
+    let port = async |name: &str| {
+        let ports = "jsonpath={.spec.healthCheckNodePort} {.spec.ports[*].nodePort}";
+        cluster.kubectl(&["get", "svc", name, "-o", ports]).await
+    };
+    cluster.apply(&local("a", "externalTrafficPolicy: Local, healthCheckNodePort: 30100,")).await;
+    assert!(port("a").await.starts_with("30100 3"), "{}", port("a").await);
+    cluster.apply(&local("b", "externalTrafficPolicy: Local, allocateLoadBalancerNodePorts: false,")).await;
+    let of_b = port("b").await;
+    assert_eq!(of_b.split_whitespace().count(), 1, "a port for the check, none for the service: {of_b}");
+    assert!((30_000..=32_767).contains(&of_b.trim().parse::<u16>().expect("a port")) && of_b.trim() != "30100");
+    for (manifest, want) in [
+        (
+            local("c", "externalTrafficPolicy: Local, healthCheckNodePort: 30100,"),
+            "failed to allocate requested HealthCheck NodePort 30100: provided port is already allocated",
+        ),
+        (
+            local("c", "externalTrafficPolicy: Local, healthCheckNodePort: 80,"),
+            "The range of valid ports is 30000-32767",
+        ),
+        (local("c", "").replace("port: 80", "port: 80, nodePort: 30100"), "provided port is already allocated"),
+        (
+            local("c", "externalTrafficPolicy: Local, healthCheckNodePort: 30101,")
+                .replace("port: 80", "port: 80, nodePort: 30101"),
+            "failed to allocate requested HealthCheck NodePort 30101",
+        ),
+        (local("c", "healthCheckNodePort: 30101,"), "may only be set when `type` is 'LoadBalancer'"),
+        (local("a", "externalTrafficPolicy: Local, healthCheckNodePort: 30102,"), "field is immutable"),
+    ] {
+        let ran = cluster.kubectl_with(&["apply", "-f", "-"], &manifest).await;
+        assert!(!ran.ok && ran.err.contains(want), "{want}: {}", ran.err);
+    }
+    // It goes with the policy, and its number is free again.
+    cluster.kubectl(&["patch", "svc", "a", "-p", r#"{"spec":{"externalTrafficPolicy":"Cluster"}}"#]).await;
+    assert!(port("a").await.starts_with(" 3"), "{}", port("a").await);
+    cluster.apply(&local("c", "externalTrafficPolicy: Local, healthCheckNodePort: 30100,")).await;
+    assert!(port("c").await.starts_with("30100 "));
+    cluster.stop().await;
+}

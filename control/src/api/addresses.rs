@@ -7,14 +7,17 @@ use rand::Rng;
 use serde_json::{Value, json};
 
 use super::kinds::Kind;
+use super::services::{wants_health_check, wants_node_ports};
 use super::status::{ApiError, Invalid};
 use super::value::{list, name, number, text};
 use crate::store::{Op, Store, Txn};
 
-/// Ports that `type: NodePort` gives out.
+/// Ports of nodes that services are given.
 pub const NODE_PORTS: std::ops::RangeInclusive<u16> = 30_000..=32_767;
 /// Tries to find a free one before giving up; with half the range taken, the chance to fail is 2^-64.
 const TRIES: usize = 64;
+const OUT_OF_RANGE: &str = "provided port is not in the valid range. The range of valid ports is 30000-32767";
+const ALLOCATED: &str = "provided port is already allocated";
 
 /// An IPv4 range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +83,15 @@ fn held(service: &Value) -> Vec<String> {
             keys.push(key);
         }
     }
+    if number(service, "spec.healthCheckNodePort") != 0 {
+        keys.push(health_check_key(service));
+    }
     keys
+}
+
+/// Nodes answer on it by HTTP.
+fn health_check_key(service: &Value) -> String {
+    port_key(number(service, "spec.healthCheckNodePort"), "TCP")
 }
 
 /// Fills in what the service lacks, and adds to the transaction what it takes and gives back. `None` = not there.
@@ -136,18 +147,28 @@ async fn fill(store: &dyn Store, range: Cidr, before: &[String], service: &mut V
         }
         service["spec"]["clusterIPs"] = json!([service["spec"]["clusterIP"]]);
     }
-    if matches!(kind.as_str(), "NodePort" | "LoadBalancer") {
+    if wants_node_ports(service) {
         let count = list(service, "spec.ports").len();
         for index in 0..count {
             let port = &service["spec"]["ports"][index];
             if number(port, "nodePort") == 0 {
                 let protocol = text(port, "protocol").to_owned();
-                let used: Vec<i64> = list(service, "spec.ports").iter().map(|p| number(p, "nodePort")).collect();
-                service["spec"]["ports"][index]["nodePort"] = json!(free_port(store, before, &used, &protocol).await?);
+                let port = free_port(store, before, &used(service), &protocol).await?;
+                service["spec"]["ports"][index]["nodePort"] = json!(port);
             }
         }
     }
+    if wants_health_check(service) && number(service, "spec.healthCheckNodePort") == 0 {
+        let port = free_port(store, before, &used(service), "TCP").await?;
+        service["spec"]["healthCheckNodePort"] = json!(port);
+    }
     Ok(())
+}
+
+/// Node ports that the service has so far, of any protocol.
+fn used(service: &Value) -> Vec<i64> {
+    let ports = list(service, "spec.ports").iter().map(|port| number(port, "nodePort"));
+    ports.chain([number(service, "spec.healthCheckNodePort")]).collect()
 }
 
 async fn free_address(store: &dyn Store, range: Cidr) -> Result<String, ApiError> {
@@ -192,14 +213,26 @@ fn check_range(kind: &Kind, range: Cidr, service: &Value) -> Result<(), ApiError
             }
         }
     }
+    let outside = |port: i64| port != 0 && !u16::try_from(port).is_ok_and(|p| NODE_PORTS.contains(&p));
     for (index, port) in list(service, "spec.ports").iter().enumerate() {
         let node_port = number(port, "nodePort");
-        if node_port != 0 && !u16::try_from(node_port).is_ok_and(|p| NODE_PORTS.contains(&p)) {
-            let detail = "provided port is not in the valid range. The range of valid ports is 30000-32767";
-            errors.push(Invalid::value(format!("spec.ports[{index}].nodePort"), &json!(node_port), detail));
+        if outside(node_port) {
+            errors.push(Invalid::value(format!("spec.ports[{index}].nodePort"), &json!(node_port), OUT_OF_RANGE));
         }
     }
+    let health_check = number(service, "spec.healthCheckNodePort");
+    let of_a_port = |port: &Value| number(port, "nodePort") == health_check && text(port, "protocol") == "TCP";
+    if outside(health_check) {
+        errors.push(health_check_refused(health_check, OUT_OF_RANGE));
+    } else if health_check != 0 && list(service, "spec.ports").iter().any(of_a_port) {
+        errors.push(health_check_refused(health_check, ALLOCATED));
+    }
     if errors.is_empty() { Ok(()) } else { Err(ApiError::invalid(kind, name(service), &errors)) }
+}
+
+fn health_check_refused(port: i64, why: &str) -> Invalid {
+    let detail = format!("failed to allocate requested HealthCheck NodePort {port}: {why}");
+    Invalid::value("spec.healthCheckNodePort", &json!(port), &detail)
 }
 
 fn taken(kind: &Kind, service: &Value, key: &str) -> ApiError {
@@ -208,9 +241,12 @@ fn taken(kind: &Kind, service: &Value, key: &str) -> ApiError {
         let detail = format!("failed to allocate IP {what}: provided IP is already allocated");
         Invalid::value("spec.clusterIPs", &json!([what]), &detail)
     } else {
-        let index = list(service, "spec.ports").iter().position(|p| number(p, "nodePort").to_string() == what);
-        let field = format!("spec.ports[{}].nodePort", index.unwrap_or_default());
-        Invalid::value(field, &json!(what.parse::<i64>().unwrap_or_default()), "provided port is already allocated")
+        let number_of = |port: &Value| port_key(number(port, "nodePort"), text(port, "protocol"));
+        let port = what.parse::<i64>().unwrap_or_default();
+        match list(service, "spec.ports").iter().position(|port| number_of(port) == key) {
+            Some(index) => Invalid::value(format!("spec.ports[{index}].nodePort"), &json!(port), ALLOCATED),
+            None => health_check_refused(port, ALLOCATED),
+        }
     };
     ApiError::invalid(kind, name(service), &[error])
 }

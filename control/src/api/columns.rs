@@ -211,16 +211,15 @@ pub const SERVICE: &[Column] = &[
 /// Services.
 pub fn service(object: &Value, now: Timestamp) -> Vec<Value> {
     let kind = text(object, "spec.type");
-    let ingress: Vec<&str> = list(object, "status.loadBalancer.ingress").iter().map(|i| text(i, "ip")).collect();
-    let external = match kind {
-        "ExternalName" => text(object, "spec.externalName").to_owned(),
-        "LoadBalancer" if ingress.is_empty() => "<pending>".to_owned(),
-        "LoadBalancer" => ingress.join(","),
-        _ => {
-            let ips: Vec<&str> = list(object, "spec.externalIPs").iter().filter_map(Value::as_str).collect();
-            if ips.is_empty() { "<none>".to_owned() } else { ips.join(",") }
-        }
+    let ips = list(object, "spec.externalIPs").iter().filter_map(Value::as_str);
+    let name_of = |entry| Some(text(entry, "ip")).filter(|ip| !ip.is_empty()).unwrap_or(text(entry, "hostname"));
+    let ingress = list(object, "status.loadBalancer.ingress").iter().map(name_of).filter(|name| !name.is_empty());
+    let (all, none): (Vec<&str>, &str) = match kind {
+        "ExternalName" => (vec![text(object, "spec.externalName")], "<none>"),
+        "LoadBalancer" => (ingress.chain(ips).collect(), "<pending>"),
+        _ => (ips.collect(), "<none>"),
     };
+    let external = if all.is_empty() { none.to_owned() } else { all.join(",") };
     let port = |port: &Value| match number(port, "nodePort") {
         0 => format!("{}/{}", number(port, "port"), text(port, "protocol")),
         node => format!("{}:{node}/{}", number(port, "port"), text(port, "protocol")),

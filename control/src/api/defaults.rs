@@ -194,12 +194,14 @@ pub fn service(object: &mut Value) {
         default(spec, "sessionAffinityConfig", json!({"clientIP": {"timeoutSeconds": 10_800}}));
     }
     let kind = text(spec, "type").to_owned();
+    let outside = super::services::reached_from_outside(object);
+    let spec = &mut object["spec"];
     if kind != "ExternalName" {
         default(spec, "internalTrafficPolicy", "Cluster");
         default(spec, "ipFamilies", json!(["IPv4"]));
         default(spec, "ipFamilyPolicy", "SingleStack");
     }
-    if matches!(kind.as_str(), "NodePort" | "LoadBalancer") {
+    if outside {
         default(spec, "externalTrafficPolicy", "Cluster");
     }
     if kind == "LoadBalancer" {

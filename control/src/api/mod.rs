@@ -27,6 +27,7 @@ pub mod scale;
 pub mod schema;
 pub mod selector;
 pub mod server;
+pub mod services;
 pub mod status;
 pub mod validate;
 pub mod value;

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::kinds::Kind;
 use super::schema::{Findings, decode};
+use super::services;
 use super::status::{ApiError, Invalid};
 use super::validate;
 use super::value::{default, fields, list, name, number, rfc3339, text};
@@ -107,7 +108,11 @@ fn decoded(kind: &Kind, mut body: Value, mode: FieldValidation, origin: Origin) 
 fn check(kind: &Kind, new: &Value, old: Option<&Value>) -> Result<(), ApiError> {
     let mut errors = validate::metadata(new, kind.name_rule);
     errors.extend((kind.validate)(new, old));
-    if errors.is_empty() { Ok(()) } else { Err(ApiError::invalid(kind, name(new), &errors)) }
+    refuse(kind, new, &errors)
+}
+
+fn refuse(kind: &Kind, new: &Value, errors: &[Invalid]) -> Result<(), ApiError> {
+    if errors.is_empty() { Ok(()) } else { Err(ApiError::invalid(kind, name(new), errors)) }
 }
 
 /// A new object.
@@ -177,12 +182,16 @@ pub fn update(
         }
     };
     keep_metadata(&mut new, old);
+    let service = kind.plural == "services";
     if subresource.is_empty() {
-        if kind.plural == "services" {
+        if service {
             keep_allocated(&mut new, old);
+            services::drop_dependent(&mut new, old);
         }
         (kind.default)(&mut new);
         check(kind, &new, Some(old))?;
+    } else if service {
+        refuse(kind, &new, &services::validate_status(&new))?;
     }
     if kind.generation && differs_in_spec(old, &new) {
         new["metadata"]["generation"] = json!(number(old, "metadata.generation") + 1);
@@ -266,7 +275,12 @@ fn keep_allocated(new: &mut Value, old: &Value) {
         new["spec"]["clusterIP"] = old["spec"]["clusterIP"].clone();
         new["spec"]["clusterIPs"] = old["spec"]["clusterIPs"].clone();
     }
-    if !matches!(kind.as_str(), "NodePort" | "LoadBalancer") {
+    let health_check = number(old, "spec.healthCheckNodePort");
+    if services::wants_health_check(new) && number(new, "spec.healthCheckNodePort") == 0 && health_check != 0 {
+        new["spec"]["healthCheckNodePort"] = json!(health_check);
+    }
+    // Who wants none gives those back that it does not name.
+    if !services::wants_node_ports(new) {
         return;
     }
     let same = |a: &Value, b: &Value| a["port"] == b["port"] && text(a, "protocol") == text(b, "protocol");

@@ -354,7 +354,7 @@ pub fn service(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
     if kind == "ExternalName" && text(new, "spec.externalName").is_empty() {
         errors.push(Invalid::required("spec.externalName", ""));
     }
-    let (mut names, mut taken) = (HashSet::new(), HashSet::new());
+    let (mut names, mut taken, mut on_nodes) = (HashSet::new(), HashSet::new(), HashSet::new());
     for (index, port) in ports.iter().enumerate() {
         let path = format!("spec.ports[{index}]");
         let name = text(port, "name");
@@ -369,6 +369,11 @@ pub fn service(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
             let value = json!({"port": port["port"], "protocol": port["protocol"]});
             errors.push(Invalid { field: path.clone(), message: format!("Duplicate value: {value}") });
         }
+        let node_port = number(port, "nodePort");
+        if node_port != 0 && !on_nodes.insert((node_port, text(port, "protocol"))) {
+            let message = format!("Duplicate value: {node_port}");
+            errors.push(Invalid { field: format!("{path}.nodePort"), message });
+        }
         errors.extend(port_number(port, "port", &format!("{path}.port")));
         errors.extend(port_number(port, "targetPort", &format!("{path}.targetPort")));
         let protocol = text(port, "protocol");
@@ -377,6 +382,7 @@ pub fn service(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
         }
     }
     errors.extend(reach(new));
+    errors.extend(super::services::validate(new, old));
     let address = |object: &Value| text(object, "spec.clusterIP").to_owned();
     if let Some(old) = old
         && text(old, "spec.type") != "ExternalName"
@@ -399,7 +405,6 @@ fn reach(service: &Value) -> Vec<Invalid> {
     };
     one_of("spec.sessionAffinity", &["ClientIP", "None"]);
     one_of("spec.internalTrafficPolicy", &["Cluster", "Local"]);
-    one_of("spec.externalTrafficPolicy", &["Cluster", "Local"]);
     one_of("spec.trafficDistribution", &["PreferClose", "PreferSameNode", "PreferSameZone"]);
     let timeout = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
     if let Some(value) = at(service, timeout)
@@ -614,7 +619,8 @@ mod tests {
         }
         for (wrong, field) in [
             (json!({"internalTrafficPolicy": "Node"}), "spec.internalTrafficPolicy"),
-            (json!({"externalTrafficPolicy": "None"}), "spec.externalTrafficPolicy"),
+            (json!({"type": "NodePort", "externalTrafficPolicy": "None"}), "spec.externalTrafficPolicy"),
+            (json!({"externalTrafficPolicy": "Cluster"}), "spec.externalTrafficPolicy"),
             (json!({"trafficDistribution": "Near"}), "spec.trafficDistribution"),
             (json!({"sessionAffinity": "Cookie"}), "spec.sessionAffinity"),
             (timeout(0), "spec.sessionAffinityConfig.clientIP.timeoutSeconds"),

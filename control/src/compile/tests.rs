@@ -36,7 +36,7 @@ fn slice(conditions: &[Value]) -> Value {
 }
 
 fn snapshot(o: &Objects) -> (m::Snapshot, Vec<RouteStatus>) {
-    let c = compile(o, "cluster.local");
+    let c = compile(o, "cluster.local", &"192.0.2.0/29".parse().expect("a pool"));
     (m::Snapshot::new(m::Revision(1), c.resources), c.routes)
 }
 
@@ -68,6 +68,43 @@ fn with_no_ready_endpoint_those_still_serving_take_the_traffic() {
         let (s, _) = snapshot(&o);
         let set = s.endpoint_set(&m::Name::new("shop", "web")).expect("a set");
         assert_eq!(set.endpoints.iter().map(|e| e.ready).collect::<Vec<_>>(), ready);
+    }
+}
+
+#[test]
+fn how_callers_from_outside_reach_a_service() {
+    let mut o = objects();
+    let node = json!({"metadata": {"name": "n1"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}});
+    o.nodes.insert(m::Name::cluster("n1"), Arc::new(serde_json::from_value(node).expect("a node")));
+    put(&mut o.slices, "web-abc", slice(&[json!({"ready": true})]));
+    for (spec, policy, node_port, health_check) in [
+        (json!({"type": "ClusterIP"}), m::ExternalPolicy::Cluster, None, None),
+        (
+            json!({"type": "NodePort", "externalTrafficPolicy": "Cluster"}),
+            m::ExternalPolicy::Cluster,
+            Some(30_080),
+            None,
+        ),
+        (
+            json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 30_100}),
+            m::ExternalPolicy::Local,
+            Some(30_080),
+            Some(30_100),
+        ),
+    ] {
+        let mut object = json!({"spec": spec, "status": {"loadBalancer": {"ingress": [
+            {"ip": "192.0.2.1", "ipMode": "VIP"}, {"ip": "192.0.2.9"}, {"ip": "192.0.2.2", "ipMode": "Proxy"}]}}});
+        object["spec"]["clusterIP"] = json!("10.96.0.5");
+        object["spec"]["externalIPs"] = json!(["192.0.2.3"]);
+        object["spec"]["ports"] = json!([{"name": "http", "port": 80, "nodePort": node_port}]);
+        put(&mut o.services, "web", object);
+        let (s, _) = snapshot(&o);
+        let web = s.service(&m::Name::new("shop", "web")).expect("a service");
+        let seen = (web.external_policy, web.ports[0].node_port, web.health_check_node_port);
+        assert_eq!(seen, (policy, node_port, health_check), "{spec}");
+        let announced: Vec<_> = web.announcements.iter().map(|a| (a.address.to_string(), a.node.as_str())).collect();
+        let of_the_pool = vec![("192.0.2.1".to_owned(), "n1")];
+        assert_eq!(announced, if spec["type"] == "LoadBalancer" { of_the_pool } else { vec![] }, "{spec}");
     }
 }
 

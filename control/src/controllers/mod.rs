@@ -2,6 +2,7 @@
 //! what just happened, so that it converges after any crash. Deciding is PURE (`plan` functions); this module and the
 //! shells around the plans watch, write and wait.
 
+mod balancer;
 mod deployment;
 mod endpoints;
 mod garbage;
@@ -104,6 +105,7 @@ pub fn start(parts: &Parts, config: &Config) -> Vec<JoinHandle<()>> {
                 replicaset::run(shared.named("replicaset-controller")),
                 deployment::run(shared.named("deployment-controller")),
                 endpoints::run(shared.named("endpointslice-controller")),
+                balancer::run(shared.named("load-balancer-controller")),
                 nodes::run(shared.named("node-controller")),
                 namespaces::run(shared.named("namespace-controller")),
                 garbage::run(shared.named("garbage-collector"), store.clone()),

@@ -4,6 +4,7 @@ use super::Counters;
 use crate::{
     api::kinds,
     compile::{Objects, RouteStatus, compile},
+    pool::Pool,
     store::{ListQuery, Store, StoreError, Watch, WatchItem},
 };
 use serde::de::DeserializeOwned;
@@ -106,8 +107,14 @@ fn set<T: DeserializeOwned>(map: &mut BTreeMap<Name, Arc<T>>, name: Name, value:
 }
 
 /// For ever: publishes into `out`. A lost watch starts over with a list.
-pub async fn run(store: Arc<dyn Store>, trust_domain: String, out: watch::Sender<Published>, counters: Arc<Counters>) {
-    let feed = Feed { prefixes: Arc::new(Prefixes::new()), store, trust_domain: trust_domain.into(), out, counters };
+pub async fn run(
+    store: Arc<dyn Store>,
+    (trust_domain, pool): (String, Pool),
+    out: watch::Sender<Published>,
+    counters: Arc<Counters>,
+) {
+    let (prefixes, trust_domain, pool) = (Arc::new(Prefixes::new()), trust_domain.into(), Arc::new(pool));
+    let feed = Feed { prefixes, store, trust_domain, pool, out, counters };
     loop {
         if let Err(error) = feed.follow().await {
             tracing::warn!(%error, "feed interrupted, listing again");
@@ -120,6 +127,7 @@ struct Feed {
     store: Arc<dyn Store>,
     prefixes: Arc<Prefixes>,
     trust_domain: Arc<str>,
+    pool: Arc<Pool>,
     out: watch::Sender<Published>,
     counters: Arc<Counters>,
 }
@@ -201,9 +209,10 @@ impl Feed {
     /// Compiles on a thread where that may take its time; changes queue up in the watch meanwhile.
     async fn publish(&self, state: State) -> Result<State, StoreError> {
         let before = self.out.borrow().clone();
-        let (epoch, trust_domain) = (self.store.epoch().to_owned(), self.trust_domain.clone());
+        let epoch = self.store.epoch().to_owned();
+        let (trust_domain, pool) = (self.trust_domain.clone(), self.pool.clone());
         let began = Instant::now();
-        let compiled = move || (next(before, &epoch, &state, &trust_domain), state);
+        let compiled = move || (next(before, &epoch, &state, &trust_domain, &pool), state);
         let (next, mut state) = off_the_runtime("compilation", compiled).await?;
         self.counters.compiled(began.elapsed());
         if let Some(next) = next {
@@ -228,8 +237,8 @@ async fn off_the_runtime<T: Send + 'static>(
 }
 
 /// What is to be published instead of `p`, if it differs.
-fn next(mut p: Published, epoch: &str, state: &State, trust_domain: &str) -> Option<Published> {
-    let compiled = compile(&state.objects, trust_domain);
+fn next(mut p: Published, epoch: &str, state: &State, trust_domain: &str, pool: &Pool) -> Option<Published> {
+    let compiled = compile(&state.objects, trust_domain, pool);
     let revision = Revision(state.revision);
     let next = Snapshot::new(revision, compiled.resources);
     let fresh = p.epoch != epoch;
@@ -282,6 +291,7 @@ mod tests {
             prefixes: Arc::new(Prefixes::new()),
             store: store.clone(),
             trust_domain: "d".into(),
+            pool: Arc::default(),
             out,
             counters: counters.clone(),
         };

@@ -17,6 +17,7 @@ use sluice_control::api::kinds;
 use sluice_control::api::registry::{Context, DeleteOptions};
 use sluice_control::api::value::{rfc3339, rfc3339_micro};
 use sluice_control::ca::PassphraseFile;
+use sluice_control::pool::Pool;
 use sluice_control::service::{Config, Service};
 use tokio_util::sync::CancellationToken;
 
@@ -39,7 +40,12 @@ impl Cluster {
 
     /// On a directory that another service has used.
     pub async fn start_again(dir: tempfile::TempDir) -> Self {
-        let service = start_in(dir.path().to_owned()).await;
+        Self::start_with_pool(dir, "").await
+    }
+
+    /// With addresses for services of type LoadBalancer.
+    pub async fn start_with_pool(dir: tempfile::TempDir, pool: &str) -> Self {
+        let service = start_with(dir.path().to_owned(), pool.parse().expect("a pool")).await;
         Cluster { service, dir, agents: Vec::new() }
     }
 
@@ -122,6 +128,10 @@ impl Cluster {
 }
 
 pub async fn start_in(data_dir: PathBuf) -> Service {
+    start_with(data_dir, Pool::default()).await
+}
+
+async fn start_with(data_dir: PathBuf, load_balancer_pool: Pool) -> Service {
     let config = Config {
         ca_passphrase: PassphraseFile { path: data_dir.join("ca-passphrase"), make: true },
         data_dir,
@@ -130,6 +140,7 @@ pub async fn start_in(data_dir: PathBuf) -> Service {
         san: Vec::new(),
         service_cidr: "10.96.0.0/16".parse().expect("a range"),
         pod_cidr: "10.244.0.0/16".parse().expect("a range"),
+        load_balancer_pool,
         token_file: None,
         node_grace: Duration::from_secs(3),
         eviction: Duration::from_secs(1),
