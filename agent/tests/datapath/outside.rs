@@ -276,7 +276,7 @@ pub fn story(ground: &Ground) {
 
 /// As a host firewall that forwards nothing.
 fn forbid_forwarding() {
-    let rules = "table inet filter { chain forward { type filter hook forward priority 0; policy drop; } }";
+    let rules = "table inet filter { chain forward { type filter hook forward priority 0; policy drop; }; }";
     let status = Command::new("nft").arg(rules).status().expect("nft (package nftables)");
     assert!(status.success(), "nft");
 }
