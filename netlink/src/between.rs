@@ -70,14 +70,22 @@ pub struct Pair {
     pub ranges: Vec<Prefix>,
 }
 
-/// Chooses the way to each other node, by this node's devices.
+/// Chooses the way to each other node, by this node's devices. Both nodes of a pair come to the same way: a node
+/// without a tunnel link receives nothing that is sent to it.
 pub fn choose(mode: Mode, own: &Node, others: &[Node], devices: &[Device]) -> Ways {
     let mut ways = Ways::default();
-    let direct = |ip: IpAddr| outward(devices).any(|d| d.reaches(ip));
-    let has = |v4: bool| own.addresses.iter().any(|a| a.is_ipv4() == v4) || source(own, devices, v4).is_some();
+    let own_families = families(own, devices);
+    let direct = |ip: IpAddr| own_families.contains(&ip.is_ipv4()) && outward(devices).any(|d| d.reaches(ip));
+    let mut holders: HashMap<Prefix, &str> = own.ranges.iter().map(|r| (*r, own.name.as_str())).collect();
     for other in others {
         let mut through = Vec::new();
-        for range in other.ranges.iter().filter(|r| !own.ranges.contains(r)) {
+        for range in &other.ranges {
+            // Two routes to one range would take each other's place for ever.
+            if let Some(holder) = holders.get(range) {
+                ways.problems.push(format!("node {}: its range {range} is that of node {holder}", other.name));
+                continue;
+            }
+            holders.insert(*range, &other.name);
             let next = other.addresses.iter().find(|a| a.is_ipv4() == range.address.is_ipv4());
             match (mode, next) {
                 (Mode::Auto | Mode::Never, Some(next)) if direct(*next) => ways.native.push((*next, *range)),
@@ -88,10 +96,8 @@ pub fn choose(mode: Mode, own: &Node, others: &[Node], devices: &[Device]) -> Wa
         if through.is_empty() {
             continue;
         }
-        match other.addresses.iter().find(|a| has(a.is_ipv4())) {
-            Some(address) => {
-                ways.tunnelled.push(Pair { node: other.name.clone(), address: *address, ranges: through });
-            }
+        match common(&own_families, other) {
+            Some(address) => ways.tunnelled.push(Pair { node: other.name.clone(), address, ranges: through }),
             None => ways.problems.push(format!(
                 "node {}: no way to its pods: it has no address of a family that this node has one of",
                 other.name
@@ -99,6 +105,24 @@ pub fn choose(mode: Mode, own: &Node, others: &[Node], devices: &[Device]) -> Wa
         }
     }
     ways
+}
+
+/// Families of this node's addresses as the others know them, the preferred one first. Before the cluster knows any, of
+/// those that its devices have.
+fn families(own: &Node, devices: &[Device]) -> Vec<bool> {
+    match own.addresses.is_empty() {
+        true => [true, false].into_iter().filter(|v4| outward(devices).any(|d| d.primary(*v4).is_some())).collect(),
+        false => own.addresses.iter().map(IpAddr::is_ipv4).collect(),
+    }
+}
+
+/// The other node's address that a tunnel leads to. Where the nodes prefer different families, and have both, IPv4:
+/// each must choose what the other chooses.
+fn common(own: &[bool], other: &Node) -> Option<IpAddr> {
+    let preferred = other.addresses.first().map(IpAddr::is_ipv4).filter(|v4| own.first() == Some(v4));
+    let order = preferred.into_iter().chain([true, false]);
+    let mut both = order.filter(|v4| own.contains(v4));
+    both.find_map(|v4| other.addresses.iter().find(|a| a.is_ipv4() == v4)).copied()
 }
 
 fn no_way(other: &Node, range: Prefix, next: Option<IpAddr>) -> String {
@@ -293,7 +317,7 @@ mod tests {
             (Auto, &far6, vec![], vec!["10.244.3.0/24 to fd99::2"], 0),
             (Auto, &lost, vec![], vec![], 1),
             (Always, &lost, vec![], vec![], 1),
-            (Auto, &twin, vec![], vec![], 0),
+            (Auto, &twin, vec![], vec![], 1),
         ] {
             let ways = choose(mode, &own, std::slice::from_ref(other), &devices);
             let (got_native, got_tunnelled, got_problems) = outcome(&ways);
@@ -305,6 +329,41 @@ mod tests {
         let plain = node("a", &["192.168.1.1"], &["10.244.1.0/24"]);
         let ways = choose(Auto, &plain, &[far6], &[device("eth0", 1500, &["192.168.1.1/24"])]);
         assert_eq!((ways.tunnelled.len(), ways.problems.len()), (0, 1));
+    }
+
+    #[test]
+    fn both_nodes_of_a_pair_choose_the_same() {
+        let texts = ["192.168.1.1", "fd00::1", "192.168.2.1", "fd02::1"];
+        let [a4, a6, b4, b6] = texts;
+        for (a, b, expected) in [
+            (vec![a4, a6], vec![b4, b6], Some(true)),
+            (vec![a6, a4], vec![b6, b4], Some(false)),
+            (vec![a6, a4], vec![b4, b6], Some(true)),
+            (vec![a6, a4], vec![b6], Some(false)),
+            (vec![a4, a6], vec![b6], Some(false)),
+            (vec![a4], vec![b6], None),
+            (vec![], vec![b6], None),
+        ] {
+            let (a, b) = (node("a", &a, &["10.244.1.0/24"]), node("b", &b, &["10.244.2.0/24"]));
+            let family = |own: &Node, other: &Node| {
+                let ways = choose(Mode::Always, own, std::slice::from_ref(other), &[]);
+                ways.tunnelled.first().map(|p| p.address.is_ipv4())
+            };
+            assert_eq!((family(&a, &b), family(&b, &a)), (expected, expected), "{a:?} {b:?}");
+        }
+        // One network of both families, but one node is known by IPv4 alone.
+        let eth0 = [device("eth0", 1500, &["192.168.1.1/24", "fd00::1/64"])];
+        let a = node("a", &["192.168.1.1", "fd00::1"], &["fd01::/64"]);
+        let b = node("b", &["192.168.1.2"], &["fd02::/64"]);
+        for (own, other) in [(&a, &b), (&b, &a)] {
+            let ways = choose(Mode::Auto, own, std::slice::from_ref(other), &eth0);
+            assert_eq!((ways.native.len(), ways.tunnelled.len()), (0, 1), "{own:?}");
+        }
+        // A range that two nodes claim goes to one of them.
+        let thief = node("c", &["192.168.1.3"], &["fd02::/64"]);
+        let ways = choose(Mode::Auto, &a, &[b, thief], &eth0);
+        assert_eq!((ways.tunnelled.len(), ways.problems.len()), (1, 1));
+        assert!(ways.problems[0].contains("node c") && ways.problems[0].contains("node b"), "{:?}", ways.problems);
     }
 
     fn texts(all: &[&str]) -> Vec<String> {
