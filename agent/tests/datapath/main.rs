@@ -4,6 +4,7 @@
 //! a `main` of its own. Children of it play the other parts, chosen by an environment variable. Needs root.
 
 mod balance;
+mod between;
 mod capture;
 mod ground;
 mod parts;
@@ -20,7 +21,8 @@ fn main() {
         return;
     }
     type Story = fn(&Ground);
-    let stories: [(&str, Story); 2] = [("balance", balance::story), ("capture", capture::story)];
+    let stories: [(&str, Story); 3] =
+        [("balance", balance::story), ("capture", capture::story), ("between", between::story)];
     let plugin = ground::build_plugin();
     let ground = Ground::new(plugin);
     for (name, story) in stories {

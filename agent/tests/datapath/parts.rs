@@ -13,6 +13,7 @@ use sluice_agent::{
     view::View,
 };
 use sluice_model::{Revision, Snapshot};
+use sluice_netlink::between::Mode;
 use sluice_wire::handover::{Message, Role, SOCKET, recv, send};
 use std::{
     fs,
@@ -52,6 +53,7 @@ fn agent() {
         cgroup: None,
         node: NODE.into(),
         dns: Some("10.96.0.10".parse().expect("address")),
+        tunnel: Mode::default(),
     };
     let datapath = Datapath::open(&config).expect("open");
     let gate = Arc::new(Gate::new().expect("gate"));
