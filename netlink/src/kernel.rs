@@ -80,7 +80,11 @@ fn request(operation: &Operation) -> Request {
         Operation::RemoveRoute(r) => (Message::DelRoute(route_message(r)), 0),
         Operation::AddRule(r) => (Message::NewRule(rule_message(r)), create),
     };
-    Request { message, flags, operation: operation.to_string() }
+    let remedy = match operation {
+        Operation::MakeVxlan(_) => ": no other VXLAN link may have that number, no program that port (CONFIG_VXLAN)",
+        _ => "",
+    };
+    Request { message, flags, operation: format!("{operation}{remedy}") }
 }
 
 fn set_up(link: u32) -> Message {

@@ -207,7 +207,7 @@ impl fmt::Display for Operation {
         match self {
             Self::MakeVxlan(v) => {
                 let Vxlan { name, vni, port, .. } = v;
-                write!(f, "make link {name} (VXLAN {vni}; no other VXLAN link may have it, no program UDP port {port})")
+                write!(f, "make link {name} (VXLAN {vni}, UDP port {port})")
             }
             Self::SetMtu { link, mtu } => write!(f, "give link {link} the MTU {mtu}"),
             Self::RemoveLink { name, .. } => write!(f, "remove link {name}"),
