@@ -28,7 +28,7 @@ fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Err
 }
 
 /// Writes and links the configuration; what is right already is not touched, so it may be called again and again.
-pub fn install(run_dir: &Path, conf_dir: &Path, ranges: &[String]) -> Result<(), Error> {
+pub fn install(run_dir: &Path, conf_dir: &Path, ranges: &[String], mtu: u32) -> Result<(), Error> {
     if ranges.is_empty() {
         return Err(Error::NoRange);
     }
@@ -37,7 +37,7 @@ pub fn install(run_dir: &Path, conf_dir: &Path, ranges: &[String]) -> Result<(),
         fs::create_dir_all(folder).map_err(failed("create", folder))?;
     }
     let target = dir.join(FILE);
-    let text = conflist(ranges, smallest_mtu());
+    let text = conflist(ranges, mtu);
     let rewritten = fs::read_to_string(&target).ok().as_deref() != Some(&text);
     if rewritten {
         let next = dir.join(".next");
@@ -65,11 +65,8 @@ pub fn uninstall(conf_dir: &Path) -> Result<(), Error> {
 }
 
 /// A runtime of CNI 1.1 picks the newest of `cniVersions` that it speaks; older ones know only `cniVersion`.
-fn conflist(ranges: &[String], mtu: Option<u32>) -> String {
-    let mut plugin = json!({ "type": "sluice-cni", "ranges": ranges, "capabilities": { "bandwidth": true } });
-    if let Some(mtu) = mtu {
-        plugin["mtu"] = mtu.into();
-    }
+fn conflist(ranges: &[String], mtu: u32) -> String {
+    let plugin = json!({ "type": "sluice-cni", "ranges": ranges, "mtu": mtu, "capabilities": { "bandwidth": true } });
     let list = json!({
         "cniVersion": "1.0.0",
         "cniVersions": ["1.0.0", "1.1.0"],
@@ -77,15 +74,6 @@ fn conflist(ranges: &[String], mtu: Option<u32>) -> String {
         "plugins": [plugin],
     });
     format!("{list:#}\n")
-}
-
-/// The smallest MTU of the node's links to other nodes; `None` keeps the kernel's default.
-fn smallest_mtu() -> Option<u32> {
-    let mut connection = sluice_netlink::Connection::open().ok()?;
-    let links = sluice_netlink::link::all(&mut connection).ok()?;
-    let outward =
-        links.into_iter().filter(|(name, l)| l.up && l.index != sluice_netlink::plan::LO && !name.starts_with("slc"));
-    outward.filter_map(|(_, l)| l.mtu).filter(|m| (1280..=65535).contains(m)).min()
 }
 
 #[cfg(test)]
@@ -96,17 +84,19 @@ mod tests {
     fn the_link_appears_once_and_follows_a_change() {
         let base = tempfile::tempdir().expect("folder");
         let (run, conf) = (base.path().join("run"), base.path().join("conf"));
-        assert!(matches!(install(&run, &conf, &[]), Err(Error::NoRange)));
+        assert!(matches!(install(&run, &conf, &[], 1500), Err(Error::NoRange)));
         let ranges = ["10.244.1.0/24".to_owned()];
-        install(&run, &conf, &ranges).expect("install");
+        install(&run, &conf, &ranges, 1500).expect("install");
         let read = || fs::read_to_string(conf.join(FILE)).expect("through the link");
         let list: serde_json::Value = serde_json::from_str(&read()).expect("JSON");
         assert_eq!(list["plugins"][0]["ranges"][0], "10.244.1.0/24");
         let made = fs::symlink_metadata(conf.join(FILE)).expect("link").modified().expect("time");
-        install(&run, &conf, &ranges).expect("again");
+        install(&run, &conf, &ranges, 1500).expect("again");
         assert_eq!(fs::symlink_metadata(conf.join(FILE)).expect("link").modified().expect("time"), made);
-        install(&run, &conf, &["10.244.2.0/24".to_owned()]).expect("changed");
-        assert!(read().contains("10.244.2.0/24"));
+        install(&run, &conf, &["10.244.2.0/24".to_owned()], 1500).expect("changed");
+        assert!(read().contains("10.244.2.0/24") && read().contains("\"mtu\": 1500"));
+        install(&run, &conf, &["10.244.2.0/24".to_owned()], 1450).expect("changed");
+        assert!(read().contains("\"mtu\": 1450"));
         uninstall(&conf).expect("uninstall");
         uninstall(&conf).expect("again");
         assert!(!conf.join(FILE).exists());

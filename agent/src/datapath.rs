@@ -23,13 +23,17 @@ use sluice_ebpf::{
     table::{Changes, ServiceTable},
 };
 use sluice_model::Snapshot;
-use sluice_netlink::plan::{GATEWAY4, Prefix};
+use sluice_netlink::{
+    between::Mode,
+    plan::{GATEWAY4, Prefix},
+};
 use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
 };
+use tokio::sync::watch;
 
 const DNS_PORT: u16 = 53;
 
@@ -64,6 +68,8 @@ pub struct DatapathConfig {
     pub masquerade: bool,
     /// Ranges outside the cluster that they reach under their own.
     pub masquerade_excluded: Vec<Prefix>,
+    /// Which other nodes' pods are reached through VXLAN.
+    pub tunnel: Mode,
 }
 
 impl DatapathConfig {
@@ -126,7 +132,7 @@ impl Datapath {
         let cgroup = config.cgroup.clone().map_or_else(attest::cgroup_root, Ok).map_err(Error::Cgroup)?;
         let place = Place { bpffs: config.bpffs.clone(), cgroup };
         let state_dir = PathBuf::from(sluice_cni::STATE_DIR);
-        let wires = Wires::open().map_err(Error::Node)?;
+        let wires = Wires::open(config.tunnel).map_err(Error::Node)?;
         let boot = sluice_cni::store::boot(wires.netns_cookie().map_err(Error::Node)?).map_err(Error::Leases)?;
         let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
         let loaded = {
@@ -173,13 +179,17 @@ impl Datapath {
     }
 
     fn reconcile_ports(&mut self, snapshot: Option<&Snapshot>) -> Result<Vec<String>, Error> {
-        let (connection, present) = self.wires.parts();
-        self.ports.reconcile(connection, present, snapshot, &self.config.node)
+        self.ports.reconcile(self.wires.connection(), snapshot, &self.config.node)
     }
 
     /// What loading found: whether refused connections see ECONNREFUSED, how many pods were steered on.
     pub fn loaded(&self) -> Loaded {
         self.loaded
+    }
+
+    /// The MTU that pods are to be made with, as it changes; nothing before the first snapshot.
+    pub fn pod_mtu(&self) -> watch::Receiver<Option<u32>> {
+        self.wires.pod_mtu()
     }
 
     /// Brings the snapshot into force. Services change one by one, each at an instant; what could not be done is

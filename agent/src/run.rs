@@ -16,9 +16,10 @@ use crate::{
     view::{Store, View},
 };
 use anyhow::{Context, Result};
-use clap::{Args, Parser};
+use clap::{Args, Parser, ValueEnum};
 use kube::Client;
 use sluice_dns::{server::Resolver, zone::Zone};
+use sluice_netlink::between::Mode;
 use sluice_wire::v1::{SignRequest, SignResponse, WorkloadRef, identity_client::IdentityClient};
 use std::{
     net::{IpAddr, SocketAddr},
@@ -90,6 +91,41 @@ pub struct Options {
     /// Port of the log server
     #[arg(long, default_value_t = 10250)]
     pub log_port: u16,
+    /// Pods of which nodes are reached through VXLAN (UDP port 8472)
+    #[arg(long, value_enum, default_value_t)]
+    pub tunnel: Tunnel,
+    /// MTU of the links of pods that are made from now on (default: what fits the node's link, less the tunnel's headers
+    /// where a tunnel is used)
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1280..=65535))]
+    pub mtu: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum Tunnel {
+    /// Those in networks that this node is not connected to
+    #[default]
+    Auto,
+    /// All
+    Always,
+    /// None: routers between networks must know the pods' ranges
+    Never,
+}
+
+impl From<Tunnel> for Mode {
+    fn from(t: Tunnel) -> Self {
+        match t {
+            Tunnel::Auto => Self::Auto,
+            Tunnel::Always => Self::Always,
+            Tunnel::Never => Self::Never,
+        }
+    }
+}
+
+impl Options {
+    /// What was asked for, else what the data path has found out by now.
+    fn pod_mtu(&self, found: &watch::Receiver<Option<u32>>) -> Option<u32> {
+        self.mtu.or(*found.borrow())
+    }
 }
 
 /// Where the cluster is, and how to become a part of it.
@@ -134,14 +170,14 @@ async fn start_member(o: &Options, c: &Cluster) -> Result<()> {
     // First what needs nobody: the kernel, from the last known view, so that traffic is right before control answers.
     let (channel_tx, channel) = watch::channel(placeholder_channel(&c.discovery)?);
     let (uplink, ends) = Uplink::new(o.node_name.clone(), Store::new(o.data_dir.join("view.json")), channel.clone());
-    let (network, reports) = start_network(o, ends, channel.clone()).await?;
+    let Started { network, mtu, reports } = start_network(o, ends, channel.clone()).await?;
     // Then control.
     let id = identity::obtain(&o.data_dir, &o.node_name, &c.discovery, &c.ca_file, &c.token_file).await?;
     channel_tx.send_replace(identity::channel(&c.discovery, &id.bundle_pem, Some(&id))?);
     tokio::spawn(uplink.run());
     tokio::spawn(reports);
     let client = api_client(c, &id)?;
-    start_pods(o, &id, client, network).await?;
+    start_pods(o, &id, client, network, mtu).await?;
     renewed(o, &id, channel).await
 }
 
@@ -151,38 +187,51 @@ async fn start_alone(o: &Options, file: PathBuf) -> Result<()> {
     let views = ends.views.clone();
     // Sidecars are served, but nobody can sign for them.
     let nobody = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
-    let (_network, reports) = start_network(o, ends, watch::channel(nobody).1).await?;
+    let Started { network: _network, mtu, reports } = start_network(o, ends, watch::channel(nobody).1).await?;
     tokio::spawn(reports);
-    tokio::spawn(configure_alone(o.clone(), views));
+    tokio::spawn(configure_alone(o.clone(), views, mtu));
     Replay::new(file, source).run().await;
     Ok(())
 }
 
 /// The plugin's configuration, with the ranges that the view gives this node.
-async fn configure_alone(o: Options, mut views: watch::Receiver<View>) {
+async fn configure_alone(o: Options, mut views: watch::Receiver<View>, mut mtu: watch::Receiver<Option<u32>>) {
     let ranges = |view: &View| -> Vec<String> {
         let own = |n: &&sluice_model::Node| n.name.name == o.node_name;
         view.snapshot.nodes().find(own).into_iter().flat_map(|n| &n.pod_cidrs).map(ToString::to_string).collect()
     };
     loop {
         let wanted = ranges(&views.borrow_and_update());
-        if !wanted.is_empty()
-            && let Err(error) = cni_config::install(&o.run_dir, &o.cni_conf_dir, &wanted)
+        mtu.mark_unchanged();
+        if let Some(mtu) = o.pod_mtu(&mtu)
+            && !wanted.is_empty()
+            && let Err(error) = cni_config::install(&o.run_dir, &o.cni_conf_dir, &wanted, mtu)
         {
             tracing::warn!(%error, "network plugin not configured");
         }
-        if views.changed().await.is_err() {
+        let changed = tokio::select! {
+            changed = views.changed() => changed,
+            changed = mtu.changed() => changed,
+        };
+        if changed.is_err() {
             return;
         }
     }
 }
 
-/// What a node's network is made of; and what must run for sidecars' reports to go up.
+/// A node's network, and what must run for sidecars' reports to go up.
+struct Started<R> {
+    network: Arc<Network>,
+    /// For the links of pods, as it changes.
+    mtu: watch::Receiver<Option<u32>>,
+    reports: R,
+}
+
 async fn start_network(
     o: &Options,
     ends: Ends,
     channel: watch::Receiver<Channel>,
-) -> Result<(Arc<Network>, impl Future<Output = ()> + use<>)> {
+) -> Result<Started<impl Future<Output = ()> + use<>>> {
     let Ends { views, verdicts, holders, metrics, metrics_interval } = ends;
     let datapath = Datapath::open(&DatapathConfig {
         bpffs: o.bpffs.clone(),
@@ -191,8 +240,10 @@ async fn start_network(
         dns: Some(o.cluster_dns),
         masquerade: !o.no_masquerade,
         masquerade_excluded: o.masquerade_exclude.clone(),
+        tunnel: o.tunnel.into(),
     })
     .context("open the data path")?;
+    let mtu = datapath.pod_mtu();
     let gate = Arc::new(Gate::new()?);
     let handover = Handover::new(&o.bpffs, Some(gate.clone()))?;
     let kept = Kept::new(o.data_dir.join("holders.json"));
@@ -200,7 +251,7 @@ async fn start_network(
     let network = Network::new(o.node_name.clone(), datapath, handover, gate, relay.clone(), views.clone());
     tokio::spawn(network.clone().run(verdicts));
     start_dns(o, views).await?;
-    Ok((network, relay.report(metrics)))
+    Ok(Started { network, mtu, reports: relay.report(metrics) })
 }
 
 /// Before the node has joined nothing can be asked; the channel is replaced then.
@@ -274,7 +325,13 @@ fn rustls_pemfile(pem: &str) -> Result<Vec<Vec<u8>>> {
     certs.collect::<Result<_>>().context("read the cluster's CA")
 }
 
-async fn start_pods(o: &Options, id: &NodeIdentity, client: Client, network: Arc<Network>) -> Result<()> {
+async fn start_pods(
+    o: &Options,
+    id: &NodeIdentity,
+    client: Client,
+    network: Arc<Network>,
+    mtu: watch::Receiver<Option<u32>>,
+) -> Result<()> {
     let cri = Cri::new(o.cri.clone())?;
     let facts = facts(o, &cri).await;
     let node = convert::Node {
@@ -299,7 +356,7 @@ async fn start_pods(o: &Options, id: &NodeIdentity, client: Client, network: Arc
     let (ready, not_ready) = watch::channel(Some("the node is starting".to_owned()));
     let every = Duration::from_secs(o.heartbeat_s.max(1));
     tokio::spawn(node::heartbeat(client.clone(), facts.clone(), every, not_ready));
-    tokio::spawn(readiness(o.clone(), client.clone(), facts, cri.clone(), ready));
+    tokio::spawn(readiness(o.clone(), client.clone(), facts, cri.clone(), mtu, ready));
     tokio::spawn(Manager::new(deps).run());
     let listener = TcpListener::bind(SocketAddr::new(o.node_ip, o.log_port))
         .await
@@ -311,11 +368,24 @@ async fn start_pods(o: &Options, id: &NodeIdentity, client: Client, network: Arc
 
 /// Configures the network plugin once the node has its range, then watches the runtime: the node is ready when the
 /// runtime says that its network is.
-async fn readiness(o: Options, client: Client, facts: Facts, cri: Cri, ready: watch::Sender<NotReady>) {
+async fn readiness(
+    o: Options,
+    client: Client,
+    facts: Facts,
+    cri: Cri,
+    mtu: watch::Receiver<Option<u32>>,
+    ready: watch::Sender<NotReady>,
+) {
     let ranges = node::pod_cidrs(&client, &facts).await;
     loop {
-        let state = match cni_config::install(&o.run_dir, &o.cni_conf_dir, &ranges) {
-            Err(e) => Some(format!("network plugin not configured: {e}")),
+        let configured = match o.pod_mtu(&mtu) {
+            Some(mtu) => cni_config::install(&o.run_dir, &o.cni_conf_dir, &ranges, mtu)
+                .map_err(|e| format!("network plugin not configured: {e}")),
+            // A pod's MTU is for its life.
+            None => Err("network plugin not configured: the cluster's nodes are not known yet".to_owned()),
+        };
+        let state = match configured {
+            Err(why) => Some(why),
             Ok(()) => match cri.ready().await {
                 Ok(Ok(())) => None,
                 Ok(Err(why)) => Some(why),
@@ -374,5 +444,30 @@ async fn renewed(o: &Options, id: &NodeIdentity, channel: watch::Receiver<Channe
             Err(error) => tracing::warn!(error = format!("{error:#}"), "certificate not renewed, trying again"),
         }
         tokio::time::sleep(RENEW_RETRY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(more: &[&str]) -> Result<Options, clap::Error> {
+        let least = ["sluice-agent", "--node-name=n", "--node-ip=10.0.0.1", "--snapshot-file=view.json"];
+        Options::try_parse_from(least.iter().chain(more))
+    }
+
+    #[test]
+    fn tunnels_and_mtu_are_asked_for_by_flags() {
+        let (told, untold) = (watch::channel(Some(1450)).1, watch::channel(None).1);
+        let plain = parse(&[]).expect("good");
+        assert_eq!(Mode::from(plain.tunnel), Mode::Auto);
+        assert_eq!((plain.pod_mtu(&told), plain.pod_mtu(&untold)), (Some(1450), None));
+        let asked = parse(&["--tunnel=always", "--mtu=1400"]).expect("good");
+        assert_eq!(Mode::from(asked.tunnel), Mode::Always);
+        assert_eq!((asked.pod_mtu(&told), asked.pod_mtu(&untold)), (Some(1400), Some(1400)));
+        assert_eq!(Mode::from(parse(&["--tunnel=never"]).expect("good").tunnel), Mode::Never);
+        for bad in ["--tunnel=sometimes", "--mtu=1279", "--mtu=65536", "--mtu=x"] {
+            parse(&[bad]).expect_err(bad);
+        }
     }
 }

@@ -51,6 +51,8 @@ pub struct Inside {
     pub netns: Netns,
     pub connection: Connection,
     pub cookie: u64,
+    /// The node's own, where this thread has left it.
+    home: Option<Netns>,
 }
 
 impl Inside {
@@ -58,17 +60,22 @@ impl Inside {
         let netns = Netns::open(path)?;
         let connection = Connection::open_in(&netns)?;
         let cookie = connection.netns_cookie()?;
-        Ok(Self { netns, connection, cookie })
+        Ok(Self { netns, connection, cookie, home: None })
     }
 
-    /// The same, with the calling thread inside for the rest of its life: spares a process that lives for one verb a
+    /// The same, with the calling thread inside until [`enlist`]: spares a process that lives for one verb a
     /// second thread. Connections that were opened before stay where they are.
     pub(crate) fn enter(path: &Path) -> std::result::Result<Self, sluice_netlink::Error> {
-        let netns = Netns::open(path)?;
+        let (netns, home) = (Netns::open(path)?, Netns::current()?);
         netns.enter()?;
         let connection = Connection::open()?;
         let cookie = connection.netns_cookie()?;
-        Ok(Self { netns, connection, cookie })
+        Ok(Self { netns, connection, cookie, home: Some(home) })
+    }
+
+    /// Back to the node's namespace, where the links are that programs are put on.
+    fn leave(&self) -> std::result::Result<(), sluice_netlink::Error> {
+        self.home.as_ref().map_or(Ok(()), Netns::enter)
     }
 }
 
@@ -221,6 +228,7 @@ pub fn enlist(bpffs: &Path, maps: &PodMaps, inside: &Inside, lease: &Lease, ifin
     }
     // Steering first: a meshed pod is closed from the first moment that it is known.
     loader::attach_pod(bpffs, inside.netns.as_fd(), inside.cookie).map_err(&failed)?;
+    inside.leave().map_err(wiring(lease))?;
     loader::attach_pod_link(bpffs, inside.cookie, ifindex).map_err(&failed)?;
     for ip in &lease.addresses {
         let entry = PodAddr { netns: inside.cookie, flags, ifindex };

@@ -3,19 +3,28 @@
 use crate::{
     Connection,
     error::Result,
-    plan::{Address, Neighbour, Operation, Prefix, Route, RouteKind, Rule, State},
+    link,
+    plan::{
+        Address, Forward, Neighbour, Operation, Prefix, Route, RouteKind, Rule, State, Vxlan, is_link_local, plan,
+        plan_links,
+    },
     rtnl::Request,
 };
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage as Message,
     address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
-    link::{LinkFlags, LinkMessage},
-    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
-    route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
+    route::{
+        RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
+    },
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 /// Metric of every IPv6 route we write; 0 would be turned into this by the kernel.
 const METRIC6: u32 = 1024;
@@ -30,7 +39,7 @@ pub fn apply(connection: &mut Connection, operations: &[Operation]) -> Result<()
     let mut first = None;
     for (answer, operation) in connection.execute(requests)?.into_iter().zip(operations) {
         match answer {
-            Err(e) if e.errno() == already(operation) => {}
+            Err(e) if e.errno().is_some_and(|n| already(operation).contains(&n)) => {}
             Err(e) => {
                 first.get_or_insert(e);
             }
@@ -40,11 +49,16 @@ pub fn apply(connection: &mut Connection, operations: &[Operation]) -> Result<()
     first.map_or(Ok(()), Err)
 }
 
-/// The error number that means: nothing left to do.
-fn already(operation: &Operation) -> Option<i32> {
+/// The error numbers that mean: nothing left to do.
+fn already(operation: &Operation) -> &'static [i32] {
     match operation {
-        Operation::RemoveRoute(_) => Some(libc::ESRCH),
-        _ => Some(libc::EEXIST),
+        // Another link has the name or the number: there is no link of ours.
+        Operation::MakeVxlan(_) => &[],
+        Operation::RemoveRoute(_) => &[libc::ESRCH],
+        Operation::RemoveLink { .. } => &[libc::ENODEV],
+        Operation::RemoveAddress(_) => &[libc::EADDRNOTAVAIL, libc::ENODEV],
+        Operation::RemoveNeighbour(_) | Operation::RemoveForward(_) => &[libc::ENOENT, libc::ENODEV],
+        _ => &[libc::EEXIST],
     }
 }
 
@@ -52,14 +66,25 @@ fn request(operation: &Operation) -> Request {
     let create = NLM_F_CREATE | NLM_F_EXCL;
     let replace = NLM_F_CREATE | NLM_F_REPLACE;
     let (message, flags) = match operation {
+        Operation::MakeVxlan(v) => (Message::NewLink(vxlan_message(v)), create),
+        Operation::SetMtu { link, mtu } => (set_mtu(*link, *mtu), 0),
+        Operation::RemoveLink { link, .. } => (remove_link(*link), 0),
         Operation::SetUp(link) => (set_up(*link), 0),
         Operation::AddAddress(a) => (Message::NewAddress(address_message(a)), create),
+        Operation::RemoveAddress(a) => (Message::DelAddress(address_message(a)), 0),
         Operation::AddNeighbour(n) => (Message::NewNeighbour(neighbour_message(n)), replace),
+        Operation::RemoveNeighbour(n) => (Message::DelNeighbour(neighbour_message(n)), 0),
+        Operation::AddForward(e) => (Message::NewNeighbour(forward_message(e)), replace),
+        Operation::RemoveForward(e) => (Message::DelNeighbour(forward_message(e)), 0),
         Operation::AddRoute(r) => (Message::NewRoute(route_message(r)), replace),
         Operation::RemoveRoute(r) => (Message::DelRoute(route_message(r)), 0),
         Operation::AddRule(r) => (Message::NewRule(rule_message(r)), create),
     };
-    Request { message, flags, operation: operation.to_string() }
+    let remedy = match operation {
+        Operation::MakeVxlan(_) => ": no other VXLAN link may have that number, no program that port (CONFIG_VXLAN)",
+        _ => "",
+    };
+    Request { message, flags, operation: format!("{operation}{remedy}") }
 }
 
 fn set_up(link: u32) -> Message {
@@ -68,6 +93,52 @@ fn set_up(link: u32) -> Message {
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
     Message::SetLink(message)
+}
+
+fn set_mtu(link: u32, mtu: u32) -> Message {
+    let mut message = LinkMessage::default();
+    message.header.index = link;
+    message.attributes = vec![LinkAttribute::Mtu(mtu)];
+    Message::SetLink(message)
+}
+
+fn remove_link(link: u32) -> Message {
+    let mut message = LinkMessage::default();
+    message.header.index = link;
+    Message::DelLink(message)
+}
+
+/// Made up at once: a UDP port that somebody else holds is found out then, and the link is not made.
+fn vxlan_message(v: &Vxlan) -> LinkMessage {
+    let local = match v.local {
+        IpAddr::V4(a) => InfoVxlan::Local(a),
+        IpAddr::V6(a) => InfoVxlan::Local6(a),
+    };
+    // Only what is said here is believed: a packet from outside must not teach the link another way to a node.
+    let data = vec![InfoVxlan::Id(v.vni), InfoVxlan::Port(v.port), local, InfoVxlan::Learning(false)];
+    let mut message = LinkMessage::default();
+    message.header.flags = LinkFlags::Up;
+    message.header.change_mask = LinkFlags::Up;
+    message.attributes = vec![
+        LinkAttribute::IfName(v.name.clone()),
+        LinkAttribute::Address(v.mac.to_vec()),
+        LinkAttribute::Mtu(v.mtu),
+        LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(InfoData::Vxlan(data))]),
+    ];
+    message
+}
+
+/// An entry of the forwarding table of a VXLAN link.
+fn forward_message(e: &Forward) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = e.link;
+    message.header.state = NeighbourState::Permanent;
+    message.header.flags = NeighbourFlags::Own;
+    let to = NeighbourAddress::from(e.to);
+    message.attributes =
+        vec![NeighbourAttribute::LinkLayerAddress(e.mac.to_vec()), NeighbourAttribute::Destination(to)];
+    message
 }
 
 fn address_message(a: &Address) -> AddressMessage {
@@ -83,13 +154,6 @@ fn address_message(a: &Address) -> AddressMessage {
     }
     message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
     message
-}
-
-fn is_link_local(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(a) => a.is_link_local(),
-        IpAddr::V6(a) => a.is_unicast_link_local(),
-    }
 }
 
 fn neighbour_message(n: &Neighbour) -> NeighbourMessage {
@@ -133,6 +197,7 @@ fn route_message(r: &Route) -> RouteMessage {
     attributes.extend(r.via.map(|v| RouteAttribute::Gateway(v.into())));
     attributes.extend(r.link.map(RouteAttribute::Oif));
     attributes.extend(r.source.map(|s| RouteAttribute::PrefSource(s.into())));
+    attributes.extend(r.mtu.map(|mtu| RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)])));
     if !v4 {
         attributes.push(RouteAttribute::Priority(METRIC6));
     }
@@ -151,18 +216,19 @@ fn rule_message(r: &Rule) -> RuleMessage {
 /// Reads what is there of everything that a [`State`] can want.
 pub fn read(connection: &mut Connection) -> Result<State> {
     let mut state = State::default();
+    let mut tunnels = false;
     for message in connection.dump(Message::GetLink(LinkMessage::default()), "list links")? {
-        if let Message::NewLink(m) = message
-            && m.header.flags.contains(LinkFlags::Up)
-        {
+        let Message::NewLink(m) = message else { continue };
+        if m.header.flags.contains(LinkFlags::Up) {
             state.up.insert(m.header.index);
         }
+        tunnels |= vxlan_data(&m).is_some();
     }
-    for message in connection.dump(Message::GetAddress(AddressMessage::default()), "list addresses")? {
-        if let Message::NewAddress(m) = message {
-            state.addresses.extend(address(&m));
-        }
+    // Only VXLAN links have forwards; elsewhere the question would be for every bridge's table.
+    if tunnels {
+        state.forwards = read_forwards(connection)?;
     }
+    state.addresses = read_addresses(connection)?;
     for v4 in [true, false] {
         let mut ask = NeighbourMessage::default();
         ask.header.family = family(v4);
@@ -183,6 +249,13 @@ pub fn read(connection: &mut Connection) -> Result<State> {
     Ok(state)
 }
 
+/// Addresses alone, of all links.
+pub fn read_addresses(connection: &mut Connection) -> Result<BTreeSet<Address>> {
+    let messages = connection.dump(Message::GetAddress(AddressMessage::default()), "list addresses")?;
+    let all = messages.into_iter().filter_map(|m| if let Message::NewAddress(m) = m { address(&m) } else { None });
+    Ok(all.collect())
+}
+
 /// Routes alone: what drift repair looks at every second.
 pub fn read_routes(connection: &mut Connection) -> Result<BTreeSet<Route>> {
     let mut routes = BTreeSet::new();
@@ -196,6 +269,63 @@ pub fn read_routes(connection: &mut Connection) -> Result<BTreeSet<Route>> {
         }
     }
     Ok(routes)
+}
+
+fn read_forwards(connection: &mut Connection) -> Result<BTreeSet<Forward>> {
+    let mut ask = NeighbourMessage::default();
+    ask.header.family = AddressFamily::Bridge;
+    let all = connection.dump(Message::GetNeighbour(ask), "list forwarding entries")?;
+    Ok(all.into_iter().filter_map(|m| if let Message::NewNeighbour(m) = m { forward(&m) } else { None }).collect())
+}
+
+fn forward(m: &NeighbourMessage) -> Option<Forward> {
+    let (mut to, mut mac) = (None, None);
+    for a in &m.attributes {
+        match a {
+            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => to = ip_from(bytes),
+            NeighbourAttribute::LinkLayerAddress(bytes) => mac = bytes.as_slice().try_into().ok(),
+            _ => {}
+        }
+    }
+    Some(Forward { link: m.header.ifindex, mac: mac?, to: to? })
+}
+
+fn ip_from(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(|b| IpAddr::V4(Ipv4Addr::from(b)));
+    v4.or_else(|_| <[u8; 16]>::try_from(bytes).map(|b| IpAddr::V6(Ipv6Addr::from(b)))).ok()
+}
+
+fn vxlan_data(m: &LinkMessage) -> Option<&[InfoVxlan]> {
+    let infos = m.attributes.iter().find_map(|a| if let LinkAttribute::LinkInfo(i) = a { Some(i) } else { None })?;
+    infos.iter().find_map(|i| if let LinkInfo::Data(InfoData::Vxlan(data)) = i { Some(data.as_slice()) } else { None })
+}
+
+/// How a VXLAN link is made; `None` of another link, and of one that learns.
+fn vxlan(m: &LinkMessage, v4: bool) -> Option<Vxlan> {
+    let (mut vni, mut port, mut learns) = (None, None, true);
+    // The kernel says no source where none was given.
+    let mut local = if v4 { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+    for info in vxlan_data(m)? {
+        match info {
+            InfoVxlan::Id(id) => vni = Some(*id),
+            InfoVxlan::Port(p) => port = Some(*p),
+            InfoVxlan::Local(a) => local = IpAddr::V4(*a),
+            InfoVxlan::Local6(a) => local = IpAddr::V6(*a),
+            InfoVxlan::Learning(on) => learns = *on,
+            _ => {}
+        }
+    }
+    let (mut name, mut mac, mut mtu) = (None, None, None);
+    for a in &m.attributes {
+        match a {
+            LinkAttribute::IfName(n) => name = Some(n.clone()),
+            LinkAttribute::Address(bytes) => mac = bytes.as_slice().try_into().ok(),
+            LinkAttribute::Mtu(m) => mtu = Some(*m),
+            _ => {}
+        }
+    }
+    let vxlan = Vxlan { name: name?, vni: vni?, port: port?, local, mac: mac?, mtu: mtu? };
+    (!learns).then_some(vxlan)
 }
 
 fn address(m: &AddressMessage) -> Option<Address> {
@@ -265,6 +395,7 @@ fn route(m: &RouteMessage) -> Option<Route> {
         via: None,
         link: None,
         source: None,
+        mtu: None,
         protocol: m.header.protocol.into(),
     };
     for a in &m.attributes {
@@ -274,6 +405,9 @@ fn route(m: &RouteMessage) -> Option<Route> {
             RouteAttribute::Gateway(g) => r.via = ip_of(g),
             RouteAttribute::Oif(l) => r.link = Some(*l),
             RouteAttribute::PrefSource(s) => r.source = ip_of(s),
+            RouteAttribute::Metrics(all) => {
+                r.mtu = all.iter().find_map(|m| if let RouteMetric::Mtu(mtu) = m { Some(*mtu) } else { None });
+            }
             _ => {}
         }
     }
@@ -286,7 +420,44 @@ fn route(m: &RouteMessage) -> Option<Route> {
 
 /// Reads, plans and applies; the operations that were needed.
 pub fn reconcile(connection: &mut Connection, wanted: &State, owned: Option<u8>) -> Result<Vec<Operation>> {
-    let operations = crate::plan::plan(wanted, &read(connection)?, owned);
+    let operations = plan(wanted, &read(connection)?, owned);
     apply(connection, &operations)?;
     Ok(operations)
+}
+
+/// Of these names, the VXLAN link of the family that goes with it, for [`reconcile_links`].
+pub type Names<'a> = [(&'a str, bool)];
+
+/// Like [`reconcile`], for a state on and through VXLAN links: first makes and mends those, then has `wanted` say the
+/// state for their indexes, and last removes the links of `names` that nobody wants, when nothing goes through them.
+/// A link that cannot be made keeps nothing else from coming about.
+pub fn reconcile_links(
+    connection: &mut Connection,
+    names: &Names<'_>,
+    links: &[Vxlan],
+    wanted: impl FnOnce(&HashMap<String, u32>) -> State,
+    owned: Option<u8>,
+) -> Result<Vec<Operation>> {
+    let links = plan_links(links, &named(connection, names)?);
+    let made = apply(connection, &links.make);
+    let indexes = named(connection, names)?.into_iter().map(|(index, name, _)| (name, index)).collect();
+    let state = wanted(&indexes);
+    let operations = plan(&state, &read(connection)?, owned);
+    let applied = apply(connection, &operations);
+    let removed = apply(connection, &links.remove);
+    made.and(applied).and(removed)?;
+    Ok(links.make.into_iter().chain(operations).chain(links.remove).collect())
+}
+
+fn named(connection: &mut Connection, names: &Names<'_>) -> Result<Vec<(u32, String, Option<Vxlan>)>> {
+    let all = connection.dump(Message::GetLink(LinkMessage::default()), "list links")?;
+    Ok(all
+        .iter()
+        .filter_map(|m| {
+            let Message::NewLink(m) = m else { return None };
+            let name = link::name(m)?;
+            let (_, v4) = names.iter().find(|(n, _)| *n == name)?;
+            Some((m.header.index, name.to_owned(), vxlan(m, *v4)))
+        })
+        .collect())
 }

@@ -1,7 +1,8 @@
 //! The kernel's control side: namespaces, links, addresses, routes, rules and neighbours, and the sockets that must be
 //! made inside a namespace.
 //!
-//! [`plan`] is pure: wanted state against present state gives operations. [`kernel`] reads the present state and
+//! [`plan`] is pure: wanted state against present state gives operations; so is [`between`], which chooses the ways to
+//! other nodes. [`kernel`] reads the present state and
 //! carries operations out, [`link`] makes and removes veth pairs and lists the node's devices, [`qdisc`] limits what
 //! links carry, [`filter`] puts programs on them, [`watch`] hears of changes, [`diag`] finds and closes sockets. No eBPF
 //! is loaded here, and nothing decides about what is wanted.
@@ -9,6 +10,7 @@
 #![allow(unsafe_code)] // setns, unshare and two socket options have no safe wrapper; each use says why it is sound
 
 pub mod announce;
+pub mod between;
 mod device;
 pub mod diag;
 mod error;

@@ -90,17 +90,18 @@ pub fn carrier(connection: &mut Connection, name: &str) -> Result<bool> {
 /// All links of the connection's namespace, by name.
 pub fn all(connection: &mut Connection) -> Result<Vec<(String, Found)>> {
     let messages = connection.dump(Message::GetLink(LinkMessage::default()), "list links")?;
-    let named = |m: &LinkMessage| {
-        m.attributes.iter().find_map(|a| match a {
-            LinkAttribute::IfName(name) => Some(name.clone()),
-            _ => None,
-        })
-    };
     let links = messages.into_iter().filter_map(|m| match m {
-        Message::NewLink(m) => Some((named(&m)?, found(&m))),
+        Message::NewLink(m) => Some((name(&m)?.to_owned(), found(&m))),
         _ => None,
     });
     Ok(links.collect())
+}
+
+pub(crate) fn name(m: &LinkMessage) -> Option<&str> {
+    m.attributes.iter().find_map(|a| match a {
+        LinkAttribute::IfName(name) => Some(name.as_str()),
+        _ => None,
+    })
 }
 
 /// Deletes a link; false when it was not there.

@@ -1,7 +1,8 @@
 //! PURE: wanted network state against present network state gives operations.
 //!
-//! Links are named by index here; making them is not planned, because everything else hangs on the new index. What is
-//! removed is only what carries our own route protocol: other people's addresses, rules and routes are left alone.
+//! A state names links by index, so links that are to be made come first, by a plan of their own ([`plan_links`]). What
+//! is removed is only what carries our own route protocol, and what is on a link that is ours alone: other people's
+//! addresses, rules and routes are left alone.
 
 use crate::Error;
 use std::{
@@ -116,6 +117,8 @@ pub struct Route {
     pub link: Option<u32>,
     /// Preferred source address.
     pub source: Option<IpAddr>,
+    /// Larger packets are answered "too big"; `None`: the link's MTU.
+    pub mtu: Option<u32>,
     pub protocol: u8,
 }
 
@@ -135,6 +138,27 @@ pub struct Neighbour {
     pub mac: [u8; 6],
 }
 
+/// Behind which address of the network between nodes a VXLAN link finds a hardware address.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Forward {
+    pub link: u32,
+    pub mac: [u8; 6],
+    pub to: IpAddr,
+}
+
+/// A VXLAN link: all that it is made with.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Vxlan {
+    pub name: String,
+    pub vni: u32,
+    /// UDP port, here and at the other nodes.
+    pub port: u16,
+    /// Source of what it sends; its family is that of the network between the nodes. Unspecified: the kernel chooses.
+    pub local: IpAddr,
+    pub mac: [u8; 6],
+    pub mtu: u32,
+}
+
 /// State of one namespace, as far as it is ours to want.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
@@ -143,13 +167,36 @@ pub struct State {
     pub routes: BTreeSet<Route>,
     pub rules: BTreeSet<Rule>,
     pub neighbours: BTreeSet<Neighbour>,
+    pub forwards: BTreeSet<Forward>,
+    /// Links that are ours alone: addresses, neighbours and forwards on them that nobody wants are removed.
+    pub exclusive: BTreeSet<u32>,
+}
+
+impl State {
+    /// Wants all that the other wants as well.
+    pub fn merge(&mut self, other: State) {
+        self.up.extend(other.up);
+        self.addresses.extend(other.addresses);
+        self.routes.extend(other.routes);
+        self.rules.extend(other.rules);
+        self.neighbours.extend(other.neighbours);
+        self.forwards.extend(other.forwards);
+        self.exclusive.extend(other.exclusive);
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Operation {
+    MakeVxlan(Vxlan),
+    SetMtu { link: u32, mtu: u32 },
+    RemoveLink { link: u32, name: String },
     SetUp(u32),
     AddAddress(Address),
+    RemoveAddress(Address),
     AddNeighbour(Neighbour),
+    RemoveNeighbour(Neighbour),
+    AddForward(Forward),
+    RemoveForward(Forward),
     AddRoute(Route),
     RemoveRoute(Route),
     AddRule(Rule),
@@ -158,9 +205,19 @@ pub enum Operation {
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::MakeVxlan(v) => {
+                let Vxlan { name, vni, port, .. } = v;
+                write!(f, "make link {name} (VXLAN {vni}, UDP port {port})")
+            }
+            Self::SetMtu { link, mtu } => write!(f, "give link {link} the MTU {mtu}"),
+            Self::RemoveLink { name, .. } => write!(f, "remove link {name}"),
             Self::SetUp(link) => write!(f, "set link {link} up"),
             Self::AddAddress(a) => write!(f, "add address {} to link {}", a.prefix, a.link),
+            Self::RemoveAddress(a) => write!(f, "remove address {} from link {}", a.prefix, a.link),
             Self::AddNeighbour(n) => write!(f, "add neighbour {} to link {}", n.ip, n.link),
+            Self::RemoveNeighbour(n) => write!(f, "remove neighbour {} from link {}", n.ip, n.link),
+            Self::AddForward(e) => write!(f, "forward to node {} on link {}", e.to, e.link),
+            Self::RemoveForward(e) => write!(f, "end forwarding to node {} on link {}", e.to, e.link),
             Self::AddRoute(r) => write!(f, "add route to {} in table {}", r.to, r.table),
             Self::RemoveRoute(r) => write!(f, "remove route to {} from table {}", r.to, r.table),
             Self::AddRule(r) => write!(f, "add rule for mark {:#x} to table {}", r.mark, r.table),
@@ -173,8 +230,10 @@ impl fmt::Display for Operation {
 pub fn plan(wanted: &State, present: &State, owned: Option<u8>) -> Vec<Operation> {
     let mut operations = Vec::new();
     operations.extend(wanted.up.difference(&present.up).copied().map(Operation::SetUp));
+    operations.extend(strays(wanted, present));
     operations.extend(wanted.addresses.difference(&present.addresses).cloned().map(Operation::AddAddress));
     operations.extend(wanted.neighbours.difference(&present.neighbours).cloned().map(Operation::AddNeighbour));
+    operations.extend(wanted.forwards.difference(&present.forwards).cloned().map(Operation::AddForward));
     let stray = |r: &&Route| Some(r.protocol) == owned && !wanted.routes.iter().any(|w| same_place(w, r));
     operations.extend(present.routes.iter().filter(stray).cloned().map(Operation::RemoveRoute));
     let missing = |w: &&Route| !present.routes.iter().any(|p| satisfies(p, w));
@@ -183,6 +242,61 @@ pub fn plan(wanted: &State, present: &State, owned: Option<u8>) -> Vec<Operation
     operations.extend(routes.into_iter().map(Operation::AddRoute));
     operations.extend(wanted.rules.difference(&present.rules).cloned().map(Operation::AddRule));
     operations
+}
+
+/// What is to go from links that are ours alone. Adding a neighbour or a forward replaces one of the same key; the
+/// kernel's own link-local address is no stray.
+fn strays(wanted: &State, present: &State) -> Vec<Operation> {
+    let ours = |link: u32| wanted.exclusive.contains(&link);
+    let mut operations = Vec::new();
+    let stray = |a: &&Address| ours(a.link) && !wanted.addresses.contains(a) && !is_link_local(a.prefix.address);
+    operations.extend(present.addresses.iter().filter(stray).cloned().map(Operation::RemoveAddress));
+    let same = |a: &Neighbour, b: &Neighbour| (a.link, a.ip) == (b.link, b.ip);
+    let stray = |n: &&Neighbour| ours(n.link) && !wanted.neighbours.iter().any(|w| same(w, n));
+    operations.extend(present.neighbours.iter().filter(stray).cloned().map(Operation::RemoveNeighbour));
+    let same = |a: &Forward, b: &Forward| (a.link, a.mac) == (b.link, b.mac);
+    let stray = |e: &&Forward| ours(e.link) && !wanted.forwards.iter().any(|w| same(w, e));
+    operations.extend(present.forwards.iter().filter(stray).cloned().map(Operation::RemoveForward));
+    operations
+}
+
+pub(crate) fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(a) => a.is_link_local(),
+        IpAddr::V6(a) => a.is_unicast_link_local(),
+    }
+}
+
+/// Operations on links, in the order of their parts: first those that make or mend, then, when nothing goes by way of
+/// them any more, those that remove.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LinkPlan {
+    pub make: Vec<Operation>,
+    pub remove: Vec<Operation>,
+}
+
+/// What leads from the present links with names of ours to the wanted ones. A present link that is no VXLAN link, or
+/// one made differently, is made anew; only its MTU can be changed in place.
+pub fn plan_links(wanted: &[Vxlan], present: &[(u32, String, Option<Vxlan>)]) -> LinkPlan {
+    let mut plan = LinkPlan::default();
+    let remove = |(link, name, _): &(u32, String, _)| Operation::RemoveLink { link: *link, name: name.clone() };
+    for vxlan in wanted {
+        let found = present.iter().find(|(_, name, _)| *name == vxlan.name);
+        let same = |is: &Vxlan| *is == Vxlan { mtu: is.mtu, ..vxlan.clone() };
+        match found {
+            Some((link, _, Some(is))) if same(is) => {
+                let set = Operation::SetMtu { link: *link, mtu: vxlan.mtu };
+                plan.make.extend((is.mtu != vxlan.mtu).then_some(set));
+            }
+            other => {
+                plan.make.extend(other.map(remove));
+                plan.make.push(Operation::MakeVxlan(vxlan.clone()));
+            }
+        }
+    }
+    let unwanted = |(_, name, _): &&(u32, String, Option<Vxlan>)| !wanted.iter().any(|w| w.name == *name);
+    plan.remove.extend(present.iter().filter(unwanted).map(remove));
+    plan
 }
 
 /// Adding one replaces the other.
@@ -196,6 +310,7 @@ fn satisfies(present: &Route, wanted: &Route) -> bool {
         && present.kind == wanted.kind
         && present.via == wanted.via
         && present.source == wanted.source
+        && present.mtu == wanted.mtu
         && (wanted.link.is_none() || present.link == wanted.link)
 }
 
@@ -211,6 +326,7 @@ pub fn pod_state(link: u32, addresses: &[IpAddr], capture: Capture) -> State {
             via,
             link: Some(link),
             source,
+            mtu: None,
             protocol: PROTOCOL_POD,
         };
         state.addresses.insert(Address { link, prefix: Prefix::host(*ip) });
@@ -257,6 +373,7 @@ pub fn host_route(link: u32, pod: IpAddr) -> Route {
         via: None,
         link: Some(link),
         source: None,
+        mtu: None,
         protocol: PROTOCOL_POD,
     }
 }
@@ -266,8 +383,16 @@ pub fn host_route(link: u32, pod: IpAddr) -> Route {
 pub fn node_state(own_ranges: &[Prefix], others: &[(IpAddr, Prefix)]) -> State {
     let mut state = State { up: BTreeSet::from([LO]), ..State::default() };
     state.addresses.insert(Address { link: LO, prefix: Prefix::host(GATEWAY4.into()) });
-    let route =
-        |to, kind, via| Route { table: MAIN_TABLE, to, kind, via, link: None, source: None, protocol: PROTOCOL_NODE };
+    let route = |to, kind, via| Route {
+        table: MAIN_TABLE,
+        to,
+        kind,
+        via,
+        link: None,
+        source: None,
+        mtu: None,
+        protocol: PROTOCOL_NODE,
+    };
     for range in own_ranges {
         state.routes.insert(route(*range, RouteKind::Unreachable, None));
     }
@@ -327,6 +452,65 @@ mod tests {
         let operations = plan(&wanted, &present, Some(PROTOCOL_NODE));
         assert_eq!(operations[0], Operation::RemoveRoute(stale));
         assert!(matches!(&operations[1..], [Operation::AddRoute(r)] if r.via == Some(ip("192.168.0.2"))));
+    }
+
+    #[test]
+    fn links_are_made_mended_and_removed() {
+        let vxlan = |name: &str, mtu| Vxlan {
+            name: name.to_owned(),
+            vni: 1,
+            port: 2,
+            local: ip("192.168.0.1"),
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu,
+        };
+        let wanted = vxlan("a", 1450);
+        let make = || Operation::MakeVxlan(wanted.clone());
+        let remove = |name: &str| Operation::RemoveLink { link: 7, name: name.to_owned() };
+        let there = |v: Vxlan| (7, v.name.clone(), Some(v));
+        for (present, first, last) in [
+            (vec![], vec![make()], vec![]),
+            (vec![there(wanted.clone())], vec![], vec![]),
+            (vec![there(vxlan("a", 1400))], vec![Operation::SetMtu { link: 7, mtu: 1450 }], vec![]),
+            (vec![there(Vxlan { vni: 9, ..wanted.clone() })], vec![remove("a"), make()], vec![]),
+            (vec![there(Vxlan { local: ip("10.0.0.1"), ..wanted.clone() })], vec![remove("a"), make()], vec![]),
+            (vec![(7, "a".to_owned(), None)], vec![remove("a"), make()], vec![]),
+            (vec![there(vxlan("b", 1450))], vec![make()], vec![remove("b")]),
+        ] {
+            let expected = LinkPlan { make: first, remove: last };
+            assert_eq!(plan_links(std::slice::from_ref(&wanted), &present), expected, "{present:?}");
+        }
+    }
+
+    #[test]
+    fn a_link_of_ours_is_swept_and_no_other() {
+        let neighbour = |link, text: &str, last| Neighbour { link, ip: ip(text), mac: [2, 0, 0, 0, 0, last] };
+        let forward = |link, last, to: &str| Forward { link, mac: [2, 0, 0, 0, 0, last], to: ip(to) };
+        let address = |link, text: &str| Address { link, prefix: Prefix::host(ip(text)) };
+        let wanted = State {
+            addresses: [address(5, "10.244.1.0")].into(),
+            neighbours: [neighbour(5, "10.244.2.0", 2)].into(),
+            forwards: [forward(5, 2, "192.168.2.2")].into(),
+            exclusive: [5].into(),
+            ..State::default()
+        };
+        let stale = State {
+            addresses: [address(5, "10.244.9.0"), address(5, "fe80::7"), address(6, "10.244.9.0")].into(),
+            neighbours: [neighbour(5, "10.244.2.0", 9), neighbour(5, "10.244.3.0", 3), neighbour(6, "10.0.0.1", 4)]
+                .into(),
+            forwards: [forward(5, 2, "192.168.2.9"), forward(5, 3, "192.168.3.2"), forward(6, 4, "1.1.1.1")].into(),
+            ..State::default()
+        };
+        let expected = [
+            Operation::RemoveAddress(address(5, "10.244.9.0")),
+            Operation::RemoveNeighbour(neighbour(5, "10.244.3.0", 3)),
+            Operation::RemoveForward(forward(5, 3, "192.168.3.2")),
+            Operation::AddAddress(address(5, "10.244.1.0")),
+            Operation::AddNeighbour(neighbour(5, "10.244.2.0", 2)),
+            Operation::AddForward(forward(5, 2, "192.168.2.2")),
+        ];
+        assert_eq!(plan(&wanted, &stale, None), expected);
+        assert_eq!(plan(&wanted, &wanted, None), []);
     }
 
     #[test]

@@ -1,33 +1,18 @@
 //! A pod's wiring against the real kernel: what is planned is accepted, reads back as wanted, and carries packets.
 
+mod common;
+
+use common::Named;
 use sluice_netlink::{
     Connection, Netns, kernel,
     link::{self, Veth},
-    ns,
     plan::{Address, Capture, LO, Operation, Prefix, host_state, node_state, plan, pod_state},
     qdisc::{self, TokenBucket},
 };
 use std::{
     io::{Read, Write},
     net::{IpAddr, TcpListener, TcpStream},
-    path::PathBuf,
 };
-
-struct Named(PathBuf);
-
-impl Named {
-    fn new(name: &str) -> (Self, Netns) {
-        let path = std::env::temp_dir().join(format!("sluice-test-{name}-{}", std::process::id()));
-        let ns = ns::make_named(&path).expect("make (root is needed)");
-        (Self(path), ns)
-    }
-}
-
-impl Drop for Named {
-    fn drop(&mut self) {
-        let _ = ns::remove_named(&self.0);
-    }
-}
 
 #[test]
 fn a_pod_is_wired_and_reached_in_both_families() {

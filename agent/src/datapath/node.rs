@@ -1,44 +1,50 @@
-//! The node's own network: the pods' gateway address, forwarding, routes to other nodes' pods and to our own.
+//! The node's own network: the pods' gateway address, forwarding, the ways to other nodes' pods and to our own.
+//!
+//! Which way leads to which node is decided in `netlink::between`, anew with every look at the node's devices: a network
+//! that is connected later is used from then on.
 
 use sluice_cni::Lease;
 use sluice_model::Snapshot;
 use sluice_netlink::{
-    Connection, Error, kernel, link,
-    plan::{Operation, PROTOCOL_NODE, Prefix, State, host_state, node_state, plan},
+    Connection, Error,
+    between::{self, LINKS, Mode},
+    kernel, link,
+    plan::{Operation, PROTOCOL_NODE, Prefix, State, host_state, node_state},
     sysctl,
 };
-use std::{collections::HashMap, net::IpAddr};
+use std::collections::HashMap;
+use tokio::sync::watch;
+
+/// Of a pod's link on a node that has no device of its own to take it from: what Ethernet has everywhere.
+const DEFAULT_MTU: u32 = 1500;
 
 pub(super) struct Wires {
     connection: Connection,
-    wanted: State,
-    /// As read at the last reconciliation.
-    present: State,
-    /// Routes that nobody wants are removed only once a snapshot has said which are wanted.
+    mode: Mode,
+    own: between::Node,
+    others: Vec<between::Node>,
+    /// Routes and links that nobody wants are removed only once a snapshot has said which are wanted.
     told: bool,
+    mtu: watch::Sender<Option<u32>>,
 }
 
 impl Wires {
     /// Opens in the calling thread's namespace and gives the node the pods' gateway address.
-    pub(super) fn open() -> Result<Self, Error> {
-        let mut wires = Self {
-            connection: Connection::open()?,
-            wanted: node_state(&[], &[]),
-            present: State::default(),
-            told: false,
-        };
+    pub(super) fn open(mode: Mode) -> Result<Self, Error> {
+        let (connection, own, others) = (Connection::open()?, between::Node::default(), Vec::new());
+        let mut wires = Self { connection, mode, own, others, told: false, mtu: watch::Sender::new(None) };
         wires.ensure_settings()?;
         wires.reconcile(&[])?;
         Ok(wires)
     }
 
-    pub(super) fn netns_cookie(&self) -> Result<u64, Error> {
-        self.connection.netns_cookie()
+    /// The MTU that pods are to be made with; nothing before a snapshot has said which nodes there are.
+    pub(super) fn pod_mtu(&self) -> watch::Receiver<Option<u32>> {
+        self.mtu.subscribe()
     }
 
-    /// The node's links with its addresses, as they were at the last reconciliation.
-    pub(super) fn parts(&mut self) -> (&mut Connection, &State) {
-        (&mut self.connection, &self.present)
+    pub(super) fn netns_cookie(&self) -> Result<u64, Error> {
+        self.connection.netns_cookie()
     }
 
     pub(super) fn connection(&mut self) -> &mut Connection {
@@ -56,57 +62,78 @@ impl Wires {
         Ok(v4 || v6)
     }
 
-    /// Takes the wanted routes from the snapshot.
+    /// Takes the nodes from the snapshot.
     pub(super) fn want(&mut self, snapshot: &Snapshot, node: &str, problems: &mut Vec<String>) {
-        let (own, others) = routes(snapshot, node, problems);
-        self.wanted = node_state(&own, &others);
+        (self.own, self.others) = nodes(snapshot, node, problems);
         self.told = true;
+        // Devices that cannot be read are the next reconciliation's error.
+        if let Ok(devices) = link::devices(&mut self.connection) {
+            problems.extend(between::choose(self.mode, &self.own, &self.others, &devices).problems);
+        }
     }
 
     /// Makes present what is wanted, for the node and for the pods of these leases; what had to be done.
     pub(super) fn reconcile(&mut self, leases: &[Lease]) -> Result<Vec<Operation>, Error> {
-        let mut wanted = self.wanted.clone();
-        if !leases.is_empty() {
-            let links: HashMap<String, link::Found> = link::all(&mut self.connection)?.into_iter().collect();
-            for lease in leases {
-                // No link: a pod that is being made, or whose namespace has gone.
-                let Some(found) = links.get(&lease.link) else { continue };
-                let State { up, addresses, routes, neighbours, .. } =
-                    host_state(found.index, lease.mac, &lease.addresses);
-                wanted.up.extend(up);
-                wanted.addresses.extend(addresses);
-                wanted.routes.extend(routes);
-                wanted.neighbours.extend(neighbours);
-            }
+        let pods = self.pods(leases)?;
+        if !self.told {
+            let mut wanted = node_state(&[], &[]);
+            wanted.merge(pods);
+            return kernel::reconcile(&mut self.connection, &wanted, None);
         }
-        let owned = self.told.then_some(PROTOCOL_NODE);
-        self.present = kernel::read(&mut self.connection)?;
-        let operations = plan(&wanted, &self.present, owned);
-        kernel::apply(&mut self.connection, &operations)?;
-        Ok(operations)
+        let devices = link::devices(&mut self.connection)?;
+        let ways = between::choose(self.mode, &self.own, &self.others, &devices);
+        let links = between::links(&self.own, &ways, &devices);
+        let wanted = |indexes: &_| {
+            let mut wanted = node_state(&self.own.ranges, &ways.native);
+            wanted.merge(between::state(&self.own, &ways, &links, indexes));
+            wanted.merge(pods);
+            wanted
+        };
+        let done = kernel::reconcile_links(&mut self.connection, &LINKS, &links, wanted, Some(PROTOCOL_NODE));
+        let mtu = between::pod_mtu(self.mode, &self.own, &ways, &devices).unwrap_or(DEFAULT_MTU);
+        self.mtu.send_if_modified(|now| now.replace(mtu) != Some(mtu));
+        let done = done?;
+        for link in &links {
+            // Loose: another node answers a pod by this link from its own address, to which the way is another.
+            sysctl::ensure(&format!("ipv4/conf/{}/rp_filter", link.name), "2")?;
+        }
+        Ok(done)
+    }
+
+    /// What the pods of these leases need on the node's side.
+    fn pods(&mut self, leases: &[Lease]) -> Result<State, Error> {
+        let mut wanted = State::default();
+        if leases.is_empty() {
+            return Ok(wanted);
+        }
+        let links: HashMap<String, link::Found> = link::all(&mut self.connection)?.into_iter().collect();
+        for lease in leases {
+            // No link: a pod that is being made, or whose namespace has gone.
+            let Some(found) = links.get(&lease.link) else { continue };
+            wanted.merge(host_state(found.index, lease.mac, &lease.addresses));
+        }
+        Ok(wanted)
     }
 }
 
-/// PURE: own pod ranges, and (node address, pod range) of every other node.
-fn routes(snapshot: &Snapshot, node: &str, problems: &mut Vec<String>) -> (Vec<Prefix>, Vec<(IpAddr, Prefix)>) {
-    let (mut own, mut others) = (Vec::new(), Vec::new());
+/// PURE: this node and the others, as far as their pod ranges can be read.
+fn nodes(snapshot: &Snapshot, own: &str, problems: &mut Vec<String>) -> (between::Node, Vec<between::Node>) {
+    let mut all: Vec<between::Node> = Vec::new();
     for n in snapshot.nodes() {
+        let mut ranges: Vec<Prefix> = Vec::new();
         for text in &n.pod_cidrs {
-            let Ok(range) = text.parse::<Prefix>() else {
-                problems.push(format!("node {}: pod range {text:?} is no address range", n.name));
-                continue;
-            };
-            if n.name.name == node {
-                own.push(range);
-                continue;
-            }
-            match n.addresses.iter().find(|a| a.is_ipv4() == range.address.is_ipv4()) {
-                Some(address) => others.push((*address, range)),
-                None => problems.push(format!("node {}: no address of the family of its range {range}", n.name)),
+            match text.parse() {
+                Ok(range) => ranges.push(range),
+                Err(_) => problems.push(format!("node {}: pod range {text:?} is no address range", n.name)),
             }
         }
+        all.push(between::Node { name: n.name.name.clone(), addresses: n.addresses.clone(), ranges });
     }
-    (own, others)
+    match all.iter().position(|n| n.name == own) {
+        Some(at) => (all.remove(at), all),
+        // Its name alone says which hardware address its tunnels have.
+        None => (between::Node { name: own.to_owned(), ..between::Node::default() }, all),
+    }
 }
 
 #[cfg(test)]
@@ -115,7 +142,7 @@ mod tests {
     use sluice_model::{Name, Node, Resource, Revision};
 
     #[test]
-    fn other_nodes_ranges_go_by_their_address_of_the_same_family() {
+    fn nodes_and_their_ranges_come_from_the_snapshot() {
         let node = |name: &str, address: &str, ranges: &[&str]| {
             Resource::Node(Node {
                 name: Name::cluster(name),
@@ -134,9 +161,14 @@ mod tests {
             ],
         );
         let mut problems = vec![];
-        let (own, others) = routes(&s, "n1", &mut problems);
-        assert_eq!(own, ["10.244.1.0/24".parse().expect("range")]);
-        assert_eq!(others, [("192.168.0.2".parse().expect("ip"), "10.244.2.0/24".parse().expect("range"))]);
-        assert_eq!(problems.len(), 2);
+        let range = |text: &str| text.parse::<Prefix>().expect(text);
+        let (own, others) = nodes(&s, "n1", &mut problems);
+        assert_eq!((own.name.as_str(), own.ranges), ("n1", vec![range("10.244.1.0/24")]));
+        let other = |n: &between::Node| (n.name.clone(), n.ranges.clone());
+        let expected = [("n2", vec![range("10.244.2.0/24"), range("fd00:2::/64")]), ("n3", vec![])];
+        assert_eq!(others.iter().map(other).collect::<Vec<_>>(), expected.map(|(n, r)| (n.to_owned(), r)));
+        assert_eq!(problems.len(), 1);
+        let (own, others) = nodes(&s, "n9", &mut vec![]);
+        assert_eq!((own.name.as_str(), own.ranges.len(), others.len()), ("n9", 0, 3));
     }
 }

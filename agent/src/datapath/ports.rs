@@ -10,8 +10,8 @@ use sluice_ebpf::{
 };
 use sluice_model::Snapshot;
 use sluice_netlink::{
-    Connection, announce, link as device,
-    plan::{Prefix, State},
+    Connection, announce, kernel, link as device,
+    plan::{Address, Prefix},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -56,12 +56,12 @@ impl Ports {
     pub(super) fn reconcile(
         &mut self,
         connection: &mut Connection,
-        present: &State,
         snapshot: Option<&Snapshot>,
         node: &str,
     ) -> Result<Vec<String>, Error> {
         let devices = device::devices(connection).map_err(Error::Node)?;
-        let wanted = wanted(&devices, present, snapshot, node, &self.excluded);
+        let addresses = kernel::read_addresses(connection).map_err(Error::Node)?;
+        let wanted = wanted(&devices, &addresses, snapshot, node, &self.excluded);
         let mut done = Vec::new();
         let failed = Error::Ports;
         let count = bring_set(&self.maps.locals, &wanted.locals).map_err(failed)?;
@@ -120,14 +120,14 @@ fn note(done: &mut Vec<String>, count: usize, what: &str) {
 /// PURE.
 fn wanted(
     devices: &[device::Device],
-    present: &State,
+    addresses: &BTreeSet<Address>,
     snapshot: Option<&Snapshot>,
     node: &str,
     excluded: &[Prefix],
 ) -> Wanted {
     let mut out = Wanted::default();
     let usable = |a: &Addr| !a.is_loopback() && !a.is_link_local() && !a.is_multicast();
-    out.locals = present.addresses.iter().map(|a| addr(a.prefix.address)).filter(usable).collect();
+    out.locals = addresses.iter().map(|a| addr(a.prefix.address)).filter(usable).collect();
     let nodes = || snapshot.into_iter().flat_map(Snapshot::nodes);
     let own = nodes().find(|n| n.name.name == node);
     let own_address = |v4: bool| own.and_then(|n| n.addresses.iter().copied().find(|a| a.is_ipv4() == v4));
@@ -178,7 +178,6 @@ fn bring_set<K: sluice_ebpf::common::Plain + Ord>(
 mod tests {
     use super::*;
     use sluice_model::{Announcement, Name, Node, Resource, Revision, Service};
-    use sluice_netlink::plan::Address;
 
     fn prefix(text: &str) -> Prefix {
         text.parse().expect(text)
@@ -204,8 +203,7 @@ mod tests {
             device(4, Some("bridge"), &[]),
         ];
         let texts = ["127.0.0.1/8", "169.254.1.1/32", "192.0.2.1/24", "fe80::1/64", "fd00::1/64"];
-        let addresses = texts.iter().map(|t| Address { link: 2, prefix: prefix(t) }).collect();
-        let present = State { addresses, ..State::default() };
+        let addresses: BTreeSet<Address> = texts.iter().map(|t| Address { link: 2, prefix: prefix(t) }).collect();
         let node = |name: &str, address: &str, range: &str| {
             Resource::Node(Node {
                 name: Name::cluster(name),
@@ -227,7 +225,7 @@ mod tests {
             Resource::Service(service),
         ];
         let snapshot = Snapshot::new(Revision(1), resources);
-        let w = wanted(&devices, &present, Some(&snapshot), "n1", &[prefix("203.0.113.0/24")]);
+        let w = wanted(&devices, &addresses, Some(&snapshot), "n1", &[prefix("203.0.113.0/24")]);
         let ips = |set: &BTreeSet<Addr>| set.iter().map(|a| sluice_ebpf::ip(*a).to_string()).collect::<BTreeSet<_>>();
         assert_eq!(ips(&w.locals), BTreeSet::from(["192.0.2.1".to_owned(), "fd00::1".to_owned()]));
         assert_eq!(ips(&w.announced), BTreeSet::from(["192.0.2.100".to_owned()]));
@@ -236,6 +234,6 @@ mod tests {
         assert_eq!((w.devices[&3].addr4, w.devices[&3].addr6), (addr(ip("192.0.2.1")), Addr::UNSET));
         let lengths: Vec<u32> = w.cluster.iter().map(|r| r.len).collect();
         assert_eq!(lengths, [96 + 24, 96 + 24, 96 + 24, 96 + 32, 96 + 32]);
-        assert!(wanted(&devices, &present, None, "n1", &[]).announced.is_empty());
+        assert!(wanted(&devices, &addresses, None, "n1", &[]).announced.is_empty());
     }
 }

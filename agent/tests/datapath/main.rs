@@ -4,6 +4,7 @@
 //! a `main` of its own. Children of it play the other parts, chosen by an environment variable. Needs root.
 
 mod balance;
+mod between;
 mod capture;
 mod ground;
 mod outside;
@@ -21,8 +22,12 @@ fn main() {
         return;
     }
     type Story = fn(&Ground);
-    let stories: [(&str, Story); 3] =
-        [("outside", outside::story), ("balance", balance::story), ("capture", capture::story)];
+    let stories: [(&str, Story); 4] = [
+        ("outside", outside::story),
+        ("balance", balance::story),
+        ("capture", capture::story),
+        ("between", between::story),
+    ];
     let plugin = ground::build_plugin();
     let ground = Ground::new(plugin);
     for (name, story) in stories {

@@ -13,6 +13,7 @@ use sluice_agent::{
     view::View,
 };
 use sluice_model::{Revision, Snapshot};
+use sluice_netlink::between::Mode;
 use sluice_wire::handover::{Message, Role, SOCKET, recv, send};
 use std::{
     fs,
@@ -54,6 +55,7 @@ fn agent() {
         dns: Some("10.96.0.10".parse().expect("address")),
         masquerade: true,
         masquerade_excluded: vec!["203.0.113.0/24".parse().expect("range")],
+        tunnel: Mode::default(),
     };
     let datapath = Datapath::open(&config).expect("open");
     let gate = Arc::new(Gate::new().expect("gate"));
