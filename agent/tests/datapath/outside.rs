@@ -2,7 +2,7 @@
 //! and pods dial the world, then packets are translated both ways, whatever the node's firewall thinks of forwarding.
 
 use crate::{
-    balance::{endpoints, name, node, service},
+    balance::{endpoints, node, service},
     ground::{Ground, NODE, TestPod, until},
 };
 use sluice_model::{Announcement, Endpoint, EndpointSet, ExternalPolicy, Name, Node, Protocol, Resource, Service};
@@ -98,6 +98,7 @@ fn add_route(machine: &Netns, range: &str, via: &str) {
         link: Some(link),
         source: None,
         protocol: 4,
+        mtu: None,
     };
     kernel::apply(&mut c, &[Operation::AddRoute(route)]).expect("route");
 }
