@@ -66,7 +66,8 @@ pub fn uninstall(conf_dir: &Path) -> Result<(), Error> {
 
 /// A runtime of CNI 1.1 picks the newest of `cniVersions` that it speaks; older ones know only `cniVersion`.
 fn conflist(ranges: &[String], mtu: u32) -> String {
-    let plugin = json!({ "type": "sluice-cni", "ranges": ranges, "mtu": mtu, "capabilities": { "bandwidth": true } });
+    let capabilities = json!({ "bandwidth": true, "portMappings": true });
+    let plugin = json!({ "type": "sluice-cni", "ranges": ranges, "mtu": mtu, "capabilities": capabilities });
     let list = json!({
         "cniVersion": "1.0.0",
         "cniVersions": ["1.0.0", "1.1.0"],

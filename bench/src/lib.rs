@@ -7,4 +7,5 @@ pub mod echo;
 pub mod echo_state;
 pub mod load;
 pub mod load_report;
+pub mod packets;
 pub mod stats;

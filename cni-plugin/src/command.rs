@@ -4,7 +4,7 @@
 pub use crate::garbage::{RELEASE_S, free_released};
 use crate::{
     Error, Lease,
-    config::Config,
+    config::{Config, HostProtocol},
     error::Result,
     garbage::{self, Needed},
     result::{self, Made},
@@ -103,7 +103,8 @@ fn can_be_served(config: &Config) -> Result<()> {
     if config.pool.is_empty() {
         return Err(Error::Config("ranges names no address range for pods".into()));
     }
-    config.host_ports.first().map_or(Ok(()), |p| Err(Error::HostPorts { port: p.host }))
+    let sctp = config.host_ports.iter().find(|p| p.protocol == HostProtocol::Sctp);
+    sctp.map_or(Ok(()), |p| Err(Error::HostPort { port: p.host, why: "SCTP is not served" }))
 }
 
 fn answer(config: &Config, lease: &Lease, path: &Path) -> Value {
@@ -145,6 +146,9 @@ fn lease_for(
     }
     refuse_second(maps, &entries, inside)?;
     let lease = new_lease(request, node, lock, &entries, inside)?;
+    if let Some(port) = wiring::taken_host_port(maps, &lease)? {
+        return Err(Error::HostPort { port, why: "it leads to another pod" });
+    }
     node.store.write(lock, &lease)?;
     Ok((lease, true))
 }
@@ -197,6 +201,7 @@ fn new_lease(request: &Request<'_>, node: &Node, lock: &Lock, entries: &[Entry],
         mac: request.mac.unwrap_or_else(|| wiring::pod_mac(attachment)),
         network: config.name.clone(),
         bandwidth: config.bandwidth,
+        host_ports: config.host_ports.clone(),
         pod: request.env.pod(),
     })
 }

@@ -11,7 +11,7 @@ use crate::{
     result::{Dns, Previous},
     spec::{Attachment, VERSIONS, parse_mac},
 };
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use sluice_netlink::plan::Prefix;
 use std::{net::IpAddr, path::PathBuf};
@@ -117,11 +117,24 @@ fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(d: D) ->
     Option::deserialize(d).map(Option::unwrap_or_default)
 }
 
-/// A host's port that leads to a pod's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A port of the node that leads to a pod's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostPort {
     pub host: u16,
     pub pod: u16,
+    pub protocol: HostProtocol,
+    /// On this address of the node alone; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<IpAddr>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HostProtocol {
+    Tcp,
+    Udp,
+    /// Known, but not served.
+    Sctp,
 }
 
 #[derive(Clone, Debug)]
@@ -278,14 +291,18 @@ fn host_ports(mappings: &[PortMapping]) -> Result<Vec<HostPort>> {
 fn host_port(m: &PortMapping) -> Result<HostPort> {
     let place = within("portMappings");
     let port = |n: i64| u16::try_from(n).ok().filter(|p| *p > 0).ok_or_else(|| place(format!("{n} is no port")));
-    let protocol = m.protocol.to_ascii_lowercase();
-    if !["", "tcp", "udp", "sctp"].contains(&protocol.as_str()) {
-        return Err(place(format!("protocol {protocol:?} is not tcp, udp or sctp")));
-    }
-    if !m.host_ip.is_empty() && m.host_ip.parse::<IpAddr>().is_err() {
-        return Err(place(format!("hostIP {:?} is no address", m.host_ip)));
-    }
-    Ok(HostPort { host: port(m.host_port)?, pod: port(m.container_port)? })
+    let protocol = match m.protocol.to_ascii_lowercase().as_str() {
+        "" | "tcp" => HostProtocol::Tcp,
+        "udp" => HostProtocol::Udp,
+        "sctp" => HostProtocol::Sctp,
+        other => return Err(place(format!("protocol {other:?} is not tcp, udp or sctp"))),
+    };
+    let address = match m.host_ip.as_str() {
+        "" => None,
+        text => Some(text.parse::<IpAddr>().map_err(|_| place(format!("hostIP {text:?} is no address")))?),
+    };
+    let address = address.map(|a| a.to_canonical()).filter(|a| !a.is_unspecified());
+    Ok(HostPort { host: port(m.host_port)?, pod: port(m.container_port)?, protocol, address })
 }
 
 #[cfg(test)]
@@ -372,7 +389,7 @@ mod tests {
         let config = with(json!({"runtimeConfig": runtime, "args": args, "dns": dns})).expect("good");
         assert_eq!(config.asked.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.0.0.7", "fd00::7"]);
         assert_eq!(config.mac, Some([2, 0x11, 0x22, 0x33, 0x44, 0x55]));
-        assert_eq!(config.host_ports, [HostPort { host: 8080, pod: 80 }]);
+        assert_eq!(config.host_ports, [HostPort { host: 8080, pod: 80, protocol: HostProtocol::Tcp, address: None }]);
         assert_eq!((config.dns.domain.as_str(), config.dns.search), ("x", vec!["shop.svc".to_owned()]));
         assert_eq!(config.bandwidth.ingress.expect("a limit").rate, 1_000_000);
     }

@@ -45,8 +45,8 @@ pub enum Error {
     IfnameTaken { netns: String, ifname: String },
     #[error("{netns} has an interface of this plugin already, for {holder}; a pod has one")]
     Occupied { netns: String, holder: String },
-    #[error("host ports are not served yet: remove hostPort {port} from the pod")]
-    HostPorts { port: u16 },
+    #[error("port {port} of the node cannot lead to the pod: {why}")]
+    HostPort { port: u16, why: &'static str },
     #[error("the kernel limits no bandwidth: it was built without CONFIG_NET_SCH_TBF")]
     NoBandwidth(#[source] sluice_netlink::Error),
     /// What STATUS answers.
@@ -90,7 +90,7 @@ impl Error {
             Self::Damaged { .. } => 105,
             Self::IfnameTaken { .. } => 106,
             Self::Occupied { .. } => 107,
-            Self::HostPorts { .. } => 108,
+            Self::HostPort { .. } => 108,
             Self::NoBandwidth(_) => 109,
         }
     }

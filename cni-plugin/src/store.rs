@@ -14,6 +14,7 @@
 use crate::{
     Error,
     bandwidth::Bandwidth,
+    config::HostPort,
     error::Result,
     ipam::{Pool, Refusal},
     spec::Attachment,
@@ -63,6 +64,8 @@ pub struct Lease {
     pub network: String,
     #[serde(default, skip_serializing_if = "Bandwidth::is_unlimited")]
     pub bandwidth: Bandwidth,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_ports: Vec<HostPort>,
     #[serde(flatten)]
     pub pod: PodRef,
 }
@@ -303,6 +306,7 @@ mod tests {
             mac: [2; 6],
             network: "n".into(),
             bandwidth: Bandwidth::default(),
+            host_ports: vec![],
             pod: PodRef { namespace: "shop".into(), name: "web".into(), uid: "u".into() },
         }
     }

@@ -3,13 +3,16 @@
 use crate::{
     Error,
     bandwidth::Bandwidth,
-    config::Config,
+    config::{Config, HostProtocol},
     error::Result,
     spec::Attachment,
     store::{Entry, Lease, PodRef},
 };
 use sluice_ebpf::{
-    common::{CAPTURE_MARK, CAPTURE_TABLE, POD_MESHED, POD_SHAPED, Pod, PodAddr, PortKey},
+    common::{
+        CAPTURE_MARK, CAPTURE_TABLE, INSIDE, POD_MESHED, POD_SHAPED, Pod, PodAddr, PortKey, Reverse, ServiceKey, TCP,
+        UDP,
+    },
     loader,
     maps::{PodMaps, padded, pin_dir},
 };
@@ -201,6 +204,36 @@ pub fn open_maps(config: &Config) -> Result<PodMaps> {
     PodMaps::open(&pin_dir(&config.bpffs)).map_err(Error::NotReady)
 }
 
+/// What a pod's host ports are in the map: each by the address that it is on, or by the unspecified one of its family.
+pub(crate) fn host_ports(lease: &Lease) -> Vec<(ServiceKey, Reverse)> {
+    let mut entries = Vec::new();
+    for port in &lease.host_ports {
+        let proto = match port.protocol {
+            HostProtocol::Tcp => TCP,
+            HostProtocol::Udp => UDP,
+            HostProtocol::Sctp => continue, // refused before
+        };
+        for ip in lease.addresses.iter().filter(|ip| port.address.is_none_or(|a| a.is_ipv4() == ip.is_ipv4())) {
+            let to = sluice_ebpf::addr(*ip);
+            let addr = port.address.map_or(to.unspecified(), sluice_ebpf::addr);
+            let key = ServiceKey { addr, port_be: port.host.to_be(), proto, scope: INSIDE };
+            entries.push((key, Reverse { addr: to, port_be: port.pod.to_be(), pad: 0 }));
+        }
+    }
+    entries
+}
+
+/// The first host port of the lease that another pod has.
+pub(crate) fn taken_host_port(maps: &PodMaps, lease: &Lease) -> Result<Option<u16>> {
+    for (key, to) in host_ports(lease) {
+        let other = maps.host_ports.get(&key).map_err(maps_error(lease))?.is_some_and(|held| held.addr != to.addr);
+        if other {
+            return Ok(Some(u16::from_be(key.port_be)));
+        }
+    }
+    Ok(None)
+}
+
 /// Puts the pod into the maps and steering into its namespace: ADD's last step, under the lock.
 pub fn enlist(bpffs: &Path, maps: &PodMaps, inside: &Inside, lease: &Lease, ifindex: u32) -> Result<()> {
     let failed = maps_error(lease);
@@ -234,6 +267,9 @@ pub fn enlist(bpffs: &Path, maps: &PodMaps, inside: &Inside, lease: &Lease, ifin
         let entry = PodAddr { netns: inside.cookie, flags, ifindex };
         maps.addrs.set(&sluice_ebpf::addr(*ip), &entry).map_err(&failed)?;
     }
+    for (key, to) in host_ports(lease) {
+        maps.host_ports.set(&key, &to).map_err(&failed)?;
+    }
     maps.pods.set(&inside.cookie, &pod).map_err(&failed)
 }
 
@@ -257,6 +293,9 @@ pub fn delist(bpffs: &Path, maps: &PodMaps, lease: &Lease) -> Result<()> {
             maps.addrs.remove(addr).map_err(&failed)?;
         }
     }
+    for (key, _) in maps.host_ports.entries().map_err(&failed)?.iter().filter(|(_, to)| own.contains(&to.addr)) {
+        maps.host_ports.remove(key).map_err(&failed)?;
+    }
     let ports = maps.ports.entries().map_err(&failed)?;
     let mut excluded = ports.into_iter().map(|(k, _)| k).filter(|k: &PortKey| own.contains(&k.addr));
     excluded.try_for_each(|k| maps.ports.remove(&k).map(drop)).map_err(&failed)
@@ -274,6 +313,7 @@ pub(crate) fn guess(entry: &Entry, maps: Option<&PodMaps>) -> Result<Lease> {
         mac: pod_mac(&entry.attachment),
         network: String::new(),
         bandwidth: Bandwidth::default(),
+        host_ports: vec![],
         pod: PodRef::default(),
     };
     if let (Some(maps), Some(ip)) = (maps, lease.addresses.first()) {
@@ -291,6 +331,9 @@ pub fn enlisted(bpffs: &Path, maps: &PodMaps, lease: &Lease) -> Result<bool> {
     for ip in &lease.addresses {
         let entry = maps.addrs.get(&sluice_ebpf::addr(*ip)).map_err(&failed)?;
         all &= entry.is_some_and(|a| a.netns == lease.netns_cookie);
+    }
+    for (key, to) in host_ports(lease) {
+        all &= maps.host_ports.get(&key).map_err(&failed)? == Some(to);
     }
     Ok(all)
 }

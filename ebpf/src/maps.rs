@@ -221,6 +221,7 @@ pub struct PodMaps {
     pub addrs: HashMap<Addr, PodAddr>,
     pub intents: HashMap<Uid, u32>,
     pub ports: HashMap<PortKey, u32>,
+    pub host_ports: HashMap<ServiceKey, Reverse>,
 }
 
 impl PodMaps {
@@ -230,6 +231,7 @@ impl PodMaps {
             addrs: HashMap::open(dir, map::ADDRS)?,
             intents: HashMap::open(dir, map::INTENTS)?,
             ports: HashMap::open(dir, map::PORTS)?,
+            host_ports: HashMap::open(dir, map::HOST_PORTS)?,
         })
     }
 }

@@ -140,7 +140,7 @@ fn a_host_port_leads_to_its_pod() {
         for (address, port) in [(unspecified, 8443_u16), (addr(ip(f.node)), 9443)] {
             let key = ServiceKey { addr: address, port_be: port.to_be(), proto: TCP, scope: INSIDE };
             let to = Reverse { addr: addr(ip(f.pod)), port_be: 8080_u16.to_be(), pad: 0 };
-            lab.host_ports.set(&key, &to).expect("host port");
+            lab.pods.host_ports.set(&key, &to).expect("host port");
             let frame = Frame { dst: ip(f.node), dport: port, sport: 38_557 + port, ..request(f, TCP) };
             there_and_back(&lab, &frame, "from_wire");
         }

@@ -79,6 +79,12 @@ impl Datapath {
         for (addr, _) in maps.addrs.entries().map_err(Error::Pods)?.into_iter().filter(|(_, a)| !known(a.netns)) {
             maps.addrs.remove(&addr).map_err(Error::Pods)?;
         }
+        for (key, to) in maps.host_ports.entries().map_err(Error::Pods)? {
+            if maps.addrs.get(&to.addr).map_err(Error::Pods)?.is_none() {
+                maps.host_ports.remove(&key).map_err(Error::Pods)?;
+                wrong.push(format!("host port {} of no pod", u16::from_be(key.port_be)));
+            }
+        }
         let attached = loader::attached_pods(&self.place.bpffs).map_err(Error::Pods)?;
         let mut stray = attached.into_iter().filter(|c| !known(*c));
         stray.try_for_each(|c| loader::detach_pod(&self.place.bpffs, c).map_err(Error::Pods))

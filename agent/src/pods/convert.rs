@@ -116,8 +116,31 @@ pub fn sandbox(pod: &Pod, spec: &PodSpec, attempt: u32, node: &Node) -> cri::Pod
                 .collect(),
             ..Default::default()
         }),
+        port_mappings: port_mappings(spec),
         ..Default::default()
     }
+}
+
+/// Host ports, which the runtime hands to the network plugin. A pod in the node's own network has its ports there.
+fn port_mappings(spec: &PodSpec) -> Vec<cri::PortMapping> {
+    if host_network(spec) {
+        return vec![];
+    }
+    let ports = spec.containers.iter().flat_map(|c| c.ports.iter().flatten());
+    let mapping = |p: &k8s_openapi::api::core::v1::ContainerPort| {
+        let protocol = match p.protocol.as_deref() {
+            Some("UDP") => cri::Protocol::Udp,
+            Some("SCTP") => cri::Protocol::Sctp,
+            _ => cri::Protocol::Tcp,
+        };
+        Some(cri::PortMapping {
+            protocol: protocol.into(),
+            container_port: p.container_port,
+            host_port: p.host_port.filter(|n| *n > 0)?,
+            host_ip: p.host_ip.clone().unwrap_or_default(),
+        })
+    };
+    ports.filter_map(mapping).collect()
 }
 
 fn namespaces(spec: &PodSpec) -> cri::NamespaceOption {

@@ -78,7 +78,8 @@ fn main() -> anyhow::Result<()> {
         None => {
             let ground = Ground::new()?;
             connections(&ground, &cli.args)?;
-            following(&ground)
+            following(&ground)?;
+            passing(&ground)
         }
     }
 }
@@ -385,5 +386,15 @@ fn following(ground: &Ground) -> anyhow::Result<()> {
     println!("  one endpoint's change in force after {median:.2} ms ({low:.2}-{high:.2})");
     println!("RESULT lb_full_sync_s ours={:.3} peer=0 unit=s", full.as_secs_f64());
     println!("RESULT lb_one_change_ms ours={median:.2} peer=0 unit=ms");
+    Ok(())
+}
+
+/// Packets of known connections, beside as many services as a large cluster has.
+fn passing(ground: &Ground) -> anyhow::Result<()> {
+    const BESIDE: usize = 10_000;
+    ground.table()?.apply(&wanted(BESIDE))?;
+    let (low, median, high) = interval(sluice_bench::packets::hits(&ground.place.bpffs)?.into_iter());
+    println!("a packet of a known connection, rewritten: {median:.0} ns ({low:.0}-{high:.0})");
+    println!("RESULT tc_hit_ns ours={median:.0} peer=0 unit=ns");
     Ok(())
 }

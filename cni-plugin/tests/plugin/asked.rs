@@ -84,7 +84,7 @@ fn limits_are_set_checked_and_put_back() {
     assert!(node.with("ADD", "a", Some(pod.path()), more).0);
     node.ok("CHECK", "a", Some(pod.path()));
     node.ok("DEL", "a", Some(pod.path()));
-    let ports = json!({"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "tcp"}]}});
+    let ports = json!({"runtimeConfig": {"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": "sctp"}]}});
     let two = node.pod("b");
     assert_eq!(node.with("ADD", "b", Some(two.path()), ports).1["code"], 108);
     assert_eq!(node.lease_files().iter().filter(|f| f.ends_with("@eth0")).count(), 0);
@@ -180,4 +180,39 @@ fn status_tells_whether_pods_can_be_added() {
     assert_eq!(status(json!({})), 51, "a pod is there without its data path");
     node.ok("DEL", "a", None);
     assert_eq!(status(json!({})), 50);
+}
+
+/// In the map from ADD to DEL, on one pod at a time.
+#[test]
+fn host_ports_lead_to_their_pod() {
+    use sluice_ebpf::{common::TCP, maps::PodMaps};
+    let node = Node::new("hostport", true);
+    let (a, b) = (node.pod("a"), node.pod("b"));
+    let asks = |protocol: &str| {
+        json!({"runtimeConfig": {"portMappings": [
+            {"hostPort": 8443, "containerPort": 443, "protocol": protocol},
+            {"hostPort": 9443, "containerPort": 443, "protocol": "tcp", "hostIP": "192.0.2.1"},
+        ]}})
+    };
+    assert_eq!(node.with("ADD", "a", Some(a.path()), asks("sctp")).1["code"], 108);
+    assert_eq!(node.lease_files().len(), 0, "nothing is made");
+    let (ok, answer) = node.with("ADD", "a", Some(a.path()), asks("tcp"));
+    assert!(ok, "{answer}");
+    let maps = PodMaps::open(&pin_dir(&node.place.bpffs)).expect("maps");
+    let ports = || maps.host_ports.entries().expect("entries");
+    let seen: Vec<_> =
+        ports().iter().map(|(k, to)| (k.proto, u16::from_be(k.port_be), u16::from_be(to.port_be))).collect();
+    assert_eq!(seen.iter().filter(|p| **p == (TCP, 8443, 443)).count(), 2, "both families: {seen:?}");
+    assert_eq!(seen.iter().filter(|p| **p == (TCP, 9443, 443)).count(), 1, "of the address's family: {seen:?}");
+    let (_, answer) = node.with("ADD", "b", Some(b.path()), asks("tcp"));
+    assert_eq!(answer["code"], 108, "taken: {answer}");
+    assert_eq!(node.lease_files().len(), 1);
+    node.with("CHECK", "a", Some(a.path()), asks("tcp"));
+    maps.host_ports.remove(&ports()[0].0).expect("damage");
+    let check = node.with("CHECK", "a", Some(a.path()), asks("tcp")).1;
+    assert_eq!(check["code"], 104, "CHECK sees what is missing: {check}");
+    node.ok("DEL", "a", Some(a.path()));
+    assert!(ports().is_empty(), "DEL takes them away");
+    let (ok, answer) = node.with("ADD", "b", Some(b.path()), asks("udp"));
+    assert!(ok, "free again: {answer}");
 }

@@ -2,11 +2,11 @@
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use sluice_ebpf::{
-    common::{Reason, Reverse, ServiceKey, map},
+    common::{Reason, ServiceKey},
     dry_run::{Outcome, Program},
     layout::Wanted,
     loader::{self, Place},
-    maps::{Counters, HashMap, NodeMaps, PodMaps, ServiceMaps, pin_dir},
+    maps::{Counters, NodeMaps, PodMaps, ServiceMaps, pin_dir},
     settings::SettingsMap,
     table::ServiceTable,
 };
@@ -18,7 +18,6 @@ pub struct Lab {
     pub pods: PodMaps,
     pub node: NodeMaps,
     pub settings: SettingsMap,
-    pub host_ports: HashMap<ServiceKey, Reverse>,
     counters: Counters,
     table: ServiceTable,
     programs: BTreeMap<&'static str, Program>,
@@ -47,7 +46,6 @@ impl Lab {
             pods: PodMaps::open(&dir).expect("maps"),
             node: NodeMaps::open(&dir).expect("maps"),
             settings: SettingsMap::open(&dir).expect("map"),
-            host_ports: HashMap::open(&dir, map::HOST_PORTS).expect("map"),
             counters: Counters::open(&dir).expect("map"),
             table: ServiceTable::open(ServiceMaps::open(&dir).expect("maps")).expect("table"),
             programs: ["from_pod", "from_wire", "from_host"].map(open).into(),

@@ -1,0 +1,84 @@
+//! What a packet of a known connection costs: the production programs, run by the kernel on packets that rotate.
+
+use anyhow::{Context, ensure};
+use sluice_ebpf::{
+    addr,
+    common::{CT_ANSWERED, Flow, PodAddr, TCP, TICK_SHIFT, Translation, map},
+    dry_run::{Program, Verdict},
+    maps::{HashMap, PodMaps, pin_dir},
+};
+use std::{net::Ipv4Addr, path::Path, time::Duration};
+
+/// Connections, each of which is two flows.
+const CONNECTIONS: u32 = 50_000;
+/// Different packets, each run so often in a row.
+const PACKETS: u32 = 1_000;
+const REPEAT: u32 = 1_000;
+
+const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
+const VIRTUAL: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+const BACKEND: Ipv4Addr = Ipv4Addr::new(10, 244, 1, 5);
+
+/// Nanoseconds of each packet through `from_wire`. Each run turns the packet of the run before into the other of two
+/// flows, so that every one of them finds a connection and writes addresses, ports and checksums.
+pub fn hits(bpffs: &Path) -> anyhow::Result<Vec<f64>> {
+    let dir = pin_dir(bpffs);
+    let flows = HashMap::<Flow, Translation>::open(&dir, map::FLOWS)?;
+    let pods = PodMaps::open(&dir)?;
+    for pod in [VIRTUAL, BACKEND] {
+        pods.addrs.set(&addr(pod.into()), &PodAddr { netns: 1, flags: 0, ifindex: 1 })?;
+    }
+    let used = (uptime()?.as_nanos() >> TICK_SHIFT) as u32;
+    for number in 0..CONNECTIONS {
+        let [there, then] = [(VIRTUAL, 80), (BACKEND, 8080)].map(|(to, port)| flow(number, to, port));
+        for (key, to) in [(there, then), (then, there)] {
+            flows.set(&key, &Translation { to, used, flags: CT_ANSWERED })?;
+        }
+    }
+    let program = Program::open(bpffs, "from_wire")?;
+    let step = CONNECTIONS / PACKETS;
+    let times = (0..PACKETS).map(|n| {
+        let packet = packet(&flow(n * step, VIRTUAL, 80));
+        let once = program.run(&packet, 1)?;
+        ensure!(once.verdict == Verdict::Redirect && once.packet[30..34] == BACKEND.octets(), "a packet was not known");
+        Ok(f64::from(program.run(&packet, REPEAT)?.nanoseconds))
+    });
+    let times = times.collect::<anyhow::Result<Vec<f64>>>().context("run the packet program")?;
+    for (key, _) in flows.entries()? {
+        flows.remove(&key)?;
+    }
+    for pod in [VIRTUAL, BACKEND] {
+        pods.addrs.remove(&addr(pod.into()))?;
+    }
+    Ok(times)
+}
+
+/// What the programs' clock shows, as long as the machine never slept.
+fn uptime() -> anyhow::Result<Duration> {
+    let text = std::fs::read_to_string("/proc/uptime").context("read /proc/uptime")?;
+    let seconds = text.split(' ').next().and_then(|s| s.parse().ok()).context("understand /proc/uptime")?;
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+fn flow(number: u32, to: Ipv4Addr, port: u16) -> Flow {
+    let source = Ipv4Addr::from_bits(CLIENT.to_bits() + number / 25_000);
+    Flow {
+        src: addr(source.into()),
+        dst: addr(to.into()),
+        sport_be: (10_000 + (number % 25_000) as u16).to_be(),
+        dport_be: port.to_be(),
+        proto: TCP,
+        pad: [0; 3],
+    }
+}
+
+/// An acknowledgement without data. The checksums are not right: they are patched, not checked.
+fn packet(f: &Flow) -> Vec<u8> {
+    let octets = |a: &sluice_ebpf::common::Addr| a.octets()[12..].to_vec();
+    let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0, 0x45, 0, 0, 40, 0, 0, 0, 0, 64, TCP, 0, 0];
+    frame.extend([octets(&f.src), octets(&f.dst)].concat());
+    frame.extend(f.sport_be.to_ne_bytes());
+    frame.extend(f.dport_be.to_ne_bytes());
+    frame.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]);
+    frame
+}
