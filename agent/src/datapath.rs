@@ -178,6 +178,12 @@ impl Datapath {
         self.settings.clone()
     }
 
+    /// Takes notice of links and addresses that came or went.
+    pub fn follow(&mut self) -> Result<(), Error> {
+        let snapshot = self.compiler.snapshot();
+        self.reconcile_ports(snapshot.as_deref()).map(drop)
+    }
+
     fn reconcile_ports(&mut self, snapshot: Option<&Snapshot>) -> Result<Vec<String>, Error> {
         self.ports.reconcile(self.wires.connection(), snapshot, &self.config.node)
     }

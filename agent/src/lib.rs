@@ -7,6 +7,7 @@ pub mod datapath;
 mod error;
 mod file;
 pub mod handover;
+mod health;
 pub mod identity;
 pub mod network;
 pub mod node;

@@ -21,7 +21,7 @@ use crate::{
 };
 use k8s_openapi::api::core::v1::Pod;
 use sluice_model::{Name, Snapshot};
-use sluice_netlink::Netns;
+use sluice_netlink::{Netns, watch::Changes};
 use sluice_wire::{DISCOVERY_SOCKET, v1::WorkloadRef};
 use std::{
     collections::{HashMap, HashSet},
@@ -33,6 +33,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
+    io::unix::AsyncFd,
     net::UnixListener,
     runtime::Handle,
     sync::{mpsc, watch},
@@ -60,6 +61,45 @@ pub struct Network {
     /// Where repairs are told, once the API is known.
     events: OnceLock<Events>,
     runtime: Handle,
+}
+
+/// Notices of the node's links and addresses. Where there are none to be had, repairs find what has changed.
+struct Links(Option<AsyncFd<Changes>>);
+
+/// Pods come and go by links too: whatever happens within this time is taken notice of at once.
+const SETTLE: Duration = Duration::from_millis(50);
+
+impl Links {
+    fn open() -> Self {
+        let opened = Changes::open().map_err(|e| describe(&e)).and_then(|c| AsyncFd::new(c).map_err(|e| e.to_string()));
+        if let Err(error) = &opened {
+            tracing::warn!(error, "links are looked at once a second instead of when they change");
+        }
+        Self(opened.ok())
+    }
+
+    /// Returns when something has changed; it may be forgotten and called anew at any time.
+    async fn changed(&mut self) {
+        while let Some(changes) = &mut self.0 {
+            let any = match changes.readable_mut().await {
+                Ok(mut ready) => {
+                    tokio::time::sleep(SETTLE).await;
+                    ready.clear_ready();
+                    Ok(ready.get_inner_mut().drain())
+                }
+                Err(error) => Err(error),
+            };
+            match any {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "links are looked at once a second from now on");
+                    self.0 = None;
+                }
+            }
+        }
+        std::future::pending().await
+    }
 }
 
 struct Served {
@@ -108,6 +148,7 @@ impl Network {
         repair.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         views.mark_changed();
         let mut told = Told::default();
+        let mut links = Links::open();
         loop {
             tokio::select! {
                 biased;
@@ -124,6 +165,7 @@ impl Network {
                         say(told.take(self.clone().apply(view).await));
                     }
                 }
+                () = links.changed() => self.clone().follow().await,
                 _ = repair.tick() => {
                     self.clone().repair().await;
                     if told.refused() {
@@ -153,6 +195,14 @@ impl Network {
             Err(error) => (Err(error), Vec::new()),
         };
         Verdict { epoch, revision, result, problems }
+    }
+
+    async fn follow(self: Arc<Self>) {
+        let work = move || self.datapath().follow().map_err(|e| describe(&e));
+        let outcome = tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(e.to_string()));
+        if let Err(error) = outcome {
+            tracing::warn!(error, "links and addresses of the node not taken notice of, trying again");
+        }
     }
 
     async fn repair(self: Arc<Self>) {

@@ -5,6 +5,7 @@ use crate::{
     cni_config,
     datapath::{Datapath, DatapathConfig},
     handover::Handover,
+    health,
     identity::{self, NodeIdentity},
     network::Network,
     node::{self, Facts, NotReady},
@@ -250,6 +251,7 @@ async fn start_network(
     let relay = Relay::new(views.clone(), metrics_interval, holders, Arc::new(Signing { channel }), Some(kept));
     let network = Network::new(o.node_name.clone(), datapath, handover, gate, relay.clone(), views.clone());
     tokio::spawn(network.clone().run(verdicts));
+    tokio::spawn(health::serve(o.node_name.clone(), views.clone()));
     start_dns(o, views).await?;
     Ok(Started { network, mtu, reports: relay.report(metrics) })
 }

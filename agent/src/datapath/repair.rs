@@ -116,9 +116,8 @@ impl Datapath {
         let leases = self.store.settled(SETTLED).map_err(Error::Leases)?;
         let operations = self.wires.reconcile(&leases).map_err(Error::Node)?;
         wrong.extend(operations.iter().map(|o| format!("needed: {o}")));
-        let snapshot = self.compiler.snapshot();
         // Links and addresses come and go: to follow them is no repair.
-        self.reconcile_ports(snapshot.as_deref()).map(drop)?;
+        self.follow()?;
         Ok(())
     }
 }
