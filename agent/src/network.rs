@@ -190,6 +190,9 @@ impl Network {
                 if applied.closed > 0 {
                     tracing::info!(sockets = applied.closed, "closed connected UDP sockets whose backend has gone");
                 }
+                for problem in &applied.problems {
+                    tracing::warn!(problem, "not everything of the cluster's state is in force");
+                }
                 (Ok(()), applied.problems)
             }
             Err(error) => (Err(error), Vec::new()),

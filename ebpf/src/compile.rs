@@ -241,11 +241,12 @@ impl View<'_> {
         let maglev = self.reach != Reach::Own;
         let outside = maglev && service.external_policy == ExternalPolicy::Local;
         let wanted = self.wanted(routes, service, port, problems);
-        entries.insert(key, Arc::new(Wanted { maglev, outside, ..wanted }));
+        let wanted = if maglev { wanted.by_maglev() } else { wanted };
+        entries.insert(key, Arc::new(Wanted { outside, ..wanted }));
         if outside {
             let view = View { callers: Callers::Outside, ..self };
             let wanted = view.wanted(routes, service, port, &mut vec![]);
-            entries.insert(ServiceKey { scope: OUTSIDE, ..key }, Arc::new(Wanted { maglev, ..wanted }));
+            entries.insert(ServiceKey { scope: OUTSIDE, ..key }, Arc::new(wanted.by_maglev()));
         }
     }
 

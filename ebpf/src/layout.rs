@@ -59,6 +59,12 @@ impl Wanted {
         Self { affinity_s: affinity_s.unwrap_or(0), ..self }
     }
 
+    /// Packets choose by a Maglev table, where there is a backend to choose.
+    pub fn by_maglev(mut self) -> Self {
+        self.maglev = maglev::slots(&self.groups).is_some();
+        self
+    }
+
     /// What says that a backend belongs to `set`; nothing where no client asks.
     pub fn members(&self, set: u32) -> impl Iterator<Item = MemberKey> + '_ {
         self.targets().filter(|_| self.affinity_s > 0).map(move |t| MemberKey {

@@ -45,12 +45,15 @@ pub struct ServiceTable {
     present: BTreeMap<ServiceKey, Present>,
     next_set: u32,
     withdrawn: BTreeSet<(ServiceKey, Target)>,
+    /// Services for whose Maglev tables there was no room; tried again when they change, or after a restart.
+    untabled: BTreeSet<ServiceKey>,
 }
 
 impl ServiceTable {
     /// Reads what is there: a restarted agent goes on from it.
     pub fn open(maps: ServiceMaps) -> Result<Self> {
-        let mut table = Self { maps, present: BTreeMap::new(), next_set: 1, withdrawn: BTreeSet::new() };
+        let mut table =
+            Self { maps, present: BTreeMap::new(), next_set: 1, withdrawn: BTreeSet::new(), untabled: BTreeSet::new() };
         table.reread()?;
         Ok(table)
     }
@@ -84,7 +87,10 @@ impl ServiceTable {
             let all_there = |w: &Wanted| w.members(s.set).all(|m| there.contains(&m));
             let blocks = blocks.get(&s.set).copied().unwrap_or(0);
             let wanted = read_back(&key, &s, |k| backends.get(&k).copied()).filter(all_there);
-            let wanted = wanted.filter(|w| w.blocks() == blocks);
+            let mut wanted = wanted.filter(|w| w.blocks() == blocks);
+            if let Some(wanted) = wanted.as_mut().filter(|_| self.untabled.contains(&key)) {
+                wanted.maglev = true;
+            }
             let backends = sizes.get(&s.set).copied().unwrap_or(0);
             let entries = Entries { set: s.set, backends, members, blocks };
             (key, Present { entries, wanted: wanted.map(Arc::new) })
@@ -167,6 +173,10 @@ impl ServiceTable {
         let set = self.next_set;
         self.next_set = self.next_set.wrapping_add(1).max(1);
         let blocks = self.write_table(wanted, set);
+        match wanted.maglev && blocks == 0 {
+            true => self.untabled.insert(*key),
+            false => self.untabled.remove(key),
+        };
         let (service, backends) = match blocks {
             0 => lay_out(key, &Wanted { maglev: false, ..Wanted::clone(wanted) }, set),
             _ => lay_out(key, wanted, set),

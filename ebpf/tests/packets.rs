@@ -66,7 +66,7 @@ fn lab(name: &str) -> Lab {
             let target = Target { addr: addr(ip(f.pod)), port_be: 8080_u16.to_be() };
             let wanted = Wanted::new(false, vec![WantedGroup { weight: 1, targets: vec![target] }]);
             services.push((key(addr(ip(f.vip)), 80), wanted.clone()));
-            services.push((key(addr(ip(f.vip)).unspecified(), 30_080), Wanted { maglev: true, ..wanted }));
+            services.push((key(addr(ip(f.vip)).unspecified(), 30_080), wanted.by_maglev()));
             services.push((key(addr(ip(f.empty)), 80), Wanted::default()));
         }
     }

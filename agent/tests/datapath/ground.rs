@@ -127,6 +127,18 @@ impl Ground {
         ground
     }
 
+    /// What the programs have counted, and where they are: for whoever reads of a failure.
+    pub fn explain(&self) {
+        let bpffs = Path::new("/sys/fs/bpf");
+        let counted = sluice_ebpf::maps::Counters::open(&sluice_ebpf::maps::pin_dir(bpffs)).and_then(|c| c.all());
+        for (label, count) in counted.unwrap_or_default().iter().filter(|(_, n)| *n > 0) {
+            eprintln!("{label}: {count}");
+        }
+        eprintln!("programs on links {:?}", sluice_ebpf::loader::attached_devices(bpffs));
+        let links = Connection::open().and_then(|mut c| sluice_netlink::link::devices(&mut c));
+        eprintln!("links {links:?}");
+    }
+
     pub fn start_agent(&self) {
         let _ = fs::remove_file(ACK);
         let child = self.child("agent", &[]).spawn().expect("agent");

@@ -33,7 +33,11 @@ fn main() {
     for (name, story) in stories {
         if filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())) {
             let begun = std::time::Instant::now();
-            story(&ground);
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| story(&ground)));
+            if let Err(cause) = outcome {
+                ground.explain();
+                std::panic::resume_unwind(cause);
+            }
             println!("test {name} ... ok ({:.1} s)", begun.elapsed().as_secs_f64());
         }
     }
