@@ -8,7 +8,7 @@ mod pods;
 mod repair;
 mod reset;
 
-use crate::{attest, error::describe};
+use crate::{attest, error::describe, flows::kernel};
 use node::Wires;
 use pods::{Overrides, PodTable};
 use sluice_cni::{Lease, Store, store::Lock};
@@ -16,6 +16,7 @@ use sluice_ebpf::{
     compile::{Compiler, DnsOverlay},
     loader::{self, Loaded, Place},
     maps::{Counters, ServiceMaps, pin_dir},
+    settings::SettingsMap,
     table::{Changes, ServiceTable},
 };
 use sluice_model::Snapshot;
@@ -26,6 +27,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use tokio::sync::watch;
 
 const DNS_PORT: u16 = 53;
 
@@ -35,6 +37,8 @@ pub enum Error {
     Cgroup(#[source] attest::Error),
     #[error("load the data path")]
     Load(#[source] sluice_ebpf::Error),
+    #[error("set the programs' settings")]
+    Settings(#[source] sluice_ebpf::Error),
     #[error("bring the service maps to the snapshot")]
     Services(#[source] sluice_ebpf::Error),
     #[error("bring the pod maps to the snapshot")]
@@ -102,6 +106,10 @@ pub struct Datapath {
     table: ServiceTable,
     pod_table: PodTable,
     counters: Counters,
+    /// The process's only one: every part that has a say in the settings shares it.
+    settings: Arc<SettingsMap>,
+    /// Told when the pins were made anew.
+    renewed: watch::Sender<()>,
     wires: Wires,
     /// Nothing before the first snapshot: the entries of the agent before us stay as they are.
     compiler: Compiler,
@@ -115,17 +123,42 @@ impl Datapath {
         let place = Place { bpffs: config.bpffs.clone(), cgroup };
         let state_dir = PathBuf::from(sluice_cni::STATE_DIR);
         let wires = Wires::open().map_err(Error::Node)?;
-        let boot = sluice_cni::store::boot(wires.netns_cookie().map_err(Error::Node)?).map_err(Error::Leases)?;
+        let host_netns = wires.netns_cookie().map_err(Error::Node)?;
+        let boot = sluice_cni::store::boot(host_netns).map_err(Error::Leases)?;
         let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
         let loaded = {
             let _lock = Lock::take(&state_dir).map_err(Error::Leases)?;
             loader::load(&place).map_err(Error::Load)?
         };
         let (table, pod_table, counters) = open_maps(&place.bpffs).map_err(Error::Load)?;
-        let compiler = Compiler::new(config.node.clone(), config.overlay());
-        let config = config.clone();
-        let overrides = Overrides::default();
-        Ok(Self { config, place, loaded, state_dir, store, table, pod_table, counters, wires, compiler, overrides })
+        let settings = Arc::new(SettingsMap::open(&pin_dir(&place.bpffs)).map_err(Error::Load)?);
+        // An agent that was killed may have left them on.
+        settings.set_flags(kernel::WATCH, 0).map_err(Error::Settings)?;
+        Ok(Self {
+            config: config.clone(),
+            place,
+            loaded,
+            state_dir,
+            store,
+            table,
+            pod_table,
+            counters,
+            settings,
+            renewed: watch::channel(()).0,
+            wires,
+            compiler: Compiler::new(config.node.clone(), config.overlay()),
+            overrides: Overrides::default(),
+        })
+    }
+
+    /// What following the node's flows needs of it.
+    pub fn pins(&self) -> Result<kernel::Pins, Error> {
+        Ok(kernel::Pins {
+            dir: pin_dir(&self.place.bpffs),
+            settings: self.settings.clone(),
+            host_netns: self.wires.netns_cookie().map_err(Error::Node)?,
+            renewed: self.renewed.subscribe(),
+        })
     }
 
     /// What loading found: whether refused connections see ECONNREFUSED, how many pods were steered on.

@@ -100,6 +100,12 @@ impl Network {
         self.datapath.lock().expect("no holder panics")
     }
 
+    /// The programs' counters with their labels. Waits where a view is being brought into force.
+    pub async fn counters(self: Arc<Self>) -> Result<Vec<(&'static str, u64)>, String> {
+        let read = move || self.datapath().counters().map_err(|e| describe(&e));
+        tokio::task::spawn_blocking(read).await.unwrap_or_else(|e| Err(e.to_string()))
+    }
+
     /// For ever: every view into the kernel, then the verdict to control; repairs in between. A view that is not in
     /// force is tried again with each repair. Control may be away: no verdict is waited for.
     pub async fn run(self: Arc<Self>, verdicts: mpsc::Sender<Verdict>) {

@@ -4,6 +4,7 @@ use crate::{
     attest::Gate,
     cni_config,
     datapath::{Datapath, DatapathConfig},
+    flows::{self, Hub},
     handover::Handover,
     identity::{self, NodeIdentity},
     network::Network,
@@ -81,7 +82,7 @@ pub struct Options {
     /// Seconds between heartbeats; control's grace period must be a few of them
     #[arg(long, default_value_t = 10)]
     pub heartbeat_s: u64,
-    /// Port of the log server
+    /// Port of the node's server: logs, flows, counters
     #[arg(long, default_value_t = 10250)]
     pub log_port: u16,
 }
@@ -128,14 +129,14 @@ async fn start_member(o: &Options, c: &Cluster) -> Result<()> {
     // First what needs nobody: the kernel, from the last known view, so that traffic is right before control answers.
     let (channel_tx, channel) = watch::channel(placeholder_channel(&c.discovery)?);
     let (uplink, ends) = Uplink::new(o.node_name.clone(), Store::new(o.data_dir.join("view.json")), channel.clone());
-    let (network, reports) = start_network(o, ends, channel.clone()).await?;
+    let (network, flows, reports) = start_network(o, ends, channel.clone()).await?;
     // Then control.
     let id = identity::obtain(&o.data_dir, &o.node_name, &c.discovery, &c.ca_file, &c.token_file).await?;
     channel_tx.send_replace(identity::channel(&c.discovery, &id.bundle_pem, Some(&id))?);
     tokio::spawn(uplink.run());
     tokio::spawn(reports);
     let client = api_client(c, &id)?;
-    start_pods(o, &id, client, network).await?;
+    start_pods(o, &id, client, network, flows).await?;
     renewed(o, &id, channel).await
 }
 
@@ -145,7 +146,7 @@ async fn start_alone(o: &Options, file: PathBuf) -> Result<()> {
     let views = ends.views.clone();
     // Sidecars are served, but nobody can sign for them.
     let nobody = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
-    let (_network, reports) = start_network(o, ends, watch::channel(nobody).1).await?;
+    let (_network, _flows, reports) = start_network(o, ends, watch::channel(nobody).1).await?;
     tokio::spawn(reports);
     tokio::spawn(configure_alone(o.clone(), views));
     Replay::new(file, source).run().await;
@@ -176,7 +177,7 @@ async fn start_network(
     o: &Options,
     ends: Ends,
     channel: watch::Receiver<Channel>,
-) -> Result<(Arc<Network>, impl Future<Output = ()> + use<>)> {
+) -> Result<(Arc<Network>, Arc<Hub>, impl Future<Output = ()> + use<>)> {
     let Ends { views, verdicts, holders, metrics, metrics_interval } = ends;
     let datapath = Datapath::open(&DatapathConfig {
         bpffs: o.bpffs.clone(),
@@ -185,6 +186,7 @@ async fn start_network(
         dns: Some(o.cluster_dns),
     })
     .context("open the data path")?;
+    let flows = Hub::start(o.node_name.clone(), datapath.pins()?, views.clone());
     let gate = Arc::new(Gate::new()?);
     let handover = Handover::new(&o.bpffs, Some(gate.clone()))?;
     let kept = Kept::new(o.data_dir.join("holders.json"));
@@ -192,7 +194,7 @@ async fn start_network(
     let network = Network::new(o.node_name.clone(), datapath, handover, gate, relay.clone(), views.clone());
     tokio::spawn(network.clone().run(verdicts));
     start_dns(o, views).await?;
-    Ok((network, relay.report(metrics)))
+    Ok((network, flows, relay.report(metrics)))
 }
 
 /// Before the node has joined nothing can be asked; the channel is replaced then.
@@ -266,7 +268,13 @@ fn rustls_pemfile(pem: &str) -> Result<Vec<Vec<u8>>> {
     certs.collect::<Result<_>>().context("read the cluster's CA")
 }
 
-async fn start_pods(o: &Options, id: &NodeIdentity, client: Client, network: Arc<Network>) -> Result<()> {
+async fn start_pods(
+    o: &Options,
+    id: &NodeIdentity,
+    client: Client,
+    network: Arc<Network>,
+    flows: Arc<Hub>,
+) -> Result<()> {
     let cri = Cri::new(o.cri.clone())?;
     let facts = facts(o, &cri).await;
     let node = convert::Node {
@@ -280,6 +288,8 @@ async fn start_pods(o: &Options, id: &NodeIdentity, client: Client, network: Arc
     };
     let events = Events::start(client.clone(), o.node_name.clone());
     network.tell(events.clone());
+    let counted = network.clone();
+    let flows = flows::serve::routes(flows, Arc::new(move || Box::pin(counted.clone().counters())));
     let deps = Arc::new(Deps {
         events: events.clone(),
         client: client.clone(),
@@ -295,9 +305,10 @@ async fn start_pods(o: &Options, id: &NodeIdentity, client: Client, network: Arc
     tokio::spawn(Manager::new(deps).run());
     let listener = TcpListener::bind(SocketAddr::new(o.node_ip, o.log_port))
         .await
-        .with_context(|| format!("listen for log requests on port {}", o.log_port))?;
+        .with_context(|| format!("listen for requests of logs and flows on port {}", o.log_port))?;
     let tls = server::tls(id)?;
-    tokio::spawn(server::serve(listener, tls, server::Logs { client, cri, node }));
+    let routes = server::routes(server::Logs { client, cri, node }).merge(flows);
+    tokio::spawn(server::serve(listener, tls, routes));
     Ok(())
 }
 

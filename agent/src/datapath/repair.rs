@@ -32,6 +32,8 @@ impl Datapath {
         if reloaded {
             wrong.push("programs or maps were unpinned".into());
             (self.table, self.pod_table, self.counters) = open_maps(&self.place.bpffs).map_err(Error::Load)?;
+            self.settings.reopen().map_err(Error::Settings)?;
+            self.renewed.send_replace(());
         }
         Ok(())
     }
