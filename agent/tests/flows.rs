@@ -7,12 +7,13 @@ use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
 use serde_json::{Value, json};
 use sluice_agent::{
     flows::{
         CAPACITY, Error, Follower, Hub, MAX_FOLLOWERS,
-        kernel::{self, Kernel, Session},
+        kernel::{self, Kernel, Pins, Session},
         names::{Local, Owner},
         serve::{self, Count},
     },
@@ -22,13 +23,18 @@ use sluice_agent::{
 };
 use sluice_ebpf::{
     addr,
-    common::{Event, Flow, Reason, TCP, WATCH_DROPS, WATCH_FLOWS, hook},
+    common::{Event, Flow, MASQUERADE, Reason, TCP, WATCH_DROPS, WATCH_FLOWS, hook, map},
     events::{decode, encode},
+    loader::{self, Place},
+    maps::pin_dir,
+    settings::SettingsMap,
 };
 use sluice_model::{AppProtocol, Name, Protocol, Resource, Revision, Service, ServicePort, Snapshot};
 use sluice_wire::flows::Filter;
 use std::{
+    fs,
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -298,6 +304,68 @@ async fn who_cannot_be_served_is_told_why() {
     assert!(matches!(follow(&Filter::default()).await, Err(Error::TooMany(_))));
     all.pop();
     assert!(follow(&Filter::default()).await.is_ok(), "a place is free again");
+}
+
+/// A BPF file system and a cgroup of its own, with the programs loaded. Needs root.
+struct Loaded {
+    base: PathBuf,
+    place: Place,
+}
+
+impl Loaded {
+    fn new() -> Self {
+        let id = format!("sluice-test-flows-{}", std::process::id());
+        let base = std::env::temp_dir().join(&id);
+        let bpffs = base.join("bpf");
+        fs::create_dir_all(&bpffs).expect("folder");
+        mount("bpf", &bpffs, "bpf", MountFlags::empty(), None).expect("mount bpffs (root is needed)");
+        let roots = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].into_iter().map(PathBuf::from);
+        let root = roots.into_iter().find(|p| p.join("cgroup.controllers").exists()).expect("a cgroup2 mount");
+        let cgroup = root.join(&id);
+        fs::create_dir(&cgroup).expect("cgroup");
+        let loaded = Self { base, place: Place { bpffs, cgroup } };
+        loader::load(&loaded.place).expect("load");
+        loaded
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        let _ = unmount(&self.place.bpffs, UnmountFlags::DETACH);
+        let _ = fs::remove_dir(&self.place.cgroup);
+        let _ = fs::remove_dir_all(&self.base);
+    }
+}
+
+/// The kernel's own maps: opened and waited for, asked for events, and opened again after their pins were made anew. What
+/// others have set stays.
+#[tokio::test]
+async fn the_kernels_maps_are_followed_through_a_repair() {
+    let ground = Loaded::new();
+    let dir = pin_dir(&ground.place.bpffs);
+    let settings = Arc::new(SettingsMap::open(&dir).expect("settings"));
+    settings.update(|s| (s.host_netns, s.flags) = (9, MASQUERADE)).expect("another part's");
+    let (renew, renewed) = watch::channel(());
+    let pins = Pins { dir: dir.clone(), settings: settings.clone(), host_netns: 9, renewed };
+    let flags = || SettingsMap::open(&dir).and_then(|s| s.get()).expect("settings").flags;
+    let hub = Hub::start(NODE.into(), pins, views());
+    let drops = hub.follow(Filter { drops: true, ..Filter::default() }).await.expect("follows");
+    assert_eq!(flags(), MASQUERADE | WATCH_DROPS);
+    for name in [map::EVENTS, map::SETTINGS] {
+        fs::remove_file(dir.join(name)).expect("take a map away");
+    }
+    assert!(loader::repair(&ground.place).expect("repair"));
+    settings.reopen().expect("reopen");
+    renew.send_replace(());
+    let all = hub.follow(Filter::default()).await.expect("follows");
+    assert_eq!((flags(), settings.get().expect("get").host_netns), (MASQUERADE | BOTH, 9));
+    drop((drops, all));
+    let off = async {
+        while flags() != MASQUERADE {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), off).await.expect("off again");
 }
 
 /// The node's server, and those who call it.
