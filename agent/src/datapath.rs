@@ -9,7 +9,7 @@ mod ports;
 mod repair;
 mod reset;
 
-use crate::{attest, error::describe};
+use crate::{attest, error::describe, flows::kernel};
 use node::Wires;
 use pods::{Overrides, PodTable};
 use ports::Ports;
@@ -19,7 +19,7 @@ use sluice_ebpf::{
     compile::{Compiler, DnsOverlay},
     loader::{self, Loaded, Place},
     maps::{Counters, ServiceMaps, pin_dir},
-    settings::{SettingsMap, with_bits},
+    settings::SettingsMap,
     table::{Changes, ServiceTable},
 };
 use sluice_model::Snapshot;
@@ -43,6 +43,8 @@ pub enum Error {
     Cgroup(#[source] attest::Error),
     #[error("load the data path")]
     Load(#[source] sluice_ebpf::Error),
+    #[error("set the programs' settings")]
+    Settings(#[source] sluice_ebpf::Error),
     #[error("bring the service maps to the snapshot")]
     Services(#[source] sluice_ebpf::Error),
     #[error("bring the pod maps to the snapshot")]
@@ -118,9 +120,12 @@ pub struct Datapath {
     table: ServiceTable,
     pod_table: PodTable,
     counters: Counters,
+    /// The process's only one: every part that has a say in the settings shares it.
+    settings: Arc<SettingsMap>,
+    /// Told when the pins were made anew.
+    renewed: watch::Sender<()>,
     wires: Wires,
     ports: Ports,
-    settings: Arc<SettingsMap>,
     /// Nothing before the first snapshot: the entries of the agent before us stay as they are.
     compiler: Compiler,
     overrides: Overrides,
@@ -133,7 +138,8 @@ impl Datapath {
         let place = Place { bpffs: config.bpffs.clone(), cgroup };
         let state_dir = PathBuf::from(sluice_cni::STATE_DIR);
         let wires = Wires::open(config.tunnel).map_err(Error::Node)?;
-        let boot = sluice_cni::store::boot(wires.netns_cookie().map_err(Error::Node)?).map_err(Error::Leases)?;
+        let host_netns = wires.netns_cookie().map_err(Error::Node)?;
+        let boot = sluice_cni::store::boot(host_netns).map_err(Error::Leases)?;
         let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
         let loaded = {
             let _lock = Lock::take(&state_dir).map_err(Error::Leases)?;
@@ -142,14 +148,14 @@ impl Datapath {
         let (table, pod_table, counters) = open_maps(&place.bpffs).map_err(Error::Load)?;
         let dir = pin_dir(&place.bpffs);
         let settings = Arc::new(SettingsMap::open(&dir).map_err(Error::Load)?);
-        let host_netns = wires.netns_cookie().map_err(Error::Node)?;
         let masquerade = if config.masquerade { MASQUERADE } else { 0 };
         settings
             .update(|s| {
                 s.host_netns = host_netns;
-                s.flags = with_bits(s.flags, MASQUERADE, masquerade);
+                // An agent that was killed may have left some on.
+                s.flags = masquerade;
             })
-            .map_err(Error::Load)?;
+            .map_err(Error::Settings)?;
         let ports = Ports::open(&place.bpffs, &dir, config.masquerade_excluded.clone()).map_err(Error::Load)?;
         let compiler = Compiler::new(config.node.clone(), config.overlay());
         let config = config.clone();
@@ -166,16 +172,12 @@ impl Datapath {
             wires,
             ports,
             settings,
+            renewed: watch::channel(()).0,
             compiler,
             overrides,
         };
         datapath.reconcile_ports(None)?;
         Ok(datapath)
-    }
-
-    /// Settings of the programs, shared by those who have a say in them.
-    pub fn settings(&self) -> Arc<SettingsMap> {
-        self.settings.clone()
     }
 
     /// Takes notice of links and addresses that came or went.
@@ -186,6 +188,16 @@ impl Datapath {
 
     fn reconcile_ports(&mut self, snapshot: Option<&Snapshot>) -> Result<Vec<String>, Error> {
         self.ports.reconcile(self.wires.connection(), snapshot, &self.config.node)
+    }
+
+    /// What following the node's flows needs of it.
+    pub fn pins(&self) -> Result<kernel::Pins, Error> {
+        Ok(kernel::Pins {
+            dir: pin_dir(&self.place.bpffs),
+            settings: self.settings.clone(),
+            host_netns: self.wires.netns_cookie().map_err(Error::Node)?,
+            renewed: self.renewed.subscribe(),
+        })
     }
 
     /// What loading found: whether refused connections see ECONNREFUSED, how many pods were steered on.

@@ -6,6 +6,7 @@ pub mod cni_config;
 pub mod datapath;
 mod error;
 mod file;
+pub mod flows;
 pub mod handover;
 mod health;
 pub mod identity;

@@ -33,7 +33,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::unix::AsyncFd,
+    io::{Interest, unix::AsyncFd},
     net::UnixListener,
     runtime::Handle,
     sync::{mpsc, watch},
@@ -71,11 +71,19 @@ const SETTLE: Duration = Duration::from_millis(50);
 
 impl Links {
     fn open() -> Self {
-        let opened = Changes::open().map_err(|e| describe(&e)).and_then(|c| AsyncFd::new(c).map_err(|e| e.to_string()));
+        let opened =
+            Changes::open().map_err(|e| describe(&e)).and_then(|c| Self::register(c).map_err(|e| e.to_string()));
         if let Err(error) = &opened {
             tracing::warn!(error, "links are looked at once a second instead of when they change");
         }
         Self(opened.ok())
+    }
+
+    /// What is said against this function is that a value may give another descriptor each time; the socket's stays what
+    /// it is. The one that takes its place is unsafe, which this crate is not.
+    #[allow(deprecated)]
+    fn register(changes: Changes) -> io::Result<AsyncFd<Changes>> {
+        AsyncFd::with_interest(changes, Interest::READABLE)
     }
 
     /// Returns when something has changed; it may be forgotten and called anew at any time.
@@ -138,6 +146,12 @@ impl Network {
 
     fn datapath(&self) -> MutexGuard<'_, Datapath> {
         self.datapath.lock().expect("no holder panics")
+    }
+
+    /// The programs' counters with their labels. Waits where a view is being brought into force.
+    pub async fn counters(self: Arc<Self>) -> Result<Vec<(&'static str, u64)>, String> {
+        let read = move || self.datapath().counters().map_err(|e| describe(&e));
+        tokio::task::spawn_blocking(read).await.unwrap_or_else(|e| Err(e.to_string()))
     }
 
     /// For ever: every view into the kernel, then the verdict to control; repairs in between. A view that is not in

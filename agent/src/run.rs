@@ -4,6 +4,7 @@ use crate::{
     attest::Gate,
     cni_config,
     datapath::{Datapath, DatapathConfig},
+    flows::{self, Hub},
     handover::Handover,
     health,
     identity::{self, NodeIdentity},
@@ -89,7 +90,7 @@ pub struct Options {
     /// Seconds between heartbeats; control's grace period must be a few of them
     #[arg(long, default_value_t = 10)]
     pub heartbeat_s: u64,
-    /// Port of the log server
+    /// Port of the node's server: logs, flows, counters
     #[arg(long, default_value_t = 10250)]
     pub log_port: u16,
     /// Pods of which nodes are reached through VXLAN (UDP port 8472)
@@ -171,14 +172,14 @@ async fn start_member(o: &Options, c: &Cluster) -> Result<()> {
     // First what needs nobody: the kernel, from the last known view, so that traffic is right before control answers.
     let (channel_tx, channel) = watch::channel(placeholder_channel(&c.discovery)?);
     let (uplink, ends) = Uplink::new(o.node_name.clone(), Store::new(o.data_dir.join("view.json")), channel.clone());
-    let Started { network, mtu, reports } = start_network(o, ends, channel.clone()).await?;
+    let Started { network, mtu, flows, reports } = start_network(o, ends, channel.clone()).await?;
     // Then control.
     let id = identity::obtain(&o.data_dir, &o.node_name, &c.discovery, &c.ca_file, &c.token_file).await?;
     channel_tx.send_replace(identity::channel(&c.discovery, &id.bundle_pem, Some(&id))?);
     tokio::spawn(uplink.run());
     tokio::spawn(reports);
     let client = api_client(c, &id)?;
-    start_pods(o, &id, client, network, mtu).await?;
+    start_pods(o, &id, client, network, mtu, flows).await?;
     renewed(o, &id, channel).await
 }
 
@@ -188,7 +189,7 @@ async fn start_alone(o: &Options, file: PathBuf) -> Result<()> {
     let views = ends.views.clone();
     // Sidecars are served, but nobody can sign for them.
     let nobody = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
-    let Started { network: _network, mtu, reports } = start_network(o, ends, watch::channel(nobody).1).await?;
+    let Started { network: _network, mtu, reports, .. } = start_network(o, ends, watch::channel(nobody).1).await?;
     tokio::spawn(reports);
     tokio::spawn(configure_alone(o.clone(), views, mtu));
     Replay::new(file, source).run().await;
@@ -225,6 +226,7 @@ struct Started<R> {
     network: Arc<Network>,
     /// For the links of pods, as it changes.
     mtu: watch::Receiver<Option<u32>>,
+    flows: Arc<Hub>,
     reports: R,
 }
 
@@ -245,6 +247,7 @@ async fn start_network(
     })
     .context("open the data path")?;
     let mtu = datapath.pod_mtu();
+    let flows = Hub::start(o.node_name.clone(), datapath.pins()?, views.clone());
     let gate = Arc::new(Gate::new()?);
     let handover = Handover::new(&o.bpffs, Some(gate.clone()))?;
     let kept = Kept::new(o.data_dir.join("holders.json"));
@@ -253,7 +256,7 @@ async fn start_network(
     tokio::spawn(network.clone().run(verdicts));
     tokio::spawn(health::serve(o.node_name.clone(), views.clone()));
     start_dns(o, views).await?;
-    Ok(Started { network, mtu, reports: relay.report(metrics) })
+    Ok(Started { network, mtu, flows, reports: relay.report(metrics) })
 }
 
 /// Before the node has joined nothing can be asked; the channel is replaced then.
@@ -333,6 +336,7 @@ async fn start_pods(
     client: Client,
     network: Arc<Network>,
     mtu: watch::Receiver<Option<u32>>,
+    flows: Arc<Hub>,
 ) -> Result<()> {
     let cri = Cri::new(o.cri.clone())?;
     let facts = facts(o, &cri).await;
@@ -347,6 +351,8 @@ async fn start_pods(
     };
     let events = Events::start(client.clone(), o.node_name.clone());
     network.tell(events.clone());
+    let counted = network.clone();
+    let flows = flows::serve::routes(flows, Arc::new(move || Box::pin(counted.clone().counters())));
     let deps = Arc::new(Deps {
         events: events.clone(),
         client: client.clone(),
@@ -362,9 +368,10 @@ async fn start_pods(
     tokio::spawn(Manager::new(deps).run());
     let listener = TcpListener::bind(SocketAddr::new(o.node_ip, o.log_port))
         .await
-        .with_context(|| format!("listen for log requests on port {}", o.log_port))?;
+        .with_context(|| format!("listen for requests of logs and flows on port {}", o.log_port))?;
     let tls = server::tls(id)?;
-    tokio::spawn(server::serve(listener, tls, server::Logs { client, cri, node }));
+    let routes = server::routes(server::Logs { client, cri, node }).merge(flows);
+    tokio::spawn(server::serve(listener, tls, routes));
     Ok(())
 }
 

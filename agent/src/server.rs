@@ -1,4 +1,4 @@
-//! The node's HTTPS server for control: container logs. Only a client certificate of the cluster's CA for control or an
+//! The node's HTTPS server for control: container logs, and what other parts add (flows). Only a client certificate of the cluster's CA for control or an
 //! administrator opens it.
 
 use crate::identity::NodeIdentity;
@@ -41,19 +41,21 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Before the next try after a failed accept (no descriptors left, say).
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves for ever.
-pub async fn serve(listener: TcpListener, tls: Arc<rustls::ServerConfig>, logs: Logs) {
-    let app = Router::new()
-        .route("/healthz", get(|| async { "ok" }))
-        .route("/containerLogs/{namespace}/{pod}/{container}", get(container_logs))
-        .with_state(logs);
+/// The containers' logs.
+pub fn routes(logs: Logs) -> Router {
+    Router::new().route("/containerLogs/{namespace}/{pod}/{container}", get(container_logs)).with_state(logs)
+}
+
+/// Serves for ever: to administrators, whatever the route.
+pub async fn serve(listener: TcpListener, tls: Arc<rustls::ServerConfig>, routes: Router) {
+    let app = routes.route("/healthz", get(|| async { "ok" }));
     let acceptor = TlsAcceptor::from(tls);
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "log server takes no connection, trying again");
+                tracing::warn!(%error, "node server takes no connection, trying again");
                 tokio::time::sleep(PAUSE).await;
                 continue;
             }
@@ -64,12 +66,12 @@ pub async fn serve(listener: TcpListener, tls: Arc<rustls::ServerConfig>, logs: 
             let _slot = slot;
             let Ok(Ok(tls)) = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await else { return };
             if !administrator(tls.get_ref().1) {
-                return tracing::warn!("log request without an administrator's certificate refused");
+                return tracing::warn!("request without an administrator's certificate refused");
             }
             let service = TowerToHyperService::new(app);
             let http = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
             if let Err(error) = http.serve_connection(TokioIo::new(tls), service).await {
-                tracing::debug!(%error, "log connection ended");
+                tracing::debug!(%error, "connection of the node server ended");
             }
         });
     }

@@ -4,6 +4,7 @@ mod check;
 mod client;
 mod cluster;
 mod down;
+mod flows;
 mod kubeconfig;
 mod kubectl;
 mod machine;
@@ -68,6 +69,8 @@ enum Command {
     Status,
     /// Verify the cluster; ends with 1 if something is wrong
     Check,
+    /// Follow flows and drops live, on all nodes
+    Flows(flows::Options),
     /// Shift a service's traffic by weight, and wait until every sidecar and node has it in force
     Split {
         service: String,
@@ -142,6 +145,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         Command::Down => down::run(&name),
         Command::Status => status::run(&config()?, false),
         Command::Check => check::run(&config()?, Cluster::load(&name).ok().flatten()),
+        Command::Flows(ref options) => flows::run(&config()?, options),
         Command::Split { ref service, ref weights, ref namespace, timeout } => {
             split::run(&config()?, namespace, service, weights, timeout)
         }

@@ -459,7 +459,7 @@ async fn log_server(cluster: &Cluster, node: &str) -> u16 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn logs_come_from_the_node() {
+async fn logs_and_flows_come_from_the_node() {
     let cluster = Cluster::start().await;
     let http = Http::admin(&cluster);
     let port = log_server(&cluster, "n1").await;
@@ -476,5 +476,11 @@ async fn logs_come_from_the_node() {
     let (code, status) = http.get(&format!("{pods}/p/log")).await;
     let message = "a container name must be specified for pod p, choose one of: [a b]";
     assert_eq!((code, status["message"].as_str()), (400, Some(message)));
+    let (code, flows) = http.get("/api/v1/nodes/n1/proxy/flows?drops=true&pod=shop/web").await;
+    assert_eq!((code, flows), (200, json!("GET /flows?drops=true&pod=shop/web HTTP/1.1\n")));
+    assert_eq!(http.get("/api/v1/nodes/n1/proxy/counters").await.0, 200);
+    assert_eq!(http.get("/api/v1/nodes/n1/proxy/healthz").await.0, 404, "no other path of the node");
+    assert_eq!(http.get("/api/v1/nodes/n2/proxy/flows").await.0, 404, "no such node");
+    assert_eq!(http.json("POST", "/api/v1/nodes/n1/proxy/flows", &json!({})).await.0, 405);
     cluster.stop().await;
 }

@@ -33,6 +33,8 @@ pub struct Ground {
     /// Seen from the machine: the cgroup that is the node's root, and where this process came from.
     outer_cgroup: PathBuf,
     home_cgroup: PathBuf,
+    /// `cgroup.procs` of that and of the node's root, opened where both can be seen.
+    procs: [fs::File; 2],
     cgroup_mount: PathBuf,
     agent: RefCell<Option<Child>>,
     sidecars: RefCell<Vec<Child>>,
@@ -95,8 +97,11 @@ impl Ground {
         let home_cgroup = cgroup_mount.join(own);
         let outer_cgroup = cgroup_mount.join(format!("sluice-test-datapath-{}", std::process::id()));
         fs::create_dir(&outer_cgroup).expect("cgroup (root is needed)");
+        let open = |c: &Path| fs::File::options().write(true).open(c.join("cgroup.procs")).expect("cgroup.procs");
+        let procs = [open(&home_cgroup), open(&outer_cgroup)];
         let ground = Self {
             plugin,
+            procs,
             outer_cgroup,
             home_cgroup,
             cgroup_mount,
@@ -127,6 +132,15 @@ impl Ground {
         ground
     }
 
+    /// Does something as no process of the node: its sockets are not balanced. Nothing else may dial meanwhile.
+    pub fn outside<T>(&self, work: impl FnOnce() -> T) -> T {
+        let enter = |mut procs: &fs::File| procs.write_all(b"0").expect("change the cgroup");
+        enter(&self.procs[0]);
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        enter(&self.procs[1]);
+        done.unwrap_or_else(|cause| std::panic::resume_unwind(cause))
+    }
+
     /// What the programs have counted, and where they are: for whoever reads of a failure.
     pub fn explain(&self) {
         let bpffs = Path::new("/sys/fs/bpf");
@@ -154,7 +168,7 @@ impl Ground {
         }
     }
 
-    fn child(&self, part: &str, env: &[(&str, &str)]) -> Command {
+    pub fn child(&self, part: &str, env: &[(&str, &str)]) -> Command {
         let mut command = Command::new(std::env::current_exe().expect("own path"));
         command.env(parts::PART, part).envs(env.iter().copied()).stdin(Stdio::piped());
         command

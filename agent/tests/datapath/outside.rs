@@ -3,7 +3,7 @@
 
 use crate::{
     balance::{endpoints, node, service},
-    ground::{Ground, NODE, TestPod, until},
+    ground::{Ground, NODE, TestPod, said, until},
 };
 use sluice_model::{Announcement, Endpoint, EndpointSet, ExternalPolicy, Name, Node, Protocol, Resource, Service};
 use sluice_netlink::{
@@ -16,7 +16,6 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
     time::Duration,
 };
@@ -41,14 +40,15 @@ fn at(text: &str, port: u16) -> SocketAddr {
 }
 
 /// The network around the node.
-struct Around {
+struct Around<'g> {
+    ground: &'g Ground,
     hub: Netns,
     caller: Netns,
     other: Netns,
 }
 
-impl Around {
-    fn new() -> Self {
+impl<'g> Around<'g> {
+    fn new(ground: &'g Ground) -> Self {
         let make = |name: &str| ns::make_named(Path::new(&format!("/run/sluice-test/{name}"))).expect("namespace");
         let (hub, caller, other) = (make("hub"), make("caller"), make("other"));
         let own = Netns::current().expect("own namespace");
@@ -67,11 +67,16 @@ impl Around {
             add_route(&other, range, via);
             add_route(&caller, range, via);
         }
-        Self { hub, caller, other }
+        Self { ground, hub, caller, other }
+    }
+
+    /// As the machine outside.
+    fn call<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.ground.outside(|| within(&self.caller, work))
     }
 }
 
-impl Drop for Around {
+impl Drop for Around<'_> {
     fn drop(&mut self) {
         for netns in [&self.hub, &self.caller, &self.other] {
             let _ = ns::remove_named(netns.path());
@@ -222,7 +227,7 @@ fn local(s: &mut Service) {
 
 pub fn story(ground: &Ground) {
     forbid_forwarding();
-    let around = Around::new();
+    let around = Around::new(ground);
     let [b1, b2, pod] = ["o1", "o2", "pod"].map(|n| ground.pod(n));
     serve(&b1.netns, "o1", 8080);
     serve(&b2.netns, "o2", 8080);
@@ -289,12 +294,12 @@ fn closed_port(n: &str, pod: &TestPod) -> Resource {
     Resource::EndpointSet(set)
 }
 
-fn node_ports(around: &Around, pod: &TestPod) {
+fn node_ports(around: &Around<'_>, pod: &TestPod) {
     for (own, caller) in [(NODE4, CALLER4), (NODE6, CALLER6)] {
-        let said = within(&around.caller, || (dial(at(own, 30_001)), ask(at(own, 30_001), 1)));
+        let said = around.call(|| (dial(at(own, 30_001)), ask(at(own, 30_001), 1)));
         assert_eq!(said.0.expect("TCP"), format!("o1 {caller}"), "a pod of this node sees the caller");
         assert_eq!(said.1.expect("UDP"), format!("o1 {caller} 1"));
-        let said = within(&around.caller, || (dial(at(own, 30_002)), ask(at(own, 30_002), 1)));
+        let said = around.call(|| (dial(at(own, 30_002)), ask(at(own, 30_002), 1)));
         assert_eq!(said.0.expect("TCP"), format!("far {own}"), "a pod of another sees this node");
         assert_eq!(said.1.expect("UDP"), format!("far {own} 1"));
         let said = within(&pod.netns, || (dial(at(own, 30_002)), ask(at(own, 30_001), 1)));
@@ -311,20 +316,20 @@ fn node_ports(around: &Around, pod: &TestPod) {
     println!("node ports: v4 and v6, TCP and UDP, from outside, pods and the node");
 }
 
-fn external_addresses(around: &Around, pod: &TestPod) {
+fn external_addresses(around: &Around<'_>, pod: &TestPod) {
     for (external, caller) in [(EXTERNAL4, CALLER4), (EXTERNAL6, CALLER6)] {
-        let said = within(&around.caller, || (dial(at(external, 80)), ask(at(external, 80), 1)));
+        let said = around.call(|| (dial(at(external, 80)), ask(at(external, 80), 1)));
         assert_eq!(said.0.expect("TCP"), format!("o1 {caller}"));
         assert_eq!(said.1.expect("UDP"), format!("o1 {caller} 1"));
         assert!(within(&pod.netns, || dial(at(external, 80))).expect("from a pod").starts_with("o1 "));
-        let other = within(&around.caller, || TcpStream::connect_timeout(&at(external, 81), WAIT).map(drop));
+        let other = around.call(|| TcpStream::connect_timeout(&at(external, 81), WAIT).map(drop));
         assert_eq!(other.expect_err("no such port").kind(), ErrorKind::ConnectionRefused);
     }
 }
 
-fn policies(around: &Around, pod: &TestPod) {
+fn policies(around: &Around<'_>, pod: &TestPod) {
     for (own, caller) in [(NODE4, CALLER4), (NODE6, CALLER6)] {
-        let said = within(&around.caller, || (dial(at(own, 30_004)), dial(at(own, 30_005))));
+        let said = around.call(|| (dial(at(own, 30_004)), dial(at(own, 30_005))));
         assert_eq!(said.0.expect("TCP"), format!("o1 {caller}"));
         assert_eq!(said.1.expect_err("no endpoint here").kind(), ErrorKind::ConnectionRefused);
         let inside = within(&pod.netns, || dial(at(own, 30_005)));
@@ -332,24 +337,24 @@ fn policies(around: &Around, pod: &TestPod) {
     }
 }
 
-fn nobody(around: &Around) {
+fn nobody(around: &Around<'_>) {
     for (own, external) in [(NODE4, "192.168.50.101"), (NODE6, "fd00:50::101")] {
         let refused = |to: SocketAddr| {
             let tcp = TcpStream::connect_timeout(&to, WAIT).map(drop).expect_err("nobody").kind();
             (tcp, ask(to, 1).expect_err("nobody").kind())
         };
         let both = (ErrorKind::ConnectionRefused, ErrorKind::ConnectionRefused);
-        assert_eq!(within(&around.caller, || refused(at(own, 30_006))), both);
+        assert_eq!(around.call(|| refused(at(own, 30_006))), both);
         // The caller's neighbour for an address that nobody announces.
         add_route(&around.caller, &format!("{external}/{}", if own.contains(':') { 128 } else { 32 }), own);
-        assert_eq!(within(&around.caller, || refused(at(external, 80))), both);
+        assert_eq!(around.call(|| refused(at(external, 80))), both);
         // The error comes from the pod, about an address that the caller has never heard of.
-        let closed = within(&around.caller, || ask(at(own, 30_007), 1)).expect_err("closed");
+        let closed = around.call(|| ask(at(own, 30_007), 1)).expect_err("closed");
         assert_eq!(closed.kind(), ErrorKind::ConnectionRefused, "the ICMP error is translated back");
     }
 }
 
-fn pods_reach_the_world(around: &Around, pod: &TestPod) {
+fn pods_reach_the_world(around: &Around<'_>, pod: &TestPod) {
     for (world, own) in [(CALLER4, NODE4), (CALLER6, NODE6)] {
         let said = within(&pod.netns, || (dial(at(world, 9000)), ask(at(world, 9000), 1)));
         assert_eq!(said.0.expect("TCP"), format!("world {own}"), "outside sees the node");
@@ -409,11 +414,11 @@ fn raw_ask(from: IpAddr, to: Ipv4Addr) -> io::Result<String> {
 }
 
 /// Streams and fragments.
-fn large(around: &Around) {
+fn large(around: &Around<'_>) {
     for own in [NODE4, NODE6] {
         for port in [30_001, 30_002] {
             let to = at(own, port);
-            within(&around.caller, || {
+            around.call(|| {
                 let mut c = TcpStream::connect_timeout(&to, WAIT).expect("connect");
                 greeting(&mut c).expect("greeting");
                 let data: Vec<u8> = (0..4_000_000_u32).map(|i| (i % 251) as u8).collect();
@@ -428,15 +433,15 @@ fn large(around: &Around) {
                 sending.join().expect("join");
                 assert!(back == data, "{to}: {} of {} bytes come back the same", back.len(), data.len());
             });
-            let said = within(&around.caller, || ask(to, 9_000)).unwrap_or_else(|e| panic!("{to}: {e}"));
+            let said = around.call(|| ask(to, 9_000)).unwrap_or_else(|e| panic!("{to}: {e}"));
             assert!(said.ends_with(" 9000"), "{to}: a datagram in fragments: {said}");
         }
     }
 }
 
 /// One source port, two node ports, one backend: its answers must be told apart.
-fn same_source_port(around: &Around) {
-    within(&around.caller, || {
+fn same_source_port(around: &Around<'_>) {
+    around.call(|| {
         let open = |to: SocketAddr| {
             let s = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket");
             s.set_reuse_address(true).expect("option");
@@ -459,11 +464,10 @@ fn same_source_port(around: &Around) {
     });
 }
 
-fn balanced(around: &Around, pods: &[&TestPod]) {
+fn balanced(around: &Around<'_>, pods: &[&TestPod]) {
     const N: u32 = 2_000;
     let mut seen = BTreeMap::<String, u32>::new();
-    let answers =
-        within(&around.caller, || (0..N).map(|_| dial(at(NODE4, 30_008)).expect("connect")).collect::<Vec<_>>());
+    let answers = around.call(|| (0..N).map(|_| dial(at(NODE4, 30_008)).expect("connect")).collect::<Vec<_>>());
     for answer in answers {
         *seen.entry(answer.split(' ').next().unwrap_or_default().to_owned()).or_default() += 1;
     }
@@ -473,41 +477,48 @@ fn balanced(around: &Around, pods: &[&TestPod]) {
     assert_eq!(seen.len(), pods.len());
     // One degree of freedom: above 24 by chance once in a million.
     assert!(chi < 24.0);
-    let one: BTreeSet<String> =
-        within(&around.caller, || (0..50).map(|_| dial(at(NODE4, 30_009)).expect("connect")).collect());
+    let one: BTreeSet<String> = around.call(|| (0..50).map(|_| dial(at(NODE4, 30_009)).expect("connect")).collect());
     assert_eq!(one.len(), 1, "a client keeps its backend: {one:?}");
 }
 
 /// A link that comes later is the node's too.
-fn new_link(around: &Around) {
+fn new_link(around: &Around<'_>) {
     let own = Netns::current().expect("own");
     lab::bridge(&around.hub, "br1", ip("192.168.60.254"), 24).expect("bridge");
     lab::cable(&around.hub, "br1", "later0", &own, "eth1", ip("192.168.60.1"), 24).expect("cable");
     lab::cable(&around.hub, "br1", "later1", &around.caller, "eth1", ip("192.168.60.2"), 24).expect("cable");
     until("the new link's address has node ports", || {
-        within(&around.caller, || dial(at("192.168.60.1", 30_001))).is_ok_and(|a| a == "o1 192.168.60.2")
+        around.call(|| dial(at("192.168.60.1", 30_001))).is_ok_and(|a| a == "o1 192.168.60.2")
     });
 }
 
-fn agent_dies(ground: &Ground, around: &Around) {
-    let (stop, made) = (AtomicBool::new(false), AtomicU32::new(0));
-    thread::scope(|s| {
-        s.spawn(|| {
-            within(&around.caller, || {
-                while !stop.load(Ordering::Relaxed) {
-                    dial(at(NODE4, 30_002)).expect("no connection fails");
-                    made.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        });
-        for _ in 0..3 {
-            let before = made.load(Ordering::Relaxed);
-            ground.kill_agent();
-            until("connections go on without an agent", || made.load(Ordering::Relaxed) > before + 100);
-            ground.start_agent();
-            until("the agent is back", || PathBuf::from(crate::ground::ACK).exists());
-        }
-        stop.store(true, Ordering::Relaxed);
-    });
-    println!("agent killed 3 times: {made:?} connections from outside, none failed");
+/// The part of a caller that dials without end, and notes how often it was answered.
+pub fn callers() {
+    let to: SocketAddr = std::env::var(DIALLED).expect(DIALLED).parse().expect(DIALLED);
+    for made in 1_u32.. {
+        dial(to).expect("no connection fails");
+        std::fs::write(said("callers"), made.to_string()).expect("write");
+    }
+}
+
+const DIALLED: &str = "SLUICE_TEST_DIAL";
+
+fn agent_dies(ground: &Ground, around: &Around<'_>) {
+    let _ = std::fs::remove_file(said("callers"));
+    let dialled = at(NODE4, 30_002).to_string();
+    let mut command = ground.child("callers", &[(DIALLED, &dialled)]);
+    let mut callers = around.call(move || command.spawn()).expect("callers");
+    let made = || std::fs::read_to_string(said("callers")).ok().and_then(|t| t.parse::<u32>().ok()).unwrap_or(0);
+    for _ in 0..3 {
+        let before = made();
+        ground.kill_agent();
+        until("connections go on without an agent", || made() > before + 100);
+        ground.start_agent();
+        until("the agent is back", || PathBuf::from(crate::ground::ACK).exists());
+    }
+    let failed = callers.try_wait().expect("status");
+    callers.kill().expect("kill");
+    callers.wait().expect("reap");
+    println!("agent killed 3 times: {} connections from outside", made());
+    assert_eq!(failed, None, "none failed");
 }

@@ -39,6 +39,7 @@ pub fn play(part: &str) {
         "sidecar" => sidecar(),
         "idler" => idler(),
         "squatter" => squatter(),
+        "callers" => crate::outside::callers(),
         other => panic!("no part {other:?}"),
     }
 }

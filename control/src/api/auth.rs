@@ -197,6 +197,7 @@ mod tests {
         assert_eq!(ask("patch", "nodes", "status", "", "n1"), Verdict::Allow);
         assert_eq!(ask("patch", "nodes", "status", "", "n2"), Verdict::Deny);
         assert_eq!(ask("delete", "nodes", "", "", "n1"), Verdict::Deny);
+        assert_eq!(ask("get", "nodes", "proxy/flows", "", "n1"), Verdict::Deny);
         assert_eq!(ask("update", "leases", "", "kube-node-lease", "n1"), Verdict::Allow);
         assert_eq!(ask("update", "leases", "", "kube-system", "n1"), Verdict::Deny);
         assert_eq!(ask("patch", "pods", "status", "default", "p"), Verdict::IfPodIsOnNode);

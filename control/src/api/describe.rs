@@ -69,7 +69,7 @@ fn subresources(kind: &Kind) -> Vec<(String, &'static str, String, Value)> {
     }
     for (name, body) in kind.subresources {
         let (version, verbs) = match *name {
-            "log" => (own.clone(), json!(["get"])),
+            "log" | "proxy" => (own.clone(), json!(["get"])),
             "eviction" => ("policy/v1".to_owned(), json!(["create"])),
             "finalize" => (own.clone(), json!(["update"])),
             _ => (own.clone(), json!(["create"])),

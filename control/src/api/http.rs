@@ -25,7 +25,7 @@ use super::selector::Selector;
 use super::status::ApiError;
 use super::value::{name, text};
 use super::watch;
-use super::{describe, logs, render, scale};
+use super::{describe, logs, nodes, render, scale};
 
 /// Longest body accepted, as Kubernetes'.
 pub const MAX_BODY_BYTES: usize = 3 * 1024 * 1024;
@@ -239,6 +239,10 @@ async fn read(
             }
             "log" if kind.plural == "pods" => {
                 logs::proxy(&api.registry, &api.node_tls, (ns, &target.name), query, raw_query).await
+            }
+            other if kind.plural == "nodes" && kind.group.is_empty() => {
+                let path = nodes::path(other).ok_or_else(ApiError::no_such_resource)?;
+                nodes::proxy(&api.registry, &api.node_tls, (&target.name, path), raw_query).await
             }
             _ => Err(ApiError::no_such_resource()),
         };

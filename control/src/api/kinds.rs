@@ -213,7 +213,7 @@ fn basic() -> Vec<Entry> {
         base::<core::Node>("", "v1", "Node", "nodes").with(|k| {
             (k.namespaced, k.status, k.short, k.selectable) = (false, true, &["no"], &["spec.unschedulable"]);
             (k.columns, k.cells, k.default) = (columns::NODE, columns::node, defaults::node);
-            k.validate = validate::node;
+            (k.validate, k.subresources) = (validate::node, &[("proxy", "NodeProxyOptions")]);
         }),
         base::<core::Pod>("", "v1", "Pod", "pods").with(|k| {
             (k.status, k.short, k.in_all) = (true, &["po"], true);

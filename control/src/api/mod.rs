@@ -17,6 +17,7 @@ pub mod kinds;
 pub mod lists;
 pub mod logs;
 pub mod metrics;
+pub mod nodes;
 pub mod patch;
 pub mod prepare;
 pub mod protobuf;

@@ -9,6 +9,7 @@ use http::header::{ACCEPT, CONTENT_TYPE, USER_AGENT};
 use serde_json::Value;
 
 use super::kinds::{self, Kind};
+use super::nodes;
 use super::prepare::FieldValidation;
 use super::registry::{DeleteOptions, Patch};
 use super::status::ApiError;
@@ -42,13 +43,15 @@ pub fn target(path: &str) -> Option<Target> {
     let make = |namespace: Option<&str>, plural: &str, rest: &[&str]| -> Option<Target> {
         let kind = kinds::find(group, version, plural)?;
         let (name, subresource) = match rest {
-            [] => ("", ""),
-            [name] => (*name, ""),
-            [name, subresource] => (*name, *subresource),
+            [] => ("", String::new()),
+            [name] => (*name, String::new()),
+            [name, subresource] => (*name, (*subresource).to_owned()),
+            // A node's own paths: one part more.
+            [name, nodes::PROXY, path] if kind.plural == "nodes" => (*name, format!("{}/{path}", nodes::PROXY)),
             _ => return None,
         };
         let namespace = namespace.map(str::to_owned);
-        Some(Target { kind, namespace, name: name.to_owned(), subresource: subresource.to_owned() })
+        Some(Target { kind, namespace, name: name.to_owned(), subresource })
     };
     match rest {
         ["namespaces", rest @ ..]
@@ -297,6 +300,7 @@ mod tests {
         assert_eq!(parts("/api/v1/namespaces/a/pods/b/log"), want("pods", "a", "b", "log"));
         assert_eq!(parts("/api/v1/pods"), want("pods", "", "", ""));
         assert_eq!(parts("/api/v1/nodes/n/status"), want("nodes", "", "n", "status"));
+        assert_eq!(parts("/api/v1/nodes/n/proxy/flows"), want("nodes", "", "n", "proxy/flows"));
         assert_eq!(parts("/apis/apps/v1/namespaces/a/deployments/d/scale"), want("deployments", "a", "d", "scale"));
         for nowhere in [
             "/",
@@ -307,6 +311,8 @@ mod tests {
             "/apis/apps/v1/namespaces/a/pods",
             "/api/v1/namespaces/a/nodes",
             "/api/v1/namespaces/a/pods/b/c/d",
+            "/api/v1/namespaces/a/pods/b/proxy/flows",
+            "/api/v1/nodes/n/proxy/containerLogs/a/b/c",
             "/api/v1/pods/%zz",
         ] {
             assert_eq!(parts(nowhere), None, "{nowhere}");

@@ -10,7 +10,7 @@ use crate::{
     icmp::{self, Report},
     maps::{ADDRS, ANNOUNCED, CLUSTER, DEVICES, EVENTS, LOCALS, SERVICES, SETTINGS, count},
     neighbour,
-    packet::{Body, ETH_P_ARP, ETH_P_IPV6, Skb, Unread},
+    packet::{ACK, Body, ETH_P_ARP, ETH_P_IPV6, SYN, Skb, Unread},
     work::{Work, work},
 };
 use aya_ebpf::{
@@ -170,13 +170,26 @@ fn fate(skb: &Skb, w: &mut Work, at: u8) -> Fate {
             };
         }
     }
-    if at == hook::POD && masqueraded(&w.head.flow) {
+    w.to = w.head.flow;
+    // TCP says itself what begins: the answer of a pod that was called from outside does not.
+    let begins = w.head.flow.proto != TCP || w.head.tcp_flags & (SYN | ACK) == SYN;
+    if at == hook::POD && begins && masqueraded(&w.head.flow.dst) && leaving(skb, w) {
+        return begun(skb, w, Source::Node, at, Reason::Masqueraded);
+    }
+    // Datagrams do not: what comes in is noted as it is, so that its answer is not taken for a beginning.
+    if at == hook::WIRE && w.head.flow.proto != TCP && called(&w.head.flow) {
+        // Without room for the note the datagram goes on all the same.
+        let _ = connections::begin(w, Source::Kept);
         w.to = w.head.flow;
-        if leaving(skb, w) {
-            return begun(skb, w, Source::Node, at, Reason::Masqueraded);
-        }
     }
     Fate::Leave
+}
+
+/// A pod of this node, from outside of the cluster.
+#[inline(always)]
+fn called(flow: &Flow) -> bool {
+    // SAFETY: presence only.
+    unsafe { ADDRS.get(&flow.dst) }.is_some() && masqueraded(&flow.src)
 }
 
 #[inline(always)]
@@ -282,16 +295,16 @@ fn gateway(v4: bool) -> Addr {
     Addr { words: [0xfe80_0000_u32.to_be(), 0, 0, 1_u32.to_be()] }
 }
 
-/// Whether a pod's new connection leaves the cluster.
+/// Whether a pod's packets to an address get one of the node's: it is outside the cluster.
 #[inline(always)]
-fn masqueraded(flow: &Flow) -> bool {
+fn masqueraded(outside: &Addr) -> bool {
     let Some(settings) = SETTINGS.get(0) else { return false };
-    if settings.flags & MASQUERADE == 0 || flow.dst.is_link_local() {
+    if settings.flags & MASQUERADE == 0 || outside.is_link_local() {
         return false;
     }
     // SAFETY: presence only.
-    let here = unsafe { ADDRS.get(&flow.dst).is_some() || LOCALS.get(&flow.dst).is_some() };
-    !here && CLUSTER.get(&Key::new(128, flow.dst)).is_none()
+    let here = unsafe { ADDRS.get(outside).is_some() || LOCALS.get(outside).is_some() };
+    !here && CLUSTER.get(&Key::new(128, *outside)).is_none()
 }
 
 /// Where a packet with these addresses goes.
