@@ -28,6 +28,7 @@ const CALLER4: &str = "192.168.50.2";
 const CALLER6: &str = "fd00:50::2";
 const OTHER4: &str = "192.168.50.3";
 const OTHER6: &str = "fd00:50::3";
+const ANY: [&str; 2] = ["0.0.0.0", "::"];
 const FAR_POD4: &str = "10.244.2.5";
 const FAR_POD6: &str = "fd00:2::5";
 
@@ -109,9 +110,9 @@ fn add_route(machine: &Netns, range: &str, via: &str) {
 }
 
 /// Answers with its name and what it sees of the caller; a datagram's length too.
-fn serve(netns: &Netns, name: &str, port: u16) {
-    for any in ["0.0.0.0", "::"] {
-        let to = SocketAddr::new(ip(any), port);
+fn serve(netns: &Netns, name: &str, on: [&str; 2], port: u16) {
+    for address in on {
+        let to = at(address, port);
         let bind = || {
             let make = |kind| -> io::Result<socket2::Socket> {
                 let s = socket2::Socket::new(socket2::Domain::for_address(to), kind, None)?;
@@ -229,10 +230,10 @@ pub fn story(ground: &Ground) {
     forbid_forwarding();
     let around = Around::new(ground);
     let [b1, b2, pod] = ["o1", "o2", "pod"].map(|n| ground.pod(n));
-    serve(&b1.netns, "o1", 8080);
-    serve(&b2.netns, "o2", 8080);
-    serve(&around.other, "far", 8080);
-    serve(&around.caller, "world", 9000);
+    serve(&b1.netns, "o1", ANY, 8080);
+    serve(&b2.netns, "o2", ANY, 8080);
+    serve(&around.other, "far", [FAR_POD4, FAR_POD6], 8080);
+    serve(&around.caller, "world", ANY, 9000);
     let Resource::Node(own) = node() else { unreachable!("a node") };
     let own = Resource::Node(Node { addresses: vec![ip(NODE4), ip(NODE6)], ..own });
     let external = |s: &mut Service| {

@@ -146,18 +146,20 @@ pub enum Report {
 
 const BPF_ADJ_ROOM_MAC: u32 = 1;
 
+/// `N` words of the packet are quoted: its network header and eight bytes (RFC 792); of TCP twenty, because the kernel
+/// does not cut off a checksum that a device is still to fill in.
 #[repr(C)]
-struct Answer4 {
+struct Answer4<const N: usize> {
     ip: Ipv4,
     icmp: Icmp,
-    quoted: [u32; 7],
+    quoted: [u32; N],
 }
 
 #[repr(C)]
-struct Answer6 {
+struct Answer6<const N: usize> {
     ip: Ipv6,
     icmp: Icmp,
-    quoted: [u32; 12],
+    quoted: [u32; N],
 }
 
 /// Drops the packet and tells its sender why, as far as an error may be sent about it (RFC 1122 §3.2.2: not about a
@@ -171,7 +173,12 @@ pub fn report(skb: &Skb, w: &Work, report: Report, reason: Reason, at: u8) -> i3
     if !plain || head.body != Body::Ports || head.flow.src.is_unspecified() {
         return DROP;
     }
-    let sent = if head.v4 { answer4(skb, head, report) } else { answer6(skb, head, report) };
+    let sent = match (head.v4, head.flow.proto == TCP) {
+        (true, true) => answer4::<10>(skb, head, report),
+        (true, false) => answer4::<7>(skb, head, report),
+        (false, true) => answer6::<15>(skb, head, report),
+        (false, false) => answer6::<12>(skb, head, report),
+    };
     if sent.is_none() {
         return DROP;
     }
@@ -207,14 +214,15 @@ fn turn_around(skb: &Skb) -> Option<()> {
 }
 
 #[inline(always)]
-fn answer4(skb: &Skb, head: &Head, report: Report) -> Option<()> {
-    make_room(skb, 28, 28)?;
+fn answer4<const N: usize>(skb: &Skb, head: &Head, report: Report) -> Option<()> {
+    make_room(skb, N as u32 * 4, 28)?;
+    let total = (28 + N * 4) as u16;
     // SAFETY: checked to be in the packet.
-    let a = unsafe { &mut *skb.at::<Answer4>(L3)? };
+    let a = unsafe { &mut *skb.at::<Answer4<N>>(L3)? };
     a.ip = Ipv4 {
         version_length: 0x45,
         tos: 0,
-        total_be: 56_u16.to_be(),
+        total_be: total.to_be(),
         id: 0,
         fragment_be: 0,
         ttl: 64,
@@ -224,7 +232,7 @@ fn answer4(skb: &Skb, head: &Head, report: Report) -> Option<()> {
         dst: head.flow.src.words[3],
     };
     a.ip.check = !fold16(
-        u32::from_ne_bytes([0x45, 0, 0, 56]) as u64
+        u32::from_ne_bytes([0x45, 0, 0, total as u8]) as u64
             + u32::from_ne_bytes([64, ICMP, 0, 0]) as u64
             + a.ip.src as u64
             + a.ip.dst as u64,
@@ -243,13 +251,14 @@ fn answer4(skb: &Skb, head: &Head, report: Report) -> Option<()> {
 }
 
 #[inline(always)]
-fn answer6(skb: &Skb, head: &Head, report: Report) -> Option<()> {
-    make_room(skb, 48, 48)?;
+fn answer6<const N: usize>(skb: &Skb, head: &Head, report: Report) -> Option<()> {
+    make_room(skb, N as u32 * 4, 48)?;
+    let length = (8 + N * 4) as u16;
     // SAFETY: checked to be in the packet.
-    let a = unsafe { &mut *skb.at::<Answer6>(L3)? };
+    let a = unsafe { &mut *skb.at::<Answer6<N>>(L3)? };
     a.ip = Ipv6 {
         class_label: 0x6000_0000_u32.to_be(),
-        length_be: 56_u16.to_be(),
+        length_be: length.to_be(),
         next: ICMPV6,
         hops: 64,
         src: head.flow.dst.words,
@@ -261,7 +270,7 @@ fn answer6(skb: &Skb, head: &Head, report: Report) -> Option<()> {
     };
     a.icmp = Icmp { kind, code, check: 0, id: 0, rest };
     let mut sum = u16::from_ne_bytes([kind, code]) as u64 + rest as u64;
-    sum += 56_u32.to_be() as u64 + (ICMPV6 as u32).to_be() as u64;
+    sum += (length as u32).to_be() as u64 + (ICMPV6 as u32).to_be() as u64;
     for i in 0..4 {
         sum += a.ip.src[i] as u64 + a.ip.dst[i] as u64;
     }
