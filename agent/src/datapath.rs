@@ -20,6 +20,7 @@ use sluice_ebpf::{
     loader::{self, Loaded, Place},
     maps::{Counters, ServiceMaps, pin_dir},
     settings::SettingsMap,
+    sweep::{self, Seen, Sweeper},
     table::{Changes, ServiceTable},
 };
 use sluice_model::Snapshot;
@@ -51,6 +52,8 @@ pub enum Error {
     Pods(#[source] sluice_ebpf::Error),
     #[error("read the plugin's leases")]
     Leases(#[source] sluice_cni::Error),
+    #[error("read the clock of the programs' connections")]
+    Clock(#[source] std::io::Error),
     #[error("bring the maps of the node's links and addresses to what they are")]
     Ports(#[source] sluice_ebpf::Error),
     #[error("set up the node's own network")]
@@ -126,6 +129,8 @@ pub struct Datapath {
     renewed: watch::Sender<()>,
     wires: Wires,
     ports: Ports,
+    sweeper: Sweeper,
+    swept: Seen,
     /// Nothing before the first snapshot: the entries of the agent before us stay as they are.
     compiler: Compiler,
     overrides: Overrides,
@@ -156,6 +161,7 @@ impl Datapath {
                 s.flags = masquerade;
             })
             .map_err(Error::Settings)?;
+        let sweeper = Sweeper::open(&dir).map_err(Error::Load)?;
         let ports = Ports::open(&place.bpffs, &dir, config.masquerade_excluded.clone()).map_err(Error::Load)?;
         let compiler = Compiler::new(config.node.clone(), config.overlay());
         let config = config.clone();
@@ -171,6 +177,8 @@ impl Datapath {
             counters,
             wires,
             ports,
+            sweeper,
+            swept: Seen::default(),
             settings,
             renewed: watch::channel(()).0,
             compiler,
@@ -246,9 +254,18 @@ impl Datapath {
         Ok(self.store.held().map_err(Error::Leases)?.into_iter().map(PodInfo::from).collect())
     }
 
-    /// The programs' counters with their labels, since boot.
+    /// The programs' counters with their labels, since boot; and how many connections their packets belong to.
     pub fn counters(&self) -> Result<Vec<(&'static str, u64)>, Error> {
-        self.counters.all().map_err(Error::Load)
+        let mut all = self.counters.all().map_err(Error::Load)?;
+        all.push(("connections", self.swept.connections));
+        Ok(all)
+    }
+
+    /// Forgets some of the connections that are over.
+    fn sweep(&mut self) -> Result<(), Error> {
+        let now = sweep::since_start().map_err(Error::Clock)?;
+        self.swept = self.sweeper.step(now).map_err(Error::Ports)?;
+        Ok(())
     }
 
     /// Under the lock. The number of flags and ports that changed.

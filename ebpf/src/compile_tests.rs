@@ -208,7 +208,14 @@ fn snapshots() -> impl Strategy<Value = Snapshot> {
         let names = ["a", "b", "c"];
         let mut all = vec![];
         for (i, list) in ends.iter().enumerate() {
-            all.push(service(names[i], &format!("10.96.0.{i}"), Protocol::Tcp));
+            all.push(changed(service(names[i], &format!("10.96.0.{i}"), Protocol::Tcp), |s| {
+                // One with all ways in, one with none but its own.
+                if i < 2 {
+                    s.ports[0].node_port = Some(30_000 + i as u16);
+                    s.external_ips = vec![IpAddr::from([192, 0, 2, i as u8])];
+                    s.external_policy = if i == 0 { ExternalPolicy::Local } else { ExternalPolicy::Cluster };
+                }
+            }));
             let texts: Vec<_> = list.iter().map(|(n, r)| (format!("10.244.{i}.{n}"), *r)).collect();
             let pairs: Vec<_> = texts.iter().map(|(t, r)| (t.as_str(), *r)).collect();
             all.push(endpoints(names[i], Protocol::Tcp, &pairs));
@@ -301,4 +308,39 @@ fn a_backend_of_a_route_is_seen_from_the_callers_node_too() {
     }
     let affinity = |vip| compiled.services[&only_v4(vip)].affinity_s;
     assert_eq!((affinity("10.96.0.1"), affinity("10.96.0.2")), (0, 60));
+}
+
+#[test]
+fn node_ports_and_external_addresses_by_the_policy_for_who_calls() {
+    let place = |resource: Resource, nodes: &[&str]| {
+        let Resource::EndpointSet(mut set) = resource else { panic!("endpoints") };
+        set.endpoints.iter_mut().zip(nodes).for_each(|(e, n)| (*n).clone_into(&mut e.node));
+        Resource::EndpointSet(set)
+    };
+    let all = |policy| {
+        [
+            changed(service("web", "10.96.0.1", Protocol::Tcp), |s| {
+                s.external_ips = vec!["192.0.2.1".parse().expect("address")];
+                s.ports[0].node_port = Some(30_080);
+                s.external_policy = policy;
+            }),
+            place(endpoints("web", Protocol::Tcp, &[("10.244.1.1", true), ("10.244.2.1", true)]), &["n1", "n2"]),
+        ]
+    };
+    let any = || addr(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    let keys = [only_v4("192.0.2.1"), ServiceKey { addr: any(), port_be: 30_080_u16.to_be(), ..only_v4("192.0.2.1") }];
+    let targets = |c: &Compiled, key: &ServiceKey| c.services.get(key).map(|w| w.targets().count());
+    let cluster = compile(&Snapshot::new(Revision(1), all(ExternalPolicy::Cluster)), "n1", None);
+    let local = compile(&Snapshot::new(Revision(1), all(ExternalPolicy::Local)), "n1", None);
+    let elsewhere = compile(&Snapshot::new(Revision(1), all(ExternalPolicy::Local)), "n3", None);
+    for key in keys {
+        let outside = ServiceKey { scope: OUTSIDE, ..key };
+        assert_eq!((targets(&cluster, &key), targets(&cluster, &outside)), (Some(2), None));
+        assert_eq!((targets(&local, &key), targets(&local, &outside)), (Some(2), Some(1)));
+        assert_eq!((targets(&elsewhere, &key), targets(&elsewhere, &outside)), (Some(2), Some(0)));
+        assert!(!cluster.services[&key].outside && local.services[&key].outside);
+        assert!(local.services[&outside].maglev && !elsewhere.services[&outside].maglev, "none without a backend");
+    }
+    assert!(!local.services[&only_v4("10.96.0.1")].maglev, "virtual addresses are for sockets");
+    assert_eq!(local.services.len(), 1 + 2 * 2);
 }

@@ -87,9 +87,13 @@ impl AsRawFd for EventReader {
 
 /// The clock of [`Event::time_ns`]: time since boot, sleep included.
 pub fn since_boot() -> io::Result<Duration> {
+    clock(libc::CLOCK_BOOTTIME)
+}
+
+pub(crate) fn clock(which: libc::clockid_t) -> io::Result<Duration> {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the kernel fills the structure, which outlives the call.
-    if unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut now) } < 0 {
+    if unsafe { libc::clock_gettime(which, &raw mut now) } < 0 {
         return Err(io::Error::last_os_error());
     }
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);

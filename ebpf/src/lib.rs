@@ -15,6 +15,7 @@ pub mod loader;
 pub mod maglev;
 pub mod maps;
 pub mod settings;
+pub mod sweep;
 mod sys;
 pub mod table;
 

@@ -11,6 +11,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
+pub use sys::Cursor;
 
 pub(crate) fn bytes<T: Plain>(value: &T) -> &[u8] {
     // SAFETY: `Plain` promises that all bytes of the type are initialized.
@@ -97,10 +98,21 @@ impl<K: Plain, V: Plain> HashMap<K, V> {
 
     /// All entries; those that change meanwhile may be seen in either state.
     pub fn entries(&self) -> Result<Vec<(K, V)>> {
-        let mut keys = vec![MaybeUninit::<K>::uninit(); BATCH * 4];
-        let mut values = vec![MaybeUninit::<V>::uninit(); BATCH * 4];
-        let mut all = Vec::new();
-        let mut cursor = sys::Cursor::default();
+        let (mut all, mut cursor) = (Vec::new(), Cursor::default());
+        loop {
+            let (some, end) = self.some(&mut cursor, BATCH * 4)?;
+            all.extend(some);
+            if end {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// The next entries from where the cursor is, `count` of them unless one bucket of the map has more; whether they
+    /// are the last.
+    pub fn some(&self, cursor: &mut Cursor, count: usize) -> Result<(Vec<(K, V)>, bool)> {
+        let mut keys = vec![MaybeUninit::<K>::uninit(); count];
+        let mut values = vec![MaybeUninit::<V>::uninit(); count];
         loop {
             let count = keys.len();
             let read = {
@@ -111,7 +123,7 @@ impl<K: Plain, V: Plain> HashMap<K, V> {
                         std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), count * size_of::<V>()),
                     )
                 };
-                sys::map_batch(self.fd.as_fd(), &mut cursor, k, v, count as u32)
+                sys::map_batch(self.fd.as_fd(), cursor, k, v, count as u32)
             };
             let (n, end) = match read {
                 // One bucket holds more than the buffers: grow them.
@@ -122,13 +134,9 @@ impl<K: Plain, V: Plain> HashMap<K, V> {
                 }
                 other => other.map_err(self.error("read"))?,
             };
-            for (k, v) in keys.iter().zip(&values).take(n as usize) {
-                // SAFETY: the kernel says that it has written the first n of each.
-                all.push(unsafe { (k.assume_init(), v.assume_init()) });
-            }
-            if end {
-                return Ok(all);
-            }
+            let read = keys.iter().zip(&values).take(n as usize);
+            // SAFETY: the kernel says that it has written the first n of each.
+            return Ok((read.map(|(k, v)| unsafe { (k.assume_init(), v.assume_init()) }).collect(), end));
         }
     }
 }

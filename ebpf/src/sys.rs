@@ -248,7 +248,7 @@ fn found(r: io::Result<i32>) -> io::Result<bool> {
 
 /// A place in a hash map between two batches.
 #[derive(Default)]
-pub(crate) struct Cursor {
+pub struct Cursor {
     bucket: u32,
     begun: bool,
 }

@@ -9,6 +9,7 @@ use sluice_cni::{
 use sluice_ebpf::{
     loader,
     maps::{padded, pin_dir},
+    sweep::Sweeper,
 };
 use sluice_netlink::link;
 use std::time::Duration;
@@ -26,6 +27,7 @@ impl Datapath {
             self.repair_services(&mut wrong),
             self.repair_pods(&mut wrong),
             self.repair_node(&mut wrong),
+            self.sweep(),
         ];
         outcomes.into_iter().collect::<Result<(), Error>>().map(|()| wrong)
     }
@@ -35,6 +37,7 @@ impl Datapath {
         if reloaded {
             wrong.push("programs or maps were unpinned".into());
             (self.table, self.pod_table, self.counters) = open_maps(&self.place.bpffs).map_err(Error::Load)?;
+            self.sweeper = Sweeper::open(&pin_dir(&self.place.bpffs)).map_err(Error::Load)?;
             self.ports.reopen(&pin_dir(&self.place.bpffs)).map_err(Error::Load)?;
             self.settings.reopen().map_err(Error::Settings)?;
             self.renewed.send_replace(());
