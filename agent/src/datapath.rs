@@ -13,9 +13,9 @@ use crate::{attest, error::describe, flows::kernel};
 use node::Wires;
 use pods::{Overrides, PodTable};
 use ports::Ports;
-use sluice_cni::{Lease, Store, store::Lock};
+use sluice_cni::{Lease, Store, packets, store::Lock};
 use sluice_ebpf::{
-    common::MASQUERADE,
+    common::{CLSACT, MASQUERADE},
     compile::{Compiler, DnsOverlay},
     loader::{self, Loaded, Place},
     maps::{Counters, ServiceMaps, pin_dir},
@@ -25,11 +25,13 @@ use sluice_ebpf::{
 };
 use sluice_model::Snapshot;
 use sluice_netlink::{
+    Connection,
     between::Mode,
+    link,
     plan::{GATEWAY4, Prefix},
 };
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
@@ -54,6 +56,8 @@ pub enum Error {
     Leases(#[source] sluice_cni::Error),
     #[error("read the clock of the programs' connections")]
     Clock(#[source] std::io::Error),
+    #[error("put the packet programs on the node's links")]
+    Packets(#[source] packets::Error),
     #[error("bring the maps of the node's links and addresses to what they are")]
     Ports(#[source] sluice_ebpf::Error),
     #[error("set up the node's own network")]
@@ -73,6 +77,8 @@ pub struct DatapathConfig {
     pub masquerade: bool,
     /// Ranges outside the cluster that they reach under their own.
     pub masquerade_excluded: Vec<Prefix>,
+    /// Do as on a kernel without tcx links.
+    pub clsact: bool,
     /// Which other nodes' pods are reached through VXLAN.
     pub tunnel: Mode,
 }
@@ -142,27 +148,24 @@ impl Datapath {
         let cgroup = config.cgroup.clone().map_or_else(attest::cgroup_root, Ok).map_err(Error::Cgroup)?;
         let place = Place { bpffs: config.bpffs.clone(), cgroup };
         let state_dir = PathBuf::from(sluice_cni::STATE_DIR);
-        let wires = Wires::open(config.tunnel).map_err(Error::Node)?;
+        let mut wires = Wires::open(config.tunnel).map_err(Error::Node)?;
         let host_netns = wires.netns_cookie().map_err(Error::Node)?;
         let boot = sluice_cni::store::boot(host_netns).map_err(Error::Leases)?;
         let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
-        let loaded = {
+        let (loaded, settings, clsact) = {
             let _lock = Lock::take(&state_dir).map_err(Error::Leases)?;
-            loader::load(&place).map_err(Error::Load)?
+            let loaded = loader::load(&place).map_err(Error::Load)?;
+            let (settings, clsact) = settle(config, &place.bpffs, host_netns)?;
+            let before = settings.1 & CLSACT != 0;
+            let held = store.held().map_err(Error::Leases)?;
+            packets::renew_pods(&place.bpffs, &pod_links(wires.connection(), &held)?, before)
+                .map_err(Error::Packets)?;
+            (loaded, settings.0, clsact)
         };
         let (table, pod_table, counters) = open_maps(&place.bpffs).map_err(Error::Load)?;
         let dir = pin_dir(&place.bpffs);
-        let settings = Arc::new(SettingsMap::open(&dir).map_err(Error::Load)?);
-        let masquerade = if config.masquerade { MASQUERADE } else { 0 };
-        settings
-            .update(|s| {
-                s.host_netns = host_netns;
-                // An agent that was killed may have left some on.
-                s.flags = masquerade;
-            })
-            .map_err(Error::Settings)?;
         let sweeper = Sweeper::open(&dir).map_err(Error::Load)?;
-        let ports = Ports::open(&place.bpffs, &dir, config.masquerade_excluded.clone()).map_err(Error::Load)?;
+        let ports = Ports::open(&place.bpffs, config.masquerade_excluded.clone(), clsact).map_err(Error::Load)?;
         let compiler = Compiler::new(config.node.clone(), config.overlay());
         let config = config.clone();
         let overrides = Overrides::default();
@@ -278,6 +281,28 @@ impl Datapath {
         let lock = Lock::take(&self.state_dir).map_err(Error::Leases)?;
         work(self, &lock)
     }
+}
+
+/// Tells the programs and the plugin what this node is and how programs are put on links: the settings with their flags
+/// of before, and whether programs are filters.
+fn settle(config: &DatapathConfig, bpffs: &Path, host_netns: u64) -> Result<((Arc<SettingsMap>, u32), bool), Error> {
+    let settings = SettingsMap::open(&pin_dir(bpffs)).map_err(Error::Settings)?;
+    let clsact = config.clsact || !loader::has_tcx(bpffs).map_err(Error::Load)?;
+    let mut before = 0;
+    let told = settings.update(|s| {
+        before = s.flags;
+        s.host_netns = host_netns;
+        // An agent that was killed may have left others on.
+        s.flags = if config.masquerade { MASQUERADE } else { 0 } | if clsact { CLSACT } else { 0 };
+    });
+    told.map_err(Error::Settings)?;
+    Ok(((Arc::new(settings), before), clsact))
+}
+
+/// Cookie and link of the pods whose links are there.
+fn pod_links(connection: &mut Connection, leases: &[Lease]) -> Result<Vec<(u64, u32)>, Error> {
+    let links: HashMap<String, link::Found> = link::all(connection).map_err(Error::Node)?.into_iter().collect();
+    Ok(leases.iter().filter_map(|l| Some((l.netns_cookie, links.get(&l.link)?.index))).collect())
 }
 
 fn open_maps(bpffs: &Path) -> Result<(ServiceTable, PodTable, Counters), sluice_ebpf::Error> {

@@ -93,6 +93,9 @@ pub struct Options {
     /// Port of the node's server: logs, flows, counters
     #[arg(long, default_value_t = 10250)]
     pub log_port: u16,
+    /// Do as if the kernel lacked a feature
+    #[arg(long, value_enum, value_name = "FEATURE")]
+    pub force_fallback: Vec<Fallback>,
     /// Pods of which nodes are reached through VXLAN (UDP port 8472)
     #[arg(long, value_enum, default_value_t)]
     pub tunnel: Tunnel,
@@ -100,6 +103,13 @@ pub struct Options {
     /// where a tunnel is used)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1280..=65535))]
     pub mtu: Option<u32>,
+}
+
+/// Kernel features that can be done without; ARCHITECTURE.md has the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Fallback {
+    /// Links at network devices (Linux 6.6): filters of clsact take their place
+    Tcx,
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -243,6 +253,7 @@ async fn start_network(
         dns: Some(o.cluster_dns),
         masquerade: !o.no_masquerade,
         masquerade_excluded: o.masquerade_exclude.clone(),
+        clsact: o.force_fallback.contains(&Fallback::Tcx),
         tunnel: o.tunnel.into(),
     })
     .context("open the data path")?;

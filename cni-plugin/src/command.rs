@@ -283,6 +283,7 @@ fn check(config: &Config, env: &Environment<'_>) -> Result<()> {
     if !missing.is_empty() {
         return Err(drift(missing.join("; ")));
     }
+    inside.leave().map_err(|cause| Error::Wiring { pod: lease.pod.to_string(), cause })?;
     if !wiring::enlisted(&config.bpffs, &wiring::open_maps(config)?, &lease)? {
         return Err(drift("the data path does not know the pod".into()));
     }

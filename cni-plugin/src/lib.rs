@@ -2,7 +2,7 @@
 //! that both share.
 //!
 //! [`spec`], [`config`], [`result`], [`ipam`] and [`bandwidth`] are pure. [`command`] is the verbs, each safe to
-//! repeat. [`wiring`] acts on links and maps, `garbage` takes away what is left of them. No runtime, no threads but the
+//! repeat. [`wiring`] acts on links and maps, [`packets`] puts programs on links, `garbage` takes away what is left of them. No runtime, no threads but the
 //! ones that enter a namespace: a process lives for one verb.
 
 pub mod bandwidth;
@@ -12,6 +12,7 @@ mod error;
 mod garbage;
 pub mod ipam;
 pub mod loopback;
+pub mod packets;
 pub mod result;
 pub mod spec;
 pub mod store;

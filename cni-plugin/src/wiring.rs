@@ -5,6 +5,7 @@ use crate::{
     bandwidth::Bandwidth,
     config::{Config, HostProtocol},
     error::Result,
+    packets,
     spec::Attachment,
     store::{Entry, Lease, PodRef},
 };
@@ -77,7 +78,7 @@ impl Inside {
     }
 
     /// Back to the node's namespace, where the links are that programs are put on.
-    fn leave(&self) -> std::result::Result<(), sluice_netlink::Error> {
+    pub(crate) fn leave(&self) -> std::result::Result<(), sluice_netlink::Error> {
         self.home.as_ref().map_or(Ok(()), Netns::enter)
     }
 }
@@ -88,6 +89,13 @@ fn wiring(lease: &Lease) -> impl Fn(sluice_netlink::Error) -> Error + '_ {
 
 fn maps_error(lease: &Lease) -> impl Fn(sluice_ebpf::Error) -> Error + '_ {
     |cause| Error::Maps { pod: lease.pod.to_string(), cause }
+}
+
+fn packets_error(lease: &Lease) -> impl Fn(packets::Error) -> Error + '_ {
+    |cause| match cause {
+        packets::Error::Programs(cause) => maps_error(lease)(cause),
+        packets::Error::Link(cause) => wiring(lease)(cause),
+    }
 }
 
 /// Makes the link and everything on it; the index of the node's end.
@@ -262,7 +270,7 @@ pub fn enlist(bpffs: &Path, maps: &PodMaps, inside: &Inside, lease: &Lease, ifin
     // Steering first: a meshed pod is closed from the first moment that it is known.
     loader::attach_pod(bpffs, inside.netns.as_fd(), inside.cookie).map_err(&failed)?;
     inside.leave().map_err(wiring(lease))?;
-    loader::attach_pod_link(bpffs, inside.cookie, ifindex).map_err(&failed)?;
+    packets::attach_pod(bpffs, inside.cookie, ifindex).map_err(packets_error(lease))?;
     for ip in &lease.addresses {
         let entry = PodAddr { netns: inside.cookie, flags, ifindex };
         maps.addrs.set(&sluice_ebpf::addr(*ip), &entry).map_err(&failed)?;
@@ -326,8 +334,9 @@ pub(crate) fn guess(entry: &Entry, maps: Option<&PodMaps>) -> Result<Lease> {
 /// Whether the maps know the pod as its lease says.
 pub fn enlisted(bpffs: &Path, maps: &PodMaps, lease: &Lease) -> Result<bool> {
     let failed = maps_error(lease);
-    let known = maps.pods.get(&lease.netns_cookie).map_err(&failed)?.is_some();
-    let mut all = known && loader::pod_attached(bpffs, lease.netns_cookie);
+    let Some(pod) = maps.pods.get(&lease.netns_cookie).map_err(&failed)? else { return Ok(false) };
+    let mut all = loader::pod_attached(bpffs, lease.netns_cookie);
+    all &= packets::pod_attached(bpffs, lease.netns_cookie, pod.ifindex).map_err(packets_error(lease))?;
     for ip in &lease.addresses {
         let entry = maps.addrs.get(&sluice_ebpf::addr(*ip)).map_err(&failed)?;
         all &= entry.is_some_and(|a| a.netns == lease.netns_cookie);

@@ -36,12 +36,30 @@ const CGROUP_PROGRAMS: [(&str, Hook); 8] = [
     ("getpeername6", Hook::Getpeername6),
 ];
 const STEER: &str = "steer_pod";
+/// A packet program at one side of a link.
+#[derive(Clone, Copy, Debug)]
+pub struct Packets {
+    pub program: &'static str,
+    /// It sees what the link receives; otherwise what it sends.
+    pub ingress: bool,
+    /// What the name of its pin ends with.
+    suffix: &'static str,
+}
+
+impl Packets {
+    const fn at(program: &'static str, ingress: bool) -> Self {
+        Self { program, ingress, suffix: if ingress { "_in" } else { "_out" } }
+    }
+
+    fn hook(&self) -> Hook {
+        if self.ingress { Hook::TcxIngress } else { Hook::TcxEgress }
+    }
+}
+
 /// The programs of a pod's link: packets from the pod, packets of the node's own stack to it.
-const POD_PACKETS: [(&str, Hook, &str); 2] =
-    [("from_pod", Hook::TcxIngress, "_in"), ("from_host", Hook::TcxEgress, "_out")];
+pub const POD_PACKETS: [Packets; 2] = [Packets::at("from_pod", true), Packets::at("from_host", false)];
 /// The same of a link of the node's.
-const DEVICE_PACKETS: [(&str, Hook, &str); 2] =
-    [("from_wire", Hook::TcxIngress, "_in"), ("from_host", Hook::TcxEgress, "_out")];
+pub const DEVICE_PACKETS: [Packets; 2] = [Packets::at("from_wire", true), Packets::at("from_host", false)];
 const PACKET_PROGRAMS: [&str; 3] = ["from_pod", "from_wire", "from_host"];
 /// `f_type` of a BPF file system (linux/magic.h).
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
@@ -179,18 +197,18 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
-fn attach_packets(dir: &Path, programs: &[(&str, Hook, &str)], path: &Path, ifindex: u32) -> Result<bool> {
+fn attach_packets(dir: &Path, programs: &[Packets], path: &Path, ifindex: u32) -> Result<bool> {
     let mut attached = false;
-    for (name, hook, suffix) in programs {
-        let path = with_suffix(path, suffix);
+    for packets in programs {
+        let path = with_suffix(path, packets.suffix);
         match sys::pinned(&path).and_then(|l| sys::link_info(l.as_fd())) {
             Ok(info) if info.ifindex() == ifindex => continue,
             // Of a link that is gone, whose name another has now.
             Ok(_) => fs::remove_file(&path).map_err(|e| Error::syscall("unpin", path.display(), e))?,
             Err(_) => {}
         }
-        let program = open_pin(&dir.join(name))?;
-        let link = sys::device_link_create(program.as_fd(), ifindex, *hook)
+        let program = open_pin(&dir.join(packets.program))?;
+        let link = sys::device_link_create(program.as_fd(), ifindex, packets.hook())
             .map_err(|e| Error::syscall("attach packet programs to link", ifindex, e))?;
         sys::pin(link.as_fd(), &path).map_err(|e| Error::syscall("pin", path.display(), e))?;
         attached = true;
@@ -198,8 +216,8 @@ fn attach_packets(dir: &Path, programs: &[(&str, Hook, &str)], path: &Path, ifin
     Ok(attached)
 }
 
-fn unpin_packets(programs: &[(&str, Hook, &str)], path: &Path) -> Result<()> {
-    programs.iter().try_for_each(|(_, _, suffix)| unpin(&with_suffix(path, suffix)))
+fn unpin_packets(programs: &[Packets], path: &Path) -> Result<()> {
+    programs.iter().try_for_each(|p| unpin(&with_suffix(path, p.suffix)))
 }
 
 fn unpin(path: &Path) -> Result<()> {
@@ -221,10 +239,32 @@ pub fn attach_pod(bpffs: &Path, netns: BorrowedFd<'_>, netns_cookie: u64) -> Res
     sys::pin(link.as_fd(), &path).map_err(|e| Error::syscall("pin", path.display(), e))
 }
 
-/// Whether all of the pod's programs are pinned.
+/// Whether the pod's steering link is pinned.
 pub fn pod_attached(bpffs: &Path, netns_cookie: u64) -> bool {
+    pod_link(bpffs, netns_cookie).exists()
+}
+
+/// Whether the links of the pod's packet programs are.
+pub fn pod_link_attached(bpffs: &Path, netns_cookie: u64) -> bool {
     let path = pod_link(bpffs, netns_cookie);
-    path.exists() && POD_PACKETS.iter().all(|(_, _, suffix)| with_suffix(&path, suffix).exists())
+    POD_PACKETS.iter().all(|p| with_suffix(&path, p.suffix).exists())
+}
+
+/// Takes the packet programs off a pod's link.
+pub fn detach_pod_link(bpffs: &Path, netns_cookie: u64) -> Result<()> {
+    unpin_packets(&POD_PACKETS, &pod_link(bpffs, netns_cookie))
+}
+
+/// A pinned packet program.
+pub fn packet_program(bpffs: &Path, name: &str) -> Result<OwnedFd> {
+    open_pin(&pin_dir(bpffs).join(name))
+}
+
+/// Whether the kernel has tcx links (Linux 6.6): one is made on `lo`, and goes again at once.
+pub fn has_tcx(bpffs: &Path) -> Result<bool> {
+    const LO: u32 = 1;
+    let program = packet_program(bpffs, "from_host")?;
+    Ok(sys::device_link_create(program.as_fd(), LO, Hook::TcxEgress).is_ok())
 }
 
 /// Takes a pod's programs away; a link dies with its pin.
@@ -306,12 +346,12 @@ fn pin_over(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
 
 /// New programs for the links pinned in `folder`: by the suffix of the pin, steering where there is none. Links of what
 /// is gone are removed. The number of pods, or of devices.
-fn replace(folder: &Path, programs: &[(&str, Hook, &str)], current: &BTreeMap<&str, OwnedFd>) -> Result<usize> {
+fn replace(folder: &Path, programs: &[Packets], current: &BTreeMap<&str, OwnedFd>) -> Result<usize> {
     let mut owners = BTreeSet::new();
     let entries = fs::read_dir(folder).map_err(|e| Error::syscall("list", folder.display(), e))?;
     for path in entries.flatten().map(|e| e.path()) {
         let file = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        let name = programs.iter().find(|(_, _, suffix)| file.ends_with(suffix)).map_or(STEER, |(name, _, _)| name);
+        let name = programs.iter().find(|p| file.ends_with(p.suffix)).map_or(STEER, |p| p.program);
         let Some(program) = current.get(name) else { continue };
         if replace_one(&path, program.as_fd())? {
             owners.insert(file.split('_').next().unwrap_or_default().to_owned());

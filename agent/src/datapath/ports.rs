@@ -2,11 +2,12 @@
 //! ours, which the cluster's, which we announce.
 
 use super::Error;
+use sluice_cni::packets;
 use sluice_ebpf::{
     addr,
     common::{Addr, Device, Range},
     loader,
-    maps::{HashMap, NodeMaps},
+    maps::{HashMap, NodeMaps, pin_dir},
 };
 use sluice_model::Snapshot;
 use sluice_netlink::{
@@ -35,19 +36,26 @@ pub(super) struct Ports {
     excluded: Vec<Prefix>,
     /// How often each address is still to be made known.
     to_announce: BTreeMap<IpAddr, u32>,
+    /// Programs are filters.
+    clsact: bool,
+    /// Links that this process has put programs on.
+    attached: BTreeSet<u32>,
 }
 
 /// An announcement may be lost; RFC 5227 §2.3 sends two.
 const ANNOUNCEMENTS: u32 = 3;
 
 impl Ports {
-    pub(super) fn open(bpffs: &Path, dir: &Path, excluded: Vec<Prefix>) -> Result<Self, sluice_ebpf::Error> {
-        Ok(Self { bpffs: bpffs.to_owned(), maps: NodeMaps::open(dir)?, excluded, to_announce: BTreeMap::new() })
+    pub(super) fn open(bpffs: &Path, excluded: Vec<Prefix>, clsact: bool) -> Result<Self, sluice_ebpf::Error> {
+        let maps = NodeMaps::open(&pin_dir(bpffs))?;
+        let (bpffs, to_announce, attached) = (bpffs.to_owned(), BTreeMap::new(), BTreeSet::new());
+        Ok(Self { bpffs, maps, excluded, to_announce, clsact, attached })
     }
 
     /// After the pins were made anew.
-    pub(super) fn reopen(&mut self, dir: &Path) -> Result<(), sluice_ebpf::Error> {
-        self.maps = NodeMaps::open(dir)?;
+    pub(super) fn reopen(&mut self) -> Result<(), sluice_ebpf::Error> {
+        self.maps = NodeMaps::open(&pin_dir(&self.bpffs))?;
+        self.attached.clear();
         Ok(())
     }
 
@@ -96,16 +104,24 @@ impl Ports {
         Ok(())
     }
 
-    fn attach(&self, wanted: &Wanted, done: &mut Vec<String>) -> Result<(), Error> {
+    fn attach(&mut self, wanted: &Wanted, done: &mut Vec<String>) -> Result<(), Error> {
         let attached = loader::attached_devices(&self.bpffs).map_err(Error::Ports)?;
-        for index in attached.iter().filter(|i| !wanted.devices.contains_key(i)) {
-            loader::detach_device(&self.bpffs, *index).map_err(Error::Ports)?;
+        let gone: BTreeSet<u32> =
+            attached.union(&self.attached).filter(|i| !wanted.devices.contains_key(i)).copied().collect();
+        for index in gone {
+            packets::detach_device(&self.bpffs, index).map_err(Error::Packets)?;
+            self.attached.remove(&index);
             done.push(format!("programs of link {index}, which is no link of the node's any more"));
         }
         for index in wanted.devices.keys() {
-            if loader::attach_device(&self.bpffs, *index).map_err(Error::Ports)? {
+            // Filters have no pins: what an agent before us has put there is replaced once.
+            if self.clsact && self.attached.contains(index) {
+                continue;
+            }
+            if packets::attach_device(&self.bpffs, *index).map_err(Error::Packets)? {
                 done.push(format!("link {index} had no programs"));
             }
+            self.attached.insert(*index);
         }
         Ok(())
     }

@@ -38,7 +38,7 @@ impl Datapath {
             wrong.push("programs or maps were unpinned".into());
             (self.table, self.pod_table, self.counters) = open_maps(&self.place.bpffs).map_err(Error::Load)?;
             self.sweeper = Sweeper::open(&pin_dir(&self.place.bpffs)).map_err(Error::Load)?;
-            self.ports.reopen(&pin_dir(&self.place.bpffs)).map_err(Error::Load)?;
+            self.ports.reopen().map_err(Error::Load)?;
             self.settings.reopen().map_err(Error::Settings)?;
             self.renewed.send_replace(());
         }

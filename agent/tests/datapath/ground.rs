@@ -39,6 +39,8 @@ pub struct Ground {
     agent: RefCell<Option<Child>>,
     sidecars: RefCell<Vec<Child>>,
     revision: Cell<u64>,
+    /// Agents do without tcx links.
+    pub clsact: Cell<bool>,
     pods: RefCell<Vec<PathBuf>>,
 }
 
@@ -108,6 +110,7 @@ impl Ground {
             agent: RefCell::default(),
             sidecars: RefCell::default(),
             revision: Cell::new(0),
+            clsact: Cell::new(false),
             pods: RefCell::default(),
         };
         fs::write(ground.outer_cgroup.join("cgroup.procs"), "0").expect("enter the cgroup");
@@ -155,7 +158,8 @@ impl Ground {
 
     pub fn start_agent(&self) {
         let _ = fs::remove_file(ACK);
-        let child = self.child("agent", &[]).spawn().expect("agent");
+        let clsact: &[_] = if self.clsact.get() { &[(parts::CLSACT, "1")] } else { &[] };
+        let child = self.child("agent", clsact).spawn().expect("agent");
         *self.agent.borrow_mut() = Some(child);
         until("the agent has loaded the data path", || Path::new("/sys/fs/bpf/sluice/v1/steer_pod").exists());
     }

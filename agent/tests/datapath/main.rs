@@ -22,8 +22,9 @@ fn main() {
         return;
     }
     type Story = fn(&Ground);
-    let stories: [(&str, Story); 4] = [
+    let stories: [(&str, Story); 5] = [
         ("outside", outside::story),
+        ("outside-clsact", outside::without_tcx),
         ("balance", balance::story),
         ("capture", capture::story),
         ("between", between::story),

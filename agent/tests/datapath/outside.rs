@@ -7,7 +7,7 @@ use crate::{
 };
 use sluice_model::{Announcement, Endpoint, EndpointSet, ExternalPolicy, Name, Node, Protocol, Resource, Service};
 use sluice_netlink::{
-    Connection, Netns, kernel, lab, link, ns,
+    Connection, Netns, filter, kernel, lab, link, ns,
     plan::{Address, LO, Operation, Prefix, Route, RouteKind},
 };
 use std::{
@@ -224,6 +224,32 @@ const EXTERNAL6: &str = "fd00:50::100";
 
 fn local(s: &mut Service) {
     s.external_policy = ExternalPolicy::Local;
+}
+
+/// The same with filters in place of links, from one way to the other and back while pods run.
+pub fn without_tcx(ground: &Ground) {
+    let pod = ground.pod("lasting");
+    serve(&pod.netns, "lasting", ANY, 8080);
+    let to = SocketAddr::new(pod.ip(), 8080);
+    let with_filters = || {
+        let mut c = Connection::open().expect("connection");
+        let links = link::all(&mut c).expect("links").into_iter().filter(|(name, _)| name.starts_with("slc"));
+        let mut found = |index| filter::find(&mut c, index, filter::Direction::Ingress, "from_pod").expect("filters");
+        links.filter(|(_, l)| found(l.index).is_some()).count()
+    };
+    for (clsact, filtered) in [(true, 1), (false, 0), (true, 1)] {
+        ground.kill_agent();
+        ground.clsact.set(clsact);
+        ground.start_agent();
+        ground.apply(vec![node()]);
+        assert_eq!(with_filters(), filtered, "clsact {clsact}");
+        assert!(dial(to).expect("the pod is reached").starts_with("lasting "));
+    }
+    story(ground);
+    ground.kill_agent();
+    ground.clsact.set(false);
+    ground.start_agent();
+    ground.end_pod(pod);
 }
 
 pub fn story(ground: &Ground) {
