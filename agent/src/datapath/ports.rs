@@ -195,8 +195,10 @@ mod tests {
     use super::*;
     use sluice_model::{Announcement, Name, Node, Resource, Revision, Service};
 
+    /// With the address's own bits, as on a link.
     fn prefix(text: &str) -> Prefix {
-        text.parse().expect(text)
+        let (address, len) = text.split_once('/').expect(text);
+        Prefix { address: ip(address), len: len.parse().expect(text) }
     }
 
     fn ip(text: &str) -> IpAddr {
