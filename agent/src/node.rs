@@ -140,8 +140,17 @@ pub async fn pod_cidrs(client: &Client, f: &Facts) -> Vec<String> {
     }
 }
 
+/// For so long, whether a node that the API knows is ready may be open when its agent starts.
+const UNDECIDED: Duration = Duration::from_secs(5);
+
 /// Reports for ever: at once when readiness changes, else in this interval.
 pub async fn heartbeat(client: Client, f: Facts, every: Duration, mut not_ready: watch::Receiver<NotReady>) {
+    let known = Api::<Node>::all(client.clone()).get_opt(&f.name).await.is_ok_and(|node| node.is_some());
+    if known {
+        // An agent that starts again says nothing before it knows: "not ready" would take the node's endpoints away,
+        // which have run on meanwhile.
+        let _ = tokio::time::timeout(UNDECIDED, not_ready.wait_for(Option::is_none)).await;
+    }
     loop {
         let wrong = not_ready.borrow_and_update().clone();
         let mut pause = every;
