@@ -15,7 +15,7 @@ use pods::{Overrides, PodTable};
 use ports::Ports;
 use sluice_cni::{Lease, Store, packets, store::Lock};
 use sluice_ebpf::{
-    common::{CLSACT, MASQUERADE},
+    common::MASQUERADE,
     compile::{Compiler, DnsOverlay},
     loader::{self, Loaded, Place},
     maps::{Counters, ServiceMaps, pin_dir},
@@ -152,19 +152,18 @@ impl Datapath {
         let host_netns = wires.netns_cookie().map_err(Error::Node)?;
         let boot = sluice_cni::store::boot(host_netns).map_err(Error::Leases)?;
         let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
-        let (loaded, settings, clsact) = {
+        let (loaded, settings) = {
             let _lock = Lock::take(&state_dir).map_err(Error::Leases)?;
             let loaded = loader::load(&place).map_err(Error::Load)?;
-            let (settings, clsact) = settle(config, &place.bpffs, host_netns)?;
-            let before = settings.1 & CLSACT != 0;
-            let held = store.held().map_err(Error::Leases)?;
-            packets::renew_pods(&place.bpffs, &pod_links(wires.connection(), &held)?, before)
-                .map_err(Error::Packets)?;
-            (loaded, settings.0, clsact)
+            let settings = settle(config, &place.bpffs, host_netns)?;
+            let links = pod_links(wires.connection(), &store.held().map_err(Error::Leases)?)?;
+            packets::renew_pods(&place.bpffs, wires.connection(), &links).map_err(Error::Packets)?;
+            (loaded, settings)
         };
         let (table, pod_table, counters) = open_maps(&place.bpffs).map_err(Error::Load)?;
         let dir = pin_dir(&place.bpffs);
         let sweeper = Sweeper::open(&dir).map_err(Error::Load)?;
+        let clsact = config.clsact || !loader::has_tcx(&place.bpffs).map_err(Error::Load)?;
         let ports = Ports::open(&place.bpffs, config.masquerade_excluded.clone(), clsact).map_err(Error::Load)?;
         let compiler = Compiler::new(config.node.clone(), config.overlay());
         let config = config.clone();
@@ -283,26 +282,22 @@ impl Datapath {
     }
 }
 
-/// Tells the programs and the plugin what this node is and how programs are put on links: the settings with their flags
-/// of before, and whether programs are filters.
-fn settle(config: &DatapathConfig, bpffs: &Path, host_netns: u64) -> Result<((Arc<SettingsMap>, u32), bool), Error> {
+/// Tells the programs what this node is.
+fn settle(config: &DatapathConfig, bpffs: &Path, host_netns: u64) -> Result<Arc<SettingsMap>, Error> {
     let settings = SettingsMap::open(&pin_dir(bpffs)).map_err(Error::Settings)?;
-    let clsact = config.clsact || !loader::has_tcx(bpffs).map_err(Error::Load)?;
-    let mut before = 0;
     let told = settings.update(|s| {
-        before = s.flags;
         s.host_netns = host_netns;
         // An agent that was killed may have left others on.
-        s.flags = if config.masquerade { MASQUERADE } else { 0 } | if clsact { CLSACT } else { 0 };
+        s.flags = if config.masquerade { MASQUERADE } else { 0 };
     });
     told.map_err(Error::Settings)?;
-    Ok(((Arc::new(settings), before), clsact))
+    Ok(Arc::new(settings))
 }
 
-/// Cookie and link of the pods whose links are there.
-fn pod_links(connection: &mut Connection, leases: &[Lease]) -> Result<Vec<(u64, u32)>, Error> {
+/// Indexes of the links of pods that are there.
+fn pod_links(connection: &mut Connection, leases: &[Lease]) -> Result<Vec<u32>, Error> {
     let links: HashMap<String, link::Found> = link::all(connection).map_err(Error::Node)?.into_iter().collect();
-    Ok(leases.iter().filter_map(|l| Some((l.netns_cookie, links.get(&l.link)?.index))).collect())
+    Ok(leases.iter().filter_map(|l| links.get(&l.link)).map(|found| found.index).collect())
 }
 
 fn open_maps(bpffs: &Path) -> Result<(ServiceTable, PodTable, Counters), sluice_ebpf::Error> {

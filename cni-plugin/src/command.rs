@@ -87,7 +87,7 @@ fn add(config: &Config, env: &Environment<'_>) -> Result<Value> {
     };
     let made = wiring::wire(&mut node.host, &mut inside, &lease, config.mtu).and_then(|ifindex| {
         let _lock = Lock::take(&config.state_dir)?;
-        wiring::enlist(&config.bpffs, &maps, &inside, &lease, ifindex)
+        wiring::enlist(&config.bpffs, &maps, &mut node.host, &inside, &lease, ifindex)
     });
     if let Err(error) = made {
         // An interface that an earlier ADD made may be in use: it is left for DEL.
@@ -283,8 +283,7 @@ fn check(config: &Config, env: &Environment<'_>) -> Result<()> {
     if !missing.is_empty() {
         return Err(drift(missing.join("; ")));
     }
-    inside.leave().map_err(|cause| Error::Wiring { pod: lease.pod.to_string(), cause })?;
-    if !wiring::enlisted(&config.bpffs, &wiring::open_maps(config)?, &lease)? {
+    if !wiring::enlisted(&config.bpffs, &wiring::open_maps(config)?, &mut node.host, &lease)? {
         return Err(drift("the data path does not know the pod".into()));
     }
     Ok(())

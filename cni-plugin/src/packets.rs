@@ -1,14 +1,11 @@
-//! The packet programs on a link of the node: as tcx links where the kernel has them (Linux 6.6), else as filters of the
-//! `clsact` discipline. Which of the two is in the programs' settings, so that plugin and agent do the same.
+//! The packet programs on links of the node, all of it in the namespace that the calling thread, or the connection, is in.
 //!
-//! All of it concerns links in the calling thread's namespace.
+//! A pod's link has them as filters of the `clsact` discipline on every kernel: to attach a tcx link waits for a grace
+//! period of RCU (some 15 ms) while the kernel's whole network configuration is locked, and every pod would wait for
+//! every other. The node's own links are few and long-lived: they have tcx links where the kernel knows them (Linux 6.6),
+//! which others cannot replace by accident, else filters too.
 
-use sluice_ebpf::{
-    common::CLSACT,
-    loader::{self, DEVICE_PACKETS, POD_PACKETS, Packets},
-    maps::pin_dir,
-    settings::SettingsMap,
-};
+use sluice_ebpf::loader::{self, DEVICE_PACKETS, POD_PACKETS, Packets};
 use sluice_netlink::{
     Connection,
     filter::{self, Direction},
@@ -25,39 +22,33 @@ pub enum Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
-/// Whether filters are used.
-pub fn clsact(bpffs: &Path) -> Result<bool> {
-    Ok(SettingsMap::open(&pin_dir(bpffs))?.get()?.flags & CLSACT != 0)
-}
-
-/// On the node's end of a pod's link; what is there already stays.
-pub fn attach_pod(bpffs: &Path, netns_cookie: u64, ifindex: u32) -> Result<()> {
-    match clsact(bpffs)? {
-        true => attach_filters(bpffs, &POD_PACKETS, ifindex),
-        false => Ok(loader::attach_pod_link(bpffs, netns_cookie, ifindex)?),
-    }
+/// On the node's end of a pod's link, in place of what is there.
+pub fn attach_pod(bpffs: &Path, connection: &mut Connection, ifindex: u32) -> Result<()> {
+    attach_filters(bpffs, connection, &POD_PACKETS, ifindex)
 }
 
 /// Whether a pod's link has them.
-pub fn pod_attached(bpffs: &Path, netns_cookie: u64, ifindex: u32) -> Result<bool> {
-    if !clsact(bpffs)? {
-        return Ok(loader::pod_link_attached(bpffs, netns_cookie));
-    }
-    let mut connection = Connection::open()?;
+pub fn pod_attached(connection: &mut Connection, ifindex: u32) -> Result<bool> {
     for p in &POD_PACKETS {
-        if filter::find(&mut connection, ifindex, direction(p), p.program)?.is_none() {
+        if filter::find(connection, ifindex, direction(p), p.program)?.is_none() {
             return Ok(false);
         }
     }
     Ok(true)
 }
 
-/// On a link of the node's own; programs of before are replaced. True where one was missing.
-pub fn attach_device(bpffs: &Path, ifindex: u32) -> Result<bool> {
-    match clsact(bpffs)? {
-        true => attach_filters(bpffs, &DEVICE_PACKETS, ifindex).map(|()| true),
-        false => Ok(loader::attach_device(bpffs, ifindex)?),
+/// On a link of the node's own, as filters or as tcx links; the other way's go. True where one was missing.
+pub fn attach_device(bpffs: &Path, ifindex: u32, filters: bool) -> Result<bool> {
+    if filters {
+        attach_filters(bpffs, &mut Connection::open()?, &DEVICE_PACKETS, ifindex)?;
+        loader::detach_device(bpffs, ifindex)?;
+        return Ok(true);
     }
+    let missing = loader::attach_device(bpffs, ifindex)?;
+    if missing {
+        detach_filters(&DEVICE_PACKETS, ifindex)?;
+    }
+    Ok(missing)
 }
 
 /// Off a link of the node's own, which may be gone.
@@ -66,38 +57,22 @@ pub fn detach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
     detach_filters(&DEVICE_PACKETS, ifindex)
 }
 
-/// After new programs were loaded: on the links of pods, by cookie and index, where no pin keeps them; and what the
-/// other way has left goes.
-pub fn renew_pods(bpffs: &Path, pods: &[(u64, u32)], before: bool) -> Result<()> {
-    let now = clsact(bpffs)?;
-    for (cookie, ifindex) in pods {
-        match now {
-            true => {
-                attach_filters(bpffs, &POD_PACKETS, *ifindex)?;
-                loader::detach_pod_link(bpffs, *cookie)?;
-            }
-            false if before => {
-                loader::attach_pod_link(bpffs, *cookie, *ifindex)?;
-                detach_filters(&POD_PACKETS, *ifindex)?;
-            }
-            false => {}
-        }
-    }
-    Ok(())
+/// After new programs were loaded: on the links of pods, by index, where no pin replaces them.
+pub fn renew_pods(bpffs: &Path, connection: &mut Connection, links: &[u32]) -> Result<()> {
+    links.iter().try_for_each(|ifindex| attach_pod(bpffs, connection, *ifindex))?;
+    Ok(loader::detach_pod_links(bpffs)?)
 }
 
 fn direction(p: &Packets) -> Direction {
     if p.ingress { Direction::Ingress } else { Direction::Egress }
 }
 
-fn attach_filters(bpffs: &Path, programs: &[Packets], ifindex: u32) -> Result<()> {
-    let mut connection = Connection::open()?;
-    filter::ensure_clsact(&mut connection, ifindex)?;
-    for p in programs {
-        let program = loader::packet_program(bpffs, p.program)?;
-        filter::attach(&mut connection, ifindex, direction(p), p.program, program.as_fd())?;
-    }
-    Ok(())
+fn attach_filters(bpffs: &Path, connection: &mut Connection, programs: &[Packets], ifindex: u32) -> Result<()> {
+    let open = |p: &Packets| loader::packet_program(bpffs, p.program);
+    let opened = programs.iter().map(open).collect::<std::result::Result<Vec<_>, _>>()?;
+    let named = programs.iter().zip(&opened);
+    let all: Vec<_> = named.map(|(p, program)| (direction(p), p.program, program.as_fd())).collect();
+    Ok(filter::attach_all(connection, ifindex, &all)?)
 }
 
 fn detach_filters(programs: &[Packets], ifindex: u32) -> Result<()> {

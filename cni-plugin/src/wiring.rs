@@ -55,8 +55,6 @@ pub struct Inside {
     pub netns: Netns,
     pub connection: Connection,
     pub cookie: u64,
-    /// The node's own, where this thread has left it.
-    home: Option<Netns>,
 }
 
 impl Inside {
@@ -64,22 +62,17 @@ impl Inside {
         let netns = Netns::open(path)?;
         let connection = Connection::open_in(&netns)?;
         let cookie = connection.netns_cookie()?;
-        Ok(Self { netns, connection, cookie, home: None })
+        Ok(Self { netns, connection, cookie })
     }
 
-    /// The same, with the calling thread inside until [`enlist`]: spares a process that lives for one verb a
-    /// second thread. Connections that were opened before stay where they are.
+    /// The same, with the calling thread inside from now on: spares a process that lives for one verb a second thread.
+    /// Connections that were opened before stay where they are.
     pub(crate) fn enter(path: &Path) -> std::result::Result<Self, sluice_netlink::Error> {
-        let (netns, home) = (Netns::open(path)?, Netns::current()?);
+        let netns = Netns::open(path)?;
         netns.enter()?;
         let connection = Connection::open()?;
         let cookie = connection.netns_cookie()?;
-        Ok(Self { netns, connection, cookie, home: Some(home) })
-    }
-
-    /// Back to the node's namespace, where the links are that programs are put on.
-    pub(crate) fn leave(&self) -> std::result::Result<(), sluice_netlink::Error> {
-        self.home.as_ref().map_or(Ok(()), Netns::enter)
+        Ok(Self { netns, connection, cookie })
     }
 }
 
@@ -243,7 +236,14 @@ pub(crate) fn taken_host_port(maps: &PodMaps, lease: &Lease) -> Result<Option<u1
 }
 
 /// Puts the pod into the maps and steering into its namespace: ADD's last step, under the lock.
-pub fn enlist(bpffs: &Path, maps: &PodMaps, inside: &Inside, lease: &Lease, ifindex: u32) -> Result<()> {
+pub fn enlist(
+    bpffs: &Path,
+    maps: &PodMaps,
+    host: &mut Connection,
+    inside: &Inside,
+    lease: &Lease,
+    ifindex: u32,
+) -> Result<()> {
     let failed = maps_error(lease);
     let intent = match lease.pod.uid.is_empty() {
         true => None,
@@ -269,8 +269,7 @@ pub fn enlist(bpffs: &Path, maps: &PodMaps, inside: &Inside, lease: &Lease, ifin
     }
     // Steering first: a meshed pod is closed from the first moment that it is known.
     loader::attach_pod(bpffs, inside.netns.as_fd(), inside.cookie).map_err(&failed)?;
-    inside.leave().map_err(wiring(lease))?;
-    packets::attach_pod(bpffs, inside.cookie, ifindex).map_err(packets_error(lease))?;
+    packets::attach_pod(bpffs, host, ifindex).map_err(packets_error(lease))?;
     for ip in &lease.addresses {
         let entry = PodAddr { netns: inside.cookie, flags, ifindex };
         maps.addrs.set(&sluice_ebpf::addr(*ip), &entry).map_err(&failed)?;
@@ -332,11 +331,11 @@ pub(crate) fn guess(entry: &Entry, maps: Option<&PodMaps>) -> Result<Lease> {
 }
 
 /// Whether the maps know the pod as its lease says.
-pub fn enlisted(bpffs: &Path, maps: &PodMaps, lease: &Lease) -> Result<bool> {
+pub fn enlisted(bpffs: &Path, maps: &PodMaps, host: &mut Connection, lease: &Lease) -> Result<bool> {
     let failed = maps_error(lease);
     let Some(pod) = maps.pods.get(&lease.netns_cookie).map_err(&failed)? else { return Ok(false) };
     let mut all = loader::pod_attached(bpffs, lease.netns_cookie);
-    all &= packets::pod_attached(bpffs, lease.netns_cookie, pod.ifindex).map_err(packets_error(lease))?;
+    all &= packets::pod_attached(host, pod.ifindex).map_err(packets_error(lease))?;
     for ip in &lease.addresses {
         let entry = maps.addrs.get(&sluice_ebpf::addr(*ip)).map_err(&failed)?;
         all &= entry.is_some_and(|a| a.netns == lease.netns_cookie);

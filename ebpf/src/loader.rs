@@ -167,40 +167,13 @@ fn pod_link(bpffs: &Path, netns_cookie: u64) -> PathBuf {
     pods(&pin_dir(bpffs)).join(netns_cookie.to_string())
 }
 
-/// Puts the packet programs on the node's end of a pod's link, which is in the calling thread's namespace; what is
-/// there already stays.
-pub fn attach_pod_link(bpffs: &Path, netns_cookie: u64, ifindex: u32) -> Result<()> {
-    attach_packets(&pin_dir(bpffs), &POD_PACKETS, &pod_link(bpffs, netns_cookie), ifindex).map(drop)
-}
-
 /// Puts the packet programs on a link of the node's own; true where one was missing.
 pub fn attach_device(bpffs: &Path, ifindex: u32) -> Result<bool> {
     let dir = pin_dir(bpffs);
-    attach_packets(&dir, &DEVICE_PACKETS, &devices(&dir).join(ifindex.to_string()), ifindex)
-}
-
-/// Takes them off.
-pub fn detach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
-    unpin_packets(&DEVICE_PACKETS, &devices(&pin_dir(bpffs)).join(ifindex.to_string()))
-}
-
-/// Links of the node's own, by index, that have programs; also such as are gone.
-pub fn attached_devices(bpffs: &Path) -> Result<BTreeSet<u32>> {
-    let dir = devices(&pin_dir(bpffs));
-    let entries = fs::read_dir(&dir).map_err(|e| Error::syscall("list", dir.display(), e))?;
-    Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.split('_').next()?.parse().ok()).collect())
-}
-
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut path = path.as_os_str().to_owned();
-    path.push(suffix);
-    path.into()
-}
-
-fn attach_packets(dir: &Path, programs: &[Packets], path: &Path, ifindex: u32) -> Result<bool> {
+    let path = devices(&dir).join(ifindex.to_string());
     let mut attached = false;
-    for packets in programs {
-        let path = with_suffix(path, packets.suffix);
+    for packets in &DEVICE_PACKETS {
+        let path = with_suffix(&path, packets.suffix);
         match sys::pinned(&path).and_then(|l| sys::link_info(l.as_fd())) {
             Ok(info) if info.ifindex() == ifindex => continue,
             // Of a link that is gone, whose name another has now.
@@ -216,8 +189,23 @@ fn attach_packets(dir: &Path, programs: &[Packets], path: &Path, ifindex: u32) -
     Ok(attached)
 }
 
-fn unpin_packets(programs: &[Packets], path: &Path) -> Result<()> {
-    programs.iter().try_for_each(|p| unpin(&with_suffix(path, p.suffix)))
+/// Takes them off.
+pub fn detach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
+    let path = devices(&pin_dir(bpffs)).join(ifindex.to_string());
+    DEVICE_PACKETS.iter().try_for_each(|p| unpin(&with_suffix(&path, p.suffix)))
+}
+
+/// Links of the node's own, by index, that have programs; also such as are gone.
+pub fn attached_devices(bpffs: &Path) -> Result<BTreeSet<u32>> {
+    let dir = devices(&pin_dir(bpffs));
+    let entries = fs::read_dir(&dir).map_err(|e| Error::syscall("list", dir.display(), e))?;
+    Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.split('_').next()?.parse().ok()).collect())
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
 }
 
 fn unpin(path: &Path) -> Result<()> {
@@ -244,15 +232,13 @@ pub fn pod_attached(bpffs: &Path, netns_cookie: u64) -> bool {
     pod_link(bpffs, netns_cookie).exists()
 }
 
-/// Whether the links of the pod's packet programs are.
-pub fn pod_link_attached(bpffs: &Path, netns_cookie: u64) -> bool {
-    let path = pod_link(bpffs, netns_cookie);
-    POD_PACKETS.iter().all(|p| with_suffix(&path, p.suffix).exists())
-}
-
-/// Takes the packet programs off a pod's link.
-pub fn detach_pod_link(bpffs: &Path, netns_cookie: u64) -> Result<()> {
-    unpin_packets(&POD_PACKETS, &pod_link(bpffs, netns_cookie))
+/// Takes the packet programs off pods' links that hold them by tcx links, as they once did: for when filters are there.
+pub fn detach_pod_links(bpffs: &Path) -> Result<()> {
+    let dir = pods(&pin_dir(bpffs));
+    let entries = fs::read_dir(&dir).map_err(|e| Error::syscall("list", dir.display(), e))?;
+    let held = |name: &str| POD_PACKETS.iter().any(|p| name.ends_with(p.suffix));
+    let paths = entries.flatten().filter(|e| e.file_name().to_str().is_some_and(held)).map(|e| e.path());
+    paths.map(|p| unpin(&p)).collect()
 }
 
 /// A pinned packet program.
@@ -269,9 +255,7 @@ pub fn has_tcx(bpffs: &Path) -> Result<bool> {
 
 /// Takes a pod's programs away; a link dies with its pin.
 pub fn detach_pod(bpffs: &Path, netns_cookie: u64) -> Result<()> {
-    let path = pod_link(bpffs, netns_cookie);
-    unpin(&path)?;
-    unpin_packets(&POD_PACKETS, &path)
+    unpin(&pod_link(bpffs, netns_cookie))
 }
 
 /// Cookies of the pods that have a pinned steering link.

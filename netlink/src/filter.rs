@@ -1,5 +1,5 @@
-//! Packet programs on a link by the traffic control layer, for kernels without tcx (before 6.6): the `clsact` queueing
-//! discipline, and one direct-action BPF filter per direction, known by its name.
+//! Packet programs on a link by the traffic control layer: the `clsact` queueing discipline, and one direct-action BPF
+//! filter per direction, known by its name.
 //!
 //! Other people's filters, and a `clsact` that they need, stay. Loading programs is not done here.
 
@@ -51,22 +51,40 @@ pub struct Attached {
 /// Puts `clsact` on a link that has none; true when it was put there. An `ingress` discipline in its place is another's
 /// and an error.
 pub fn ensure_clsact(connection: &mut Connection, link: u32) -> Result<bool> {
-    match discipline(connection, link)?.as_deref() {
-        Some(CLSACT) => return Ok(false),
-        None => {}
-        Some(other) => {
-            let operation = format!(
-                "put clsact on link {link}: the discipline {other:?} of somebody else is in its place (remove it, or \
-                 run a kernel from 6.6 on, where it is not in the way)"
-            );
-            return Err(Error::Refused { operation, cause: io::Error::from_raw_os_error(libc::EEXIST) });
-        }
-    }
     let mut message = on(link, TcHandle::CLSACT);
     message.header.handle = TcHandle { major: u16::MAX, minor: 0 };
     message.attributes = vec![TcAttribute::Kind(CLSACT.to_owned())];
     let operation = format!("put clsact on link {link} (CONFIG_NET_SCH_INGRESS)");
-    one(connection, Message::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_EXCL, operation).map(|()| true)
+    match one(connection, Message::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_EXCL, operation) {
+        Err(e) if e.errno() == Some(libc::EEXIST) => {}
+        made => return made.map(|()| true),
+    }
+    match discipline(connection, link)?.as_deref() {
+        Some(CLSACT) => Ok(false),
+        other => {
+            let other = other.unwrap_or("of a moment ago");
+            let operation = format!(
+                "put clsact on link {link}: the discipline {other:?} of somebody else is in its place (remove it, or, \
+                 on a link of the node's own, run a kernel from 6.6 on, where it is not in the way)"
+            );
+            Err(Error::Refused { operation, cause: io::Error::from_raw_os_error(libc::EEXIST) })
+        }
+    }
+}
+
+/// Puts programs on a link by their names, as [`attach`] does, and `clsact` first where there is none: on a new link
+/// without looking for what it cannot have.
+pub fn attach_all(
+    connection: &mut Connection,
+    link: u32,
+    programs: &[(Direction, &str, BorrowedFd<'_>)],
+) -> Result<()> {
+    let fresh = ensure_clsact(connection, link)?;
+    if fresh {
+        let requests = programs.iter().map(|(direction, name, program)| put(link, *direction, name, *program, None));
+        return connection.execute(requests.collect())?.into_iter().collect();
+    }
+    programs.iter().try_for_each(|(direction, name, program)| attach(connection, link, *direction, name, *program))
 }
 
 /// Removes `clsact` from a link unless a filter is left in it; true when it was removed.
@@ -99,8 +117,12 @@ pub fn attach(
     name: &str,
     program: BorrowedFd<'_>,
 ) -> Result<()> {
-    // Without a handle the kernel chooses one that nobody has; with ours it replaces ours.
     let ours = find(connection, link, direction, name)?;
+    connection.execute(vec![put(link, direction, name, program, ours)])?.into_iter().collect()
+}
+
+/// Without a handle the kernel chooses one that nobody has; with ours it replaces ours.
+fn put(link: u32, direction: Direction, name: &str, program: BorrowedFd<'_>, ours: Option<Attached>) -> Request {
     let fd = u32::try_from(program.as_raw_fd()).unwrap_or(u32::MAX); // an open descriptor is not negative
     let option = |o| TcOption::Bpf(o);
     let mut message = at(link, direction, ours);
@@ -111,7 +133,7 @@ pub fn attach(
     ]));
     let flags = NLM_F_CREATE | if ours.is_some() { NLM_F_REPLACE } else { NLM_F_EXCL };
     let operation = format!("put filter {name} on {direction} of link {link} (CONFIG_NET_CLS_BPF)");
-    one(connection, Message::NewTrafficFilter(message), flags, operation)
+    Request { message: Message::NewTrafficFilter(message), flags, operation }
 }
 
 /// Removes the filters of that name; true when there was one.
@@ -283,6 +305,13 @@ mod tests {
         }
         assert!(remove_clsact(c, link).expect("remove"));
         assert_eq!(find(c, link, Direction::Egress, "a").expect("find"), None);
+        for program in [&first, &second] {
+            let both = [Direction::Ingress, Direction::Egress].map(|d| (d, "a", program.as_fd()));
+            attach_all(c, link, &both).expect("on a link without, and on one with");
+            for direction in [Direction::Ingress, Direction::Egress] {
+                assert_eq!(filters(c, link, direction).expect("list").len(), 1, "replaced, not added");
+            }
+        }
     }
 
     #[test]

@@ -118,7 +118,7 @@ impl Ports {
             if self.clsact && self.attached.contains(index) {
                 continue;
             }
-            if packets::attach_device(&self.bpffs, *index).map_err(Error::Packets)? {
+            if packets::attach_device(&self.bpffs, *index, self.clsact).map_err(Error::Packets)? {
                 done.push(format!("link {index} had no programs"));
             }
             self.attached.insert(*index);

@@ -98,17 +98,18 @@ impl Datapath {
     /// has gone is the runtime's to remove.
     fn repair_pod(&mut self, lease: &Lease, _lock: &Lock, wrong: &mut Vec<String>) -> Result<(), Error> {
         let maps = &self.pod_table.maps;
-        let enlisted = wiring::enlisted(&self.place.bpffs, maps, lease).map_err(Error::Leases)?;
+        let host = self.wires.connection();
+        let enlisted = wiring::enlisted(&self.place.bpffs, maps, host, lease).map_err(Error::Leases)?;
         let same = |p: sluice_ebpf::common::Pod| p.uid == padded(&lease.pod.uid);
         if enlisted && maps.pods.get(&lease.netns_cookie).map_err(Error::Pods)?.is_some_and(same) {
             return Ok(());
         }
-        let found = link::find(self.wires.connection(), &lease.link).map_err(Error::Node)?;
+        let found = link::find(host, &lease.link).map_err(Error::Node)?;
         let (Some(found), Ok(inside)) = (found, Inside::open(&lease.netns)) else { return Ok(()) };
         if inside.cookie != lease.netns_cookie {
             return Ok(());
         }
-        wiring::enlist(&self.place.bpffs, maps, &inside, lease, found.index).map_err(Error::Leases)?;
+        wiring::enlist(&self.place.bpffs, maps, host, &inside, lease, found.index).map_err(Error::Leases)?;
         wrong.push(format!("pod {} was not in the maps", lease.pod));
         Ok(())
     }

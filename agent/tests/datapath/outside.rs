@@ -5,6 +5,7 @@ use crate::{
     balance::{endpoints, node, service},
     ground::{Ground, NODE, TestPod, said, until},
 };
+use sluice_ebpf::loader;
 use sluice_model::{Announcement, Endpoint, EndpointSet, ExternalPolicy, Name, Node, Protocol, Resource, Service};
 use sluice_netlink::{
     Connection, Netns, filter, kernel, lab, link, ns,
@@ -226,23 +227,24 @@ fn local(s: &mut Service) {
     s.external_policy = ExternalPolicy::Local;
 }
 
-/// The same with filters in place of links, from one way to the other and back while pods run.
+/// The same with filters in place of tcx links on the node's own links, from one way to the other and back while pods run.
 pub fn without_tcx(ground: &Ground) {
     let pod = ground.pod("lasting");
     serve(&pod.netns, "lasting", ANY, 8080);
     let to = SocketAddr::new(pod.ip(), 8080);
     let with_filters = || {
         let mut c = Connection::open().expect("connection");
-        let links = link::all(&mut c).expect("links").into_iter().filter(|(name, _)| name.starts_with("slc"));
-        let mut found = |index| filter::find(&mut c, index, filter::Direction::Ingress, "from_pod").expect("filters");
-        links.filter(|(_, l)| found(l.index).is_some()).count()
+        let links = link::devices(&mut c).expect("links").into_iter();
+        let mut found = |index| filter::find(&mut c, index, filter::Direction::Ingress, "from_wire").expect("filters");
+        links.filter(|l| found(l.index).is_some()).count()
     };
-    for (clsact, filtered) in [(true, 1), (false, 0), (true, 1)] {
+    let with_tcx = || loader::attached_devices(Path::new("/sys/fs/bpf")).expect("pins").len();
+    for clsact in [true, false, true] {
         ground.kill_agent();
         ground.clsact.set(clsact);
         ground.start_agent();
         ground.apply(vec![node()]);
-        assert_eq!(with_filters(), filtered, "clsact {clsact}");
+        assert_eq!((with_filters() > 0, with_tcx() > 0), (clsact, !clsact), "clsact {clsact}");
         assert!(dial(to).expect("the pod is reached").starts_with("lasting "));
     }
     story(ground);

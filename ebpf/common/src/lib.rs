@@ -377,8 +377,6 @@ pub const WATCH_DROPS: u32 = 1;
 pub const WATCH_FLOWS: u32 = 2;
 /// Pods' packets to addresses outside the cluster get an address of the node.
 pub const MASQUERADE: u32 = 4;
-/// Packet programs are filters of `clsact`: the kernel has no tcx links, or is to do without. No program asks.
-pub const CLSACT: u32 = 8;
 
 /// Settings of the programs: the only entry of its map.
 #[repr(C)]
@@ -386,7 +384,7 @@ pub const CLSACT: u32 = 8;
 pub struct Settings {
     /// Cookie of the node's own network namespace.
     pub host_netns: u64,
-    /// [`WATCH_DROPS`], [`WATCH_FLOWS`], [`MASQUERADE`], [`CLSACT`].
+    /// [`WATCH_DROPS`], [`WATCH_FLOWS`], [`MASQUERADE`].
     pub flags: u32,
     pub pad: u32,
 }
