@@ -61,6 +61,20 @@ pub const POD_PACKETS: [Packets; 2] = [Packets::at("from_pod", true), Packets::a
 /// The same of a link of the node's.
 pub const DEVICE_PACKETS: [Packets; 2] = [Packets::at("from_wire", true), Packets::at("from_host", false)];
 const PACKET_PROGRAMS: [&str; 3] = ["from_pod", "from_wire", "from_host"];
+/// The program ahead of `from_wire`, at XDP.
+pub const EXPRESS: &str = "wire_express";
+const EXPRESS_SUFFIX: &str = "_xdp";
+
+/// How a link runs the program at XDP (linux/if_link.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Express {
+    /// On a structure of the kernel's: any link can.
+    Generic = 2,
+    /// In its driver.
+    Native = 4,
+}
+
 /// `f_type` of a BPF file system (linux/magic.h).
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
@@ -78,6 +92,8 @@ pub struct Place {
 pub struct Loaded {
     /// Refused connections see ECONNREFUSED; otherwise (before Linux 5.18) EPERM.
     pub set_retval: bool,
+    /// There is a program for XDP (Linux 5.18: packets of more than one part).
+    pub express: bool,
     /// Pods whose steering program was replaced.
     pub pods: usize,
 }
@@ -108,9 +124,16 @@ pub fn load_with(place: &Place, set_retval: bool) -> Result<Loaded> {
         pin_over(program.as_fd(), &dir.join(name))?;
         current.insert(name, program);
     }
-    replace(&devices(&dir), &DEVICE_PACKETS, &current)?;
-    let pods = replace(&pods(&dir), &POD_PACKETS, &current)?;
-    Ok(Loaded { set_retval, pods })
+    let express = load_express(&mut object)?;
+    if let Some(program) = &express {
+        pin_over(program.as_fd(), &dir.join(EXPRESS))?;
+    }
+    let express = express.map(|program| current.insert(EXPRESS, program)).is_some();
+    let at = |packets: [Packets; 2]| packets.map(|p| (p.suffix, p.program));
+    let [ingress, egress] = at(DEVICE_PACKETS);
+    replace(&devices(&dir), &[ingress, egress, (EXPRESS_SUFFIX, EXPRESS)], &current)?;
+    let pods = replace(&pods(&dir), &at(POD_PACKETS), &current)?;
+    Ok(Loaded { set_retval, express, pods })
 }
 
 /// Puts back any of the cgroup links that somebody took away; true when one was missing. Programs are loaded again
@@ -181,7 +204,7 @@ pub fn attach_device(bpffs: &Path, ifindex: u32) -> Result<bool> {
             Err(_) => {}
         }
         let program = open_pin(&dir.join(packets.program))?;
-        let link = sys::device_link_create(program.as_fd(), ifindex, packets.hook())
+        let link = sys::device_link_create(program.as_fd(), ifindex, packets.hook(), 0)
             .map_err(|e| Error::syscall("attach packet programs to link", ifindex, e))?;
         sys::pin(link.as_fd(), &path).map_err(|e| Error::syscall("pin", path.display(), e))?;
         attached = true;
@@ -193,6 +216,27 @@ pub fn attach_device(bpffs: &Path, ifindex: u32) -> Result<bool> {
 pub fn detach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
     let path = devices(&pin_dir(bpffs)).join(ifindex.to_string());
     DEVICE_PACKETS.iter().try_for_each(|p| unpin(&with_suffix(&path, p.suffix)))
+}
+
+/// Puts [`EXPRESS`] on a link of the node's own; true where it was missing. Not every driver can, and none where
+/// another has a program there.
+pub fn attach_express(bpffs: &Path, ifindex: u32, how: Express) -> Result<bool> {
+    let dir = pin_dir(bpffs);
+    let path = with_suffix(&devices(&dir).join(ifindex.to_string()), EXPRESS_SUFFIX);
+    if sys::pinned(&path).and_then(|l| sys::link_info(l.as_fd())).is_ok_and(|info| info.ifindex() == ifindex) {
+        return Ok(false);
+    }
+    unpin(&path)?;
+    let program = open_pin(&dir.join(EXPRESS))?;
+    let link = sys::device_link_create(program.as_fd(), ifindex, Hook::Xdp, how as u32)
+        .map_err(|e| Error::syscall("attach the XDP program to link", ifindex, e))?;
+    sys::pin(link.as_fd(), &path).map_err(|e| Error::syscall("pin", path.display(), e))?;
+    Ok(true)
+}
+
+/// Takes it off.
+pub fn detach_express(bpffs: &Path, ifindex: u32) -> Result<()> {
+    unpin(&with_suffix(&devices(&pin_dir(bpffs)).join(ifindex.to_string()), EXPRESS_SUFFIX))
 }
 
 /// Links of the node's own, by index, that have programs; also such as are gone.
@@ -250,7 +294,7 @@ pub fn packet_program(bpffs: &Path, name: &str) -> Result<OwnedFd> {
 pub fn has_tcx(bpffs: &Path) -> Result<bool> {
     const LO: u32 = 1;
     let program = packet_program(bpffs, "from_host")?;
-    Ok(sys::device_link_create(program.as_fd(), LO, Hook::TcxEgress).is_ok())
+    Ok(sys::device_link_create(program.as_fd(), LO, Hook::TcxEgress, 0).is_ok())
 }
 
 /// Takes a pod's programs away; a link dies with its pin.
@@ -297,6 +341,15 @@ fn open_object(dir: &Path, set_retval: bool) -> Result<Ebpf> {
     Ok(object)
 }
 
+/// `None` where the kernel has no place for it.
+fn load_express(object: &mut Ebpf) -> Result<Option<OwnedFd>> {
+    let Some(Program::Xdp(p)) = object.program_mut(EXPRESS) else { return Err(Error::NoProgram(EXPRESS)) };
+    if p.load().is_err() {
+        return Ok(None);
+    }
+    program(object, EXPRESS).map(Some)
+}
+
 fn program(object: &mut Ebpf, name: &'static str) -> Result<OwnedFd> {
     let program = object.program_mut(name).ok_or(Error::NoProgram(name))?;
     let fd = program.fd().map_err(|e| Error::Program { name, cause: Box::new(e) })?;
@@ -330,12 +383,12 @@ fn pin_over(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
 
 /// New programs for the links pinned in `folder`: by the suffix of the pin, steering where there is none. Links of what
 /// is gone are removed. The number of pods, or of devices.
-fn replace(folder: &Path, programs: &[Packets], current: &BTreeMap<&str, OwnedFd>) -> Result<usize> {
+fn replace(folder: &Path, programs: &[(&str, &'static str)], current: &BTreeMap<&str, OwnedFd>) -> Result<usize> {
     let mut owners = BTreeSet::new();
     let entries = fs::read_dir(folder).map_err(|e| Error::syscall("list", folder.display(), e))?;
     for path in entries.flatten().map(|e| e.path()) {
         let file = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        let name = programs.iter().find(|p| file.ends_with(p.suffix)).map_or(STEER, |p| p.program);
+        let name = programs.iter().find(|(suffix, _)| file.ends_with(suffix)).map_or(STEER, |(_, program)| program);
         let Some(program) = current.get(name) else { continue };
         if replace_one(&path, program.as_fd())? {
             owners.insert(file.split('_').next().unwrap_or_default().to_owned());

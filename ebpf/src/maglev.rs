@@ -5,7 +5,7 @@
 //! slots but its own change hands.
 
 use crate::layout::{Target, WantedGroup};
-use sluice_ebpf_common::MAGLEV_NOBODY;
+use sluice_ebpf_common::{MAGLEV_NOBODY, mix};
 
 /// Up to so many backends, a service's table has [`SMALL`] slots, beyond it has [`LARGE`]: some hundred for each, as the
 /// paper advises, up to 600 backends. One step only, because crossing it moves connections.
@@ -83,15 +83,6 @@ fn fill(backends: &mut [Backend], slots: usize) -> Vec<u16> {
 fn identity(t: &Target) -> u64 {
     let words = t.addr.words.iter().fold(u64::from(t.port_be), |h, w| mix(h ^ u64::from(*w)));
     mix(words)
-}
-
-/// Finalizer of MurmurHash3 with 64 bits.
-fn mix(mut k: u64) -> u64 {
-    k ^= k >> 33;
-    k = k.wrapping_mul(0xff51_afd7_ed55_8ccd);
-    k ^= k >> 33;
-    k = k.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
-    k ^ (k >> 33)
 }
 
 #[cfg(test)]

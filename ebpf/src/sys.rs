@@ -36,6 +36,7 @@ pub(crate) enum Hook {
     Getpeername4 = 29,
     Getpeername6 = 30,
     SkLookup = 36,
+    Xdp = 37,
     TcxIngress = 46,
     TcxEgress = 47,
 }
@@ -146,9 +147,9 @@ pub(crate) fn link_create(program: BorrowedFd<'_>, target: BorrowedFd<'_>, hook:
     bpf(LINK_CREATE, &mut attr).map(owned)
 }
 
-/// At a network device, by its index in the calling thread's namespace. `EINVAL` before Linux 6.6.
-pub(crate) fn device_link_create(program: BorrowedFd<'_>, ifindex: u32, hook: Hook) -> io::Result<OwnedFd> {
-    let mut attr = LinkCreate { program: raw(program), target: ifindex, hook: hook as u32, flags: 0 };
+/// At a network device, by its index in the calling thread's namespace. Of tcx `EINVAL` before Linux 6.6.
+pub(crate) fn device_link_create(program: BorrowedFd<'_>, ifindex: u32, hook: Hook, flags: u32) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreate { program: raw(program), target: ifindex, hook: hook as u32, flags };
     bpf(LINK_CREATE, &mut attr).map(owned)
 }
 
@@ -208,9 +209,11 @@ pub(crate) fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::R
 }
 
 /// Runs a packet program `repeat` times on one packet; (verdict, bytes of the packet afterwards, nanoseconds per run).
+/// The context is that of the program's hook.
 pub(crate) fn test_run(
     program: BorrowedFd<'_>,
     packet: &[u8],
+    context: &[u32],
     after: &mut [u8],
     repeat: u32,
 ) -> io::Result<(i32, usize, u32)> {
@@ -221,6 +224,8 @@ pub(crate) fn test_run(
         data_in: packet.as_ptr() as u64,
         data_out: after.as_mut_ptr() as u64,
         repeat,
+        context_size_in: size_of_val(context) as u32,
+        context_in: context.as_ptr() as u64,
         ..TestRun::default()
     };
     bpf(PROG_TEST_RUN, &mut attr)?;

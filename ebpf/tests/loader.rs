@@ -1,10 +1,10 @@
 //! The real kernel takes the programs: load, load again over the pins, repair what was taken away, unload. Needs root;
 //! uses a BPF file system and a cgroup of its own, so it can run beside anything.
 
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    mount::{MountFlags, UnmountFlags, mount, unmount},
-};
+mod ground;
+
+use ground::Ground;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sluice_ebpf::{
     Error,
     common::{MASQUERADE, Reason, ServiceKey, Settings, WATCH_DROPS, WATCH_FLOWS, map},
@@ -15,38 +15,7 @@ use sluice_ebpf::{
     settings::SettingsMap,
     table::{Changes, ServiceTable},
 };
-use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
-
-struct Ground {
-    base: PathBuf,
-    place: Place,
-}
-
-impl Ground {
-    fn new(name: &str) -> Self {
-        let id = format!("sluice-test-{name}-{}", std::process::id());
-        let base = std::env::temp_dir().join(&id);
-        let bpffs = base.join("bpf");
-        fs::create_dir_all(&bpffs).expect("folder");
-        mount("bpf", &bpffs, "bpf", MountFlags::empty(), None).expect("mount bpffs (root is needed)");
-        let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
-            .into_iter()
-            .map(PathBuf::from)
-            .find(|p| p.join("cgroup.controllers").exists())
-            .expect("a cgroup2 mount");
-        let cgroup = root.join(&id);
-        fs::create_dir(&cgroup).expect("cgroup");
-        Self { base, place: Place { bpffs, cgroup } }
-    }
-}
-
-impl Drop for Ground {
-    fn drop(&mut self) {
-        let _ = unmount(&self.place.bpffs, UnmountFlags::DETACH);
-        let _ = fs::remove_dir(&self.place.cgroup);
-        let _ = fs::remove_dir_all(&self.base);
-    }
-}
+use std::{collections::BTreeMap, fs, sync::Arc};
 
 fn one_service(port: u16, targets: u16) -> BTreeMap<ServiceKey, Arc<Wanted>> {
     let key = ServiceKey { port_be: port.to_be(), proto: 6, ..ServiceKey::default() };

@@ -2,6 +2,7 @@
 //! Needs root; a BPF file system and a cgroup of its own.
 
 mod frames;
+mod ground;
 mod lab;
 
 use frames::{Frame, Read, read};
@@ -9,10 +10,15 @@ use lab::Lab;
 use sluice_ebpf::{
     addr,
     common::{Addr, Device, INSIDE, MASQUERADE, PodAddr, Range, Reason, Reverse, ServiceKey, TCP, UDP, WATCH_DROPS},
-    dry_run::Verdict,
+    dry_run::{Outcome, Verdict},
     layout::{Target, Wanted, WantedGroup},
+    loader::EXPRESS,
 };
-use std::net::IpAddr;
+use sluice_netlink::ns::{Unshare, unshare};
+use std::{
+    net::{IpAddr, UdpSocket},
+    process::Command,
+};
 
 fn ip(text: &str) -> IpAddr {
     text.parse().expect(text)
@@ -108,7 +114,8 @@ fn connections_are_translated_both_ways() {
     for (number, f) in (0..).zip(FAMILIES) {
         for (program, port) in [("from_wire", 40_000), ("from_pod", 41_000)] {
             for proto in [TCP, UDP] {
-                let plain = Frame { sport: port + number, ..request(f, proto) };
+                let caller = if program == "from_pod" { f.second } else { f.caller };
+                let plain = Frame { src: ip(caller), sport: port + number, ..request(f, proto) };
                 there_and_back(&lab, &plain, program);
                 for options in [1, 5, 10] {
                     // IPv4: words of options; IPv6: extension headers of so many times eight bytes.
@@ -245,9 +252,9 @@ fn icmp_errors_come_back_translated() {
         for proto in [TCP, UDP] {
             let sent = Frame { payload: vec![7; 32], ..request(f, proto) };
             let there = lab.run("from_wire", &sent.bytes());
-            for (from, shown) in [(f.pod, f.vip), (f.router, f.router)] {
+            for (program, from, shown) in [("from_pod", f.pod, f.vip), ("from_wire", f.router, f.router)] {
                 let error = frames::icmp_error(ip(from), ip(f.caller), &there.packet[14..]);
-                let out = lab.run("from_pod", &error);
+                let out = lab.run(program, &error);
                 let (outer, quoted) = frames::read_icmp_error(&out.packet).unwrap_or_else(|e| panic!("{e}"));
                 assert_eq!(outer, (ip(shown), ip(f.caller)));
                 let wanted =
@@ -275,11 +282,12 @@ fn a_service_without_backends_refuses() {
     for f in FAMILIES {
         for proto in [TCP, UDP] {
             let sent = Frame { dst: ip(f.empty), payload: vec![3; 40], ..request(f, proto) };
-            for program in ["from_wire", "from_pod"] {
+            for (program, caller) in [("from_wire", f.caller), ("from_pod", f.pod)] {
+                let sent = Frame { src: ip(caller), ..sent.clone() };
                 let out = lab.run(program, &sent.bytes());
                 assert_eq!(out.verdict, Verdict::Redirect, "back to the caller");
                 let (outer, quoted) = frames::read_icmp_error(&out.packet).unwrap_or_else(|e| panic!("{e}"));
-                assert_eq!(outer, (ip(f.empty), ip(f.caller)));
+                assert_eq!(outer, (ip(f.empty), ip(caller)));
                 assert_eq!((quoted.src, quoted.sport, quoted.dst, quoted.dport), (sent.src, 40_000, sent.dst, 80));
                 assert_eq!(&out.packet[..6], &sent.bytes()[6..12], "to the link-layer address that it came from");
             }
@@ -311,6 +319,21 @@ fn announced_addresses_are_answered_for() {
     }
 }
 
+#[test]
+fn a_pod_sends_under_its_own_address() {
+    let lab = lab("packets-spoof");
+    for (f, local) in FAMILIES.into_iter().zip(["169.254.7.7", "fe80::7"]) {
+        let elsewhere = PodAddr { netns: 8, flags: 0, ifindex: 9 };
+        lab.pods.addrs.set(&addr(ip(f.second)), &elsewhere).expect("a pod on another link");
+        for (src, passes) in [(f.pod, true), (local, true), (f.second, false), (f.caller, false), (f.node, false)] {
+            let frame = Frame { src: ip(src), dst: ip(f.pod), ..request(f, UDP) };
+            let (out, dropped) = (lab.run("from_pod", &frame.bytes()), lab.counter(Reason::DroppedSpoofed));
+            assert_eq!(out.verdict != Verdict::Drop, passes, "{src}: {dropped} dropped");
+        }
+    }
+    assert_eq!(lab.counter(Reason::DroppedSpoofed), 6);
+}
+
 /// What pods send to the outside is not sent without a route; what is the cluster's stays as it is.
 #[test]
 fn the_clusters_own_is_never_masqueraded() {
@@ -326,6 +349,97 @@ fn the_clusters_own_is_never_masqueraded() {
         }
     }
     assert_eq!(lab.counter(Reason::Masqueraded), 0);
+}
+
+/// A network namespace of this thread's own with a link to a router, which knows the ways to all others; the link.
+fn wire() -> u32 {
+    unshare(Unshare { net: true, ..Unshare::default() }).expect("unshare");
+    let mut commands = vec!["link add w0 address 02:00:00:00:00:09 type veth peer w1".to_owned()];
+    commands.extend(["link set w0 up", "link set w1 up"].map(str::to_owned));
+    for (number, f) in (4..).step_by(2).zip(FAMILIES) {
+        let (len, nodad) = if number == 4 { (32, "") } else { (128, "nodad") };
+        commands.push(format!("-{number} addr add {}/{len} dev w0 {nodad}", f.node));
+        commands.push(format!("-{number} route add {} dev w0", f.router));
+        commands.push(format!("-{number} neigh add {} lladdr 02:00:00:00:00:08 dev w0", f.router));
+        commands.push(format!("-{number} route add default via {}", f.router));
+    }
+    for command in commands {
+        assert!(Command::new("ip").args(command.split_whitespace()).status().expect("ip").success(), "{command}");
+    }
+    for setting in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        std::fs::write(format!("/proc/sys/net/{setting}"), "1").expect("forward");
+    }
+    let socket = UdpSocket::bind("0.0.0.0:0").expect("socket");
+    rustix::net::netdevice::name_to_index(socket, "w0").expect("link")
+}
+
+/// What XDP sends is what `from_wire` would have sent, to the router's link-layer address; the rest it leaves alone.
+#[test]
+fn known_connections_between_others_go_express() {
+    let link = wire();
+    let mut lab = lab("packets-express");
+    let far = ["10.244.2.9", "fd00:2::9"];
+    let mut services = vec![];
+    for (f, far) in FAMILIES.into_iter().zip(far) {
+        lab.pods.addrs.set(&addr(ip(f.pod)), &PodAddr { netns: 7, flags: 0, ifindex: 1 }).expect("pod");
+        for (proto, port, backend) in [(TCP, 80_u16, far), (UDP, 80, far), (TCP, 81, f.pod)] {
+            let target = Target { addr: addr(ip(backend)), port_be: 8080_u16.to_be() };
+            let wanted = Wanted::new(false, vec![WantedGroup { weight: 1, targets: vec![target] }]);
+            services.push((ServiceKey { addr: addr(ip(f.vip)), port_be: port.to_be(), proto, scope: INSIDE }, wanted));
+        }
+    }
+    lab.serve(services);
+    let [addr4, addr6] = FAMILIES.map(|f| addr(ip(f.node)));
+    lab.node.devices.set(&link, &Device { addr4, addr6, mac: [2, 0, 0, 0, 0, 9], pad: 0 }).expect("device");
+    let macs = [[2, 0, 0, 0, 0, 8], [2, 0, 0, 0, 0, 9]].concat();
+    // Each CPU lets one packet a second pass, to learn the way.
+    let express = |packet: &[u8]| -> Outcome {
+        let outcomes = (0..64).map(|_| lab.run_at(EXPRESS, link, packet));
+        let passed = |o: &Outcome| assert!(o.verdict != Verdict::Next || o.packet == packet, "changed and passed");
+        let mut outcomes = outcomes.inspect(passed);
+        outcomes.find(|o| o.verdict == Verdict::Redirect).expect("sent within 64 packets")
+    };
+    for (f, far) in FAMILIES.into_iter().zip(far) {
+        for (number, proto) in [(0, TCP), (1, UDP)] {
+            for options in [0, 2, 5] {
+                let checksum = options != 5 || f.vip.contains(':') || proto == TCP;
+                let frame =
+                    Frame { sport: 42_000 + number * 100 + options as u16, options, checksum, ..request(f, proto) };
+                let sent = frame.bytes();
+                assert_eq!(lab.run_at(EXPRESS, link, &sent).verdict, Verdict::Next, "what begins is not its business");
+                let first = lab.run_at("from_wire", link, &sent);
+                assert_eq!(first.verdict, Verdict::Redirect);
+                let there = express(&sent);
+                assert_eq!(there.packet[..12], macs);
+                assert_eq!(there.packet[12..], first.packet[12..], "{frame:?}");
+                let seen = read(&there.packet).expect("whole");
+                assert_eq!((seen.src, seen.dst, seen.dport), (ip(f.node), ip(far), 8080));
+                let answer = Frame {
+                    src: seen.dst,
+                    dst: seen.src,
+                    sport: seen.dport,
+                    dport: seen.sport,
+                    options: 0,
+                    ..frame.clone()
+                };
+                let back = express(&answer.bytes());
+                assert_eq!(back.packet[12..], lab.run_at("from_wire", link, &answer.bytes()).packet[12..]);
+                let seen = read(&back.packet).expect("whole");
+                assert_eq!((seen.src, seen.sport, seen.dst, seen.dport), (frame.dst, 80, frame.src, frame.sport));
+                for length in 15..sent.len() - frame.payload.len() {
+                    // The kernel itself may refuse to make a packet of it.
+                    let Some(out) = lab.try_run(EXPRESS, &sent[..length]) else { continue };
+                    assert_eq!((out.verdict, &out.packet[..]), (Verdict::Next, &sent[..length]), "{length} bytes");
+                }
+            }
+        }
+        let local = Frame { sport: 43_000, dport: 81, ..request(f, TCP) };
+        assert_eq!(lab.run_at("from_wire", link, &local.bytes()).verdict, Verdict::Redirect);
+        for _ in 0..8 {
+            assert_eq!(lab.run_at(EXPRESS, link, &local.bytes()).verdict, Verdict::Next, "to a pod of this node");
+        }
+    }
+    assert!(lab.counter(Reason::ForwardedEarly) > 0);
 }
 
 /// Whatever comes: an answer, and checksums that hold where they held.
@@ -350,7 +464,7 @@ fn random_packets_are_survived() {
             }
             bytes.truncate(15 + random.below(bytes.len() - 14));
         }
-        for program in ["from_wire", "from_pod", "from_host"] {
+        for program in ["from_wire", "from_pod", "from_host", EXPRESS] {
             let Some(out) = lab.try_run(program, &bytes) else { continue };
             assert!(!matches!(out.verdict, Verdict::Other(_)), "{program}: {:?} of {bytes:02x?}", out.verdict);
             if read(&bytes).is_ok() && out.verdict != Verdict::Drop && out.packet.len() == bytes.len() {

@@ -372,6 +372,34 @@ pub struct Device {
     pub pad: u16,
 }
 
+/// Finalizer of MurmurHash3 with 64 bits: spreads what is counted up.
+#[inline(always)]
+pub const fn mix(mut k: u64) -> u64 {
+    k ^= k >> 33;
+    k = k.wrapping_mul(0xff51_afd7_ed55_8ccd);
+    k ^= k >> 33;
+    k = k.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    k ^ (k >> 33)
+}
+
+/// Where packets to an address go on, by the link that they came by.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Hop {
+    pub to: Addr,
+    /// The link.
+    pub from: u32,
+    /// When it was found; good as long as the clock shows the same.
+    pub tick: u32,
+    /// 0: they do not leave by that link.
+    pub mtu: u32,
+    /// The Ethernet header's destination and source.
+    pub macs: [[u16; 3]; 2],
+}
+
+/// A power of two.
+pub const MAX_HOPS: usize = 256;
+
 /// Who asks for events.
 pub const WATCH_DROPS: u32 = 1;
 pub const WATCH_FLOWS: u32 = 2;
@@ -527,7 +555,7 @@ plain! {
     Addr = 16, ServiceKey = 20, Group = 12, Service = 208, BackendKey = 8, Backend = 24, ReverseKey = 32, Reverse = 20,
     MemberKey = 24, AffinityKey = 32, Affinity = 24, Pod = 408, PodAddr = 16, PortKey = 20, ListenKey = 20, Uid = 40, u8 = 1, u32 = 4, u64 = 8,
     MaglevKey = 8, MaglevBlock = 512, ClientKey = 36, Flow = 40, Translation = 48, FragmentKey = 40, FragmentPorts = 4,
-    Range = 20, Device = 40, Settings = 16, Event = 112,
+    Range = 20, Device = 40, Settings = 16, Event = 112, Hop = 40,
 }
 
 /// Why a program decided as it did: index into the per-CPU counters.
@@ -634,6 +662,10 @@ reasons! {
     DroppedRewrite = "dropped_rewrite",
     /// An event was lost because nobody read the ring buffer in time.
     EventLost = "event_lost",
+    /// Packet sent back over the link that it came by, before the kernel had a structure for it (XDP).
+    ForwardedEarly = "forwarded_early",
+    /// Packet of a pod with a source address that is not the pod's: dropped.
+    DroppedSpoofed = "dropped_spoofed",
 }
 
 impl Reason {
@@ -658,6 +690,7 @@ impl Reason {
                 | Self::DroppedHopLimit
                 | Self::DroppedTooBig
                 | Self::DroppedRewrite
+                | Self::DroppedSpoofed
         )
     }
 }

@@ -317,16 +317,6 @@ pub fn sendmsg(ctx: &SockAddrContext, dial: Dial) -> Verdict {
     }
 }
 
-/// Finalizer of MurmurHash3 with 64 bits: cookies are counted up, this spreads them.
-#[inline(always)]
-fn mix(mut k: u64) -> u64 {
-    k ^= k >> 33;
-    k = k.wrapping_mul(0xff51_afd7_ed55_8ccd);
-    k ^= k >> 33;
-    k = k.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
-    k ^ (k >> 33)
-}
-
 /// Of two services that lead one socket to the same backend, the last used is the one that is shown.
 #[inline(always)]
 fn remember(socket: u64, from: Dial, to: Dial, proto: u8) {

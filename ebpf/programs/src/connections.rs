@@ -31,6 +31,7 @@ pub fn known(w: &mut Work) -> bool {
     // SAFETY: an entry of the map; two CPUs that write it at once write the same, or lose one tick.
     let t = unsafe { &mut *entry };
     let now = now();
+    w.tick = now;
     let tcp_flags = w.head.tcp_flags;
     let again = tcp_flags & (SYN | ACK) == SYN && t.flags & (CT_CLOSED | CT_REPLY) == CT_CLOSED;
     if t.expired(now) || again {

@@ -4,7 +4,7 @@
 use crate::{
     connections,
     maps::{FLOWS, count},
-    packet::{Body, Head, Icmp, Ipv4, Ipv6, L3, Skb, fold16, fold32, replaced16, replaced32},
+    packet::{Body, Bytes, Head, Icmp, Ipv4, Ipv6, L3, Skb, fold16, fold32, replaced16, replaced32},
     route::{DROP, tell},
     work::Work,
 };

@@ -6,6 +6,7 @@
 mod balance;
 mod capture;
 mod connections;
+mod express;
 mod icmp;
 mod maps;
 mod neighbour;
@@ -17,8 +18,8 @@ mod work;
 use aya_ebpf::{
     bindings::bpf_sock_addr,
     helpers::generated::bpf_set_retval,
-    macros::{cgroup_sock_addr, classifier, sk_lookup},
-    programs::{SkLookupContext, SockAddrContext, TcContext},
+    macros::{cgroup_sock_addr, classifier, sk_lookup, xdp},
+    programs::{SkLookupContext, SockAddrContext, TcContext, XdpContext},
 };
 use balance::{Dial, Verdict};
 use core::ptr;
@@ -120,6 +121,11 @@ packet_programs! {
     from_pod: route::from_pod;
     from_wire: route::from_wire;
     from_host: route::from_host;
+}
+
+#[xdp(frags)]
+pub fn wire_express(ctx: XdpContext) -> u32 {
+    express::forward(packet::Raw { raw: ctx.ctx })
 }
 
 const SK_DROP: u32 = 0;

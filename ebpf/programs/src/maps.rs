@@ -64,6 +64,10 @@ pub static SETTINGS: Array<Settings, 1> = Array::new();
 #[btf_map]
 pub static EVENTS: RingBuf<Event, { bound::EVENTS }, 0> = RingBuf::new();
 
+/// Ways on of packets that leave by the link they came by, as this CPU found them in this second.
+#[btf_map]
+pub static HOPS: PerCpuArray<Hop, { MAX_HOPS }> = PerCpuArray::new();
+
 /// Room of a packet program on one CPU, where the stack (512 bytes) does not reach: a [`crate::work::Work`].
 #[btf_map]
 pub static WORK: PerCpuArray<[u64; crate::work::WORDS], 1> = PerCpuArray::new();

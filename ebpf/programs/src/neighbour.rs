@@ -3,7 +3,7 @@
 
 use crate::{
     maps::{ANNOUNCED, DEVICES, count},
-    packet::{Ipv6, L3, Skb, fold16},
+    packet::{Bytes, Ipv6, L3, Skb, fold16},
     route::NEXT,
 };
 use aya_ebpf::helpers::generated::bpf_redirect;

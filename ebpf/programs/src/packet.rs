@@ -3,7 +3,7 @@
 
 use crate::maps::FRAGMENTS;
 use aya_ebpf::{
-    bindings::__sk_buff,
+    bindings::{__sk_buff, xdp_md},
     helpers::generated::{bpf_l4_csum_replace, bpf_skb_pull_data},
 };
 use core::ptr;
@@ -115,43 +115,31 @@ macro_rules! field {
     };
 }
 
-impl Skb {
-    #[inline(always)]
-    pub fn len(&self) -> u32 {
-        field!(self, len)
-    }
-
-    #[inline(always)]
-    pub fn ifindex(&self) -> u32 {
-        field!(self, ifindex)
-    }
+/// Bytes of a packet that can be looked at, beginning with its Ethernet header.
+pub trait Bytes {
+    /// Address of the first byte.
+    fn start(&self) -> usize;
+    /// Address behind the last byte.
+    fn end(&self) -> usize;
+    /// Brings the headers to where they can be looked at.
+    fn linearize(&self);
 
     /// A header at an offset from the start of the frame, if the packet has all of it.
     #[inline(always)]
-    pub fn at<T>(&self, offset: u32) -> Option<*mut T> {
-        let start = field!(self, data) as usize + offset as usize;
-        (start + size_of::<T>() <= field!(self, data_end) as usize).then_some(start as *mut T)
-    }
-
-    #[inline(always)]
-    fn linearize(&self) {
-        let (linear, all) = (field!(self, data_end) - field!(self, data), self.len());
-        if linear < HEADERS && linear < all {
-            // What cannot be had is noticed by the reads.
-            // SAFETY: helper on the hook's own context.
-            unsafe { bpf_skb_pull_data(self.raw, if all < HEADERS { all } else { HEADERS }) };
-        }
+    fn at<T>(&self, offset: u32) -> Option<*mut T> {
+        let start = self.start() + offset as usize;
+        (start + size_of::<T>() <= self.end()).then_some(start as *mut T)
     }
 
     /// In host order.
     #[inline(always)]
-    pub fn ethertype(&self) -> Option<u16> {
+    fn ethertype(&self) -> Option<u16> {
         // SAFETY: checked to be in the packet.
         self.at::<u16>(12).map(|p| u16::from_be(unsafe { ptr::read_volatile(p) }))
     }
 
     #[inline(always)]
-    pub fn read(&self, head: &mut Head) -> Result<(), Unread> {
+    fn read(&self, head: &mut Head) -> Result<(), Unread> {
         self.linearize();
         match self.ethertype() {
             Some(ETH_P_IP) => self.read4(head),
@@ -275,52 +263,36 @@ impl Skb {
         Ok(())
     }
 
-    /// Gives the packet other addresses and ports, and takes one hop where it is sent on. False: it could not be done
-    /// and the packet is damaged.
+    /// Gives the packet other addresses and ports, and takes one hop where it is sent on; what its checksums gain.
+    /// `None`: it could not be done and the packet is damaged.
     #[inline(always)]
-    pub fn rewrite(&self, head: &Head, to: &Flow, hop: bool) -> bool {
-        let Some(addresses) = (if head.v4 { self.network4(to, hop) } else { self.network6(to, hop) }) else {
-            return false;
-        };
+    fn patch(&self, head: &Head, to: &Flow, hop: bool) -> Option<Patched> {
+        let addresses = if head.v4 { self.network4(to, hop)? } else { self.network6(to, hop)? };
         let at = head.l4 & OFFSETS;
-        let (check, mangled) = match head.flow.proto {
-            TCP => (at + 16, 0),
-            UDP => (at + 6, BPF_F_MARK_MANGLED_0),
-            _ => (at + 2, 0),
-        };
         let ports = match head.body {
-            Body::Later => return true,
+            Body::Later => return Some(Patched { check: None, addresses, ports: 0 }),
             Body::Error => 0,
             Body::Ports => {
-                let Some(p) = self.at::<[u16; 2]>(at) else { return false };
+                let p = self.at::<[u16; 2]>(at)?;
                 // SAFETY: checked to be in the packet.
                 let old = unsafe { ptr::replace(p, [to.sport_be, to.dport_be]) };
                 replaced16(old[0], to.sport_be) + replaced16(old[1], to.dport_be)
             }
             Body::EchoRequest | Body::EchoReply => {
-                let Some(p) = self.at::<u16>(at + 4) else { return false };
+                let p = self.at::<u16>(at + 4)?;
                 let id = if head.body == Body::EchoRequest { to.sport_be } else { to.dport_be };
                 // SAFETY: as above.
                 replaced16(unsafe { ptr::replace(p, id) }, id)
             }
         };
         // An ICMP checksum covers no addresses, an ICMPv6 one does (RFC 4443 §2.3).
-        if addresses != 0 && head.flow.proto != ICMP {
-            let family = if head.v4 { 0 } else { BPF_F_IPV6 };
-            if !self.sum(check, addresses, BPF_F_PSEUDO_HDR | mangled | family)
-                // Before Linux 6.16 the flag is not known, nor needed for packets whose sum the device has not computed.
-                && !self.sum(check, addresses, BPF_F_PSEUDO_HDR | mangled)
-            {
-                return false;
-            }
-        }
-        ports == 0 || self.sum(check, ports, mangled)
-    }
-
-    #[inline(always)]
-    fn sum(&self, at: u32, difference: u64, flags: u64) -> bool {
-        // SAFETY: helper on the hook's own context.
-        unsafe { bpf_l4_csum_replace(self.raw, at, 0, fold32(difference), flags) == 0 }
+        let (offset, addresses) = match head.flow.proto {
+            TCP => (16, addresses),
+            UDP => (6, addresses),
+            ICMP => (2, 0),
+            _ => (2, addresses),
+        };
+        Some(Patched { check: Some(at + offset), addresses, ports })
     }
 
     #[inline(always)]
@@ -355,8 +327,127 @@ impl Skb {
     }
 }
 
+/// What is left to do after [`Bytes::patch`].
+pub struct Patched {
+    /// Where the transport's checksum is; a later fragment has none.
+    check: Option<u32>,
+    /// What the sum over the addresses gains, where it covers them.
+    addresses: u64,
+    /// What the sum over ports, or an echo's identifier, gains.
+    ports: u64,
+}
+
+impl Bytes for Skb {
+    #[inline(always)]
+    fn start(&self) -> usize {
+        field!(self, data) as usize
+    }
+
+    #[inline(always)]
+    fn end(&self) -> usize {
+        field!(self, data_end) as usize
+    }
+
+    #[inline(always)]
+    fn linearize(&self) {
+        let (linear, all) = (field!(self, data_end) - field!(self, data), self.len());
+        if linear < HEADERS && linear < all {
+            // What cannot be had is noticed by the reads.
+            // SAFETY: helper on the hook's own context.
+            unsafe { bpf_skb_pull_data(self.raw, if all < HEADERS { all } else { HEADERS }) };
+        }
+    }
+}
+
+impl Skb {
+    #[inline(always)]
+    pub fn len(&self) -> u32 {
+        field!(self, len)
+    }
+
+    #[inline(always)]
+    pub fn ifindex(&self) -> u32 {
+        field!(self, ifindex)
+    }
+
+    /// [`Bytes::patch`] with the checksum, whoever is to compute it: the device's sum of a packet that came and the sum
+    /// of one that a device is still to finish are the kernel's to keep right. False: it could not be done and the packet
+    /// is damaged.
+    #[inline(always)]
+    pub fn rewrite(&self, head: &Head, to: &Flow, hop: bool) -> bool {
+        let Some(Patched { check, addresses, ports }) = self.patch(head, to, hop) else { return false };
+        let Some(check) = check else { return true };
+        let mangled = if head.flow.proto == UDP { BPF_F_MARK_MANGLED_0 } else { 0 };
+        if addresses != 0 {
+            let family = if head.v4 { 0 } else { BPF_F_IPV6 };
+            if !self.sum(check, addresses, BPF_F_PSEUDO_HDR | mangled | family)
+                // Before Linux 6.16 the flag is not known, nor needed for packets whose sum the device has not computed.
+                && !self.sum(check, addresses, BPF_F_PSEUDO_HDR | mangled)
+            {
+                return false;
+            }
+        }
+        ports == 0 || self.sum(check, ports, mangled)
+    }
+
+    #[inline(always)]
+    fn sum(&self, at: u32, difference: u64, flags: u64) -> bool {
+        // SAFETY: helper on the hook's own context.
+        unsafe { bpf_l4_csum_replace(self.raw, at, 0, fold32(difference), flags) == 0 }
+    }
+}
+
+/// A packet that the driver has just received and that nobody has a structure for yet.
+#[derive(Clone, Copy)]
+pub struct Raw {
+    pub raw: *mut xdp_md,
+}
+
+impl Bytes for Raw {
+    #[inline(always)]
+    fn start(&self) -> usize {
+        field!(self, data) as usize
+    }
+
+    #[inline(always)]
+    fn end(&self) -> usize {
+        field!(self, data_end) as usize
+    }
+
+    /// Drivers put headers where they can be looked at, or the packet is not for this hook.
+    #[inline(always)]
+    fn linearize(&self) {}
+}
+
+impl Raw {
+    #[inline(always)]
+    pub fn ifindex(&self) -> u32 {
+        field!(self, ingress_ifindex)
+    }
+
+    /// [`Bytes::patch`] with the checksum: on the wire, it is there in full. False: the packet is damaged.
+    #[inline(always)]
+    pub fn rewrite(&self, head: &Head, to: &Flow) -> bool {
+        let Some(Patched { check, addresses, ports }) = self.patch(head, to, true) else { return false };
+        let Some(check) = check else { return true };
+        let Some(p) = self.at::<u16>(check & CHECKS) else { return false };
+        // SAFETY: checked to be in the packet.
+        let old = unsafe { ptr::read_volatile(p) };
+        let udp = head.flow.proto == UDP;
+        if udp && old == 0 {
+            return true; // sent without (RFC 768)
+        }
+        let new = !fold16(!old as u64 + addresses + ports);
+        // SAFETY: as above.
+        unsafe { ptr::write_volatile(p, if udp && new == 0 { u16::MAX } else { new }) };
+        true
+    }
+}
+
 /// Transport headers begin below this offset; the verifier wants to see it.
 pub const OFFSETS: u32 = 0x3ff;
+/// And their checksums below this one.
+const CHECKS: u32 = 0x7ff;
 const EXTENSIONS: usize = 4;
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;

@@ -10,7 +10,7 @@ use crate::{
     icmp::{self, Report},
     maps::{ADDRS, ANNOUNCED, CLUSTER, DEVICES, EVENTS, LOCALS, SERVICES, SETTINGS, count},
     neighbour,
-    packet::{ACK, Body, ETH_P_ARP, ETH_P_IPV6, SYN, Skb, Unread},
+    packet::{ACK, Body, Bytes, ETH_P_ARP, ETH_P_IPV6, SYN, Skb, Unread},
     work::{Work, work},
 };
 use aya_ebpf::{
@@ -27,7 +27,7 @@ pub const DROP: i32 = 2;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
-const FIB_SUCCESS: i64 = 0;
+pub const FIB_SUCCESS: i64 = 0;
 const FIB_BLACKHOLE: i64 = 1;
 const FIB_UNREACHABLE: i64 = 2;
 const FIB_PROHIBIT: i64 = 3;
@@ -103,6 +103,9 @@ fn entered(skb: Skb, at: u8) -> i32 {
     if w.head.flow.dst.is_multicast() {
         return NEXT;
     }
+    if at == hook::POD && foreign(&skb, &w.head.flow.src) {
+        return dropped(&skb, w, Reason::DroppedSpoofed, at);
+    }
     if w.head.body == Body::Error {
         let translated = icmp::translate(&skb, w);
         return deliver(&skb, w, at, translated);
@@ -125,6 +128,14 @@ fn entered(skb: Skb, at: u8) -> i32 {
         return dropped(&skb, w, Reason::DroppedRewrite, at);
     }
     send(way, w)
+}
+
+/// Whether an address is not that of the pod whose link the packet came by. Link-local ones stay on the link.
+#[inline(always)]
+fn foreign(skb: &Skb, src: &Addr) -> bool {
+    // SAFETY: an integer of the entry.
+    let owner = unsafe { ADDRS.get(src) }.map(|pod| pod.ifindex);
+    owner != Some(skb.ifindex()) && !src.is_link_local()
 }
 
 /// A packet that stays as it is, or is translated already.
@@ -307,6 +318,26 @@ fn masqueraded(outside: &Addr) -> bool {
     !here && CLUSTER.get(&Key::new(128, *outside)).is_none()
 }
 
+/// Writes the question for `bpf_fib_lookup`; a length other than 0 is compared with the way's MTU.
+#[inline(always)]
+pub fn question(fib: &mut FibLookup, flow: &Flow, ifindex: u32, length: u16) {
+    fib.l4_protocol = flow.proto;
+    fib.sport = flow.sport_be;
+    fib.dport = flow.dport_be;
+    fib.ifindex = ifindex;
+    fib.__bindgen_anon_1.tot_len = length;
+    fib.__bindgen_anon_2.flowinfo = 0;
+    if flow.dst.is_v4() {
+        fib.family = AF_INET;
+        fib.__bindgen_anon_3.ipv4_src = flow.src.words[3];
+        fib.__bindgen_anon_4.ipv4_dst = flow.dst.words[3];
+    } else {
+        fib.family = AF_INET6;
+        fib.__bindgen_anon_3.ipv6_src = flow.src.words;
+        fib.__bindgen_anon_4.ipv6_dst = flow.dst.words;
+    }
+}
+
 /// Where a packet with these addresses goes.
 #[inline(always)]
 fn way(skb: &Skb, flow: &Flow, fib: &mut FibLookup) -> Way {
@@ -318,21 +349,7 @@ fn way(skb: &Skb, flow: &Flow, fib: &mut FibLookup) -> Way {
     if flow.dst.is_link_local() || unsafe { LOCALS.get(&flow.dst) }.is_some() {
         return Way::Stack;
     }
-    fib.l4_protocol = flow.proto;
-    fib.sport = flow.sport_be;
-    fib.dport = flow.dport_be;
-    fib.ifindex = skb.ifindex();
-    fib.__bindgen_anon_1.tot_len = 0;
-    fib.__bindgen_anon_2.flowinfo = 0;
-    if flow.dst.is_v4() {
-        fib.family = AF_INET;
-        fib.__bindgen_anon_3.ipv4_src = flow.src.words[3];
-        fib.__bindgen_anon_4.ipv4_dst = flow.dst.words[3];
-    } else {
-        fib.family = AF_INET6;
-        fib.__bindgen_anon_3.ipv6_src = flow.src.words;
-        fib.__bindgen_anon_4.ipv6_dst = flow.dst.words;
-    }
+    question(fib, flow, skb.ifindex(), 0);
     let p: *mut FibLookup = fib;
     // SAFETY: parameters in the program's own room, their size given.
     let found = unsafe { bpf_fib_lookup(skb.raw.cast(), p, size_of::<FibLookup>() as i32, 0) };

@@ -11,6 +11,8 @@ pub struct Work {
     pub head: Head,
     /// What it becomes.
     pub to: Flow,
+    /// When a known connection was looked for.
+    pub tick: u32,
     /// Keys and values on their way to and from maps.
     pub key: Flow,
     pub entry: Translation,

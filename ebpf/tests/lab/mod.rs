@@ -1,20 +1,19 @@
 //! Programs and maps of a node that has no network: loaded and pinned in a file system of their own.
 
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use crate::ground::Ground;
 use sluice_ebpf::{
     common::{Reason, ServiceKey},
     dry_run::{Outcome, Program},
     layout::Wanted,
-    loader::{self, Place},
+    loader::{self, EXPRESS},
     maps::{Counters, NodeMaps, PodMaps, ServiceMaps, pin_dir},
     settings::SettingsMap,
     table::ServiceTable,
 };
-use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 pub struct Lab {
-    base: PathBuf,
-    place: Place,
+    _ground: Ground,
     pub pods: PodMaps,
     pub node: NodeMaps,
     pub settings: SettingsMap,
@@ -25,31 +24,18 @@ pub struct Lab {
 
 impl Lab {
     pub fn new(name: &str) -> Self {
-        let id = format!("sluice-test-{name}-{}", std::process::id());
-        let base = std::env::temp_dir().join(&id);
-        let bpffs = base.join("bpf");
-        fs::create_dir_all(&bpffs).expect("folder");
-        mount("bpf", &bpffs, "bpf", MountFlags::empty(), None).expect("mount bpffs (root is needed)");
-        let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
-            .into_iter()
-            .map(PathBuf::from)
-            .find(|p| p.join("cgroup.controllers").exists())
-            .expect("a cgroup2 mount");
-        let cgroup = root.join(&id);
-        fs::create_dir(&cgroup).expect("cgroup");
-        let place = Place { bpffs, cgroup };
-        loader::load(&place).expect("load");
-        let dir = pin_dir(&place.bpffs);
-        let open = |name| (name, Program::open(&place.bpffs, name).expect("program"));
+        let ground = Ground::new(name);
+        loader::load(&ground.place).expect("load");
+        let dir = pin_dir(&ground.place.bpffs);
+        let open = |name| (name, Program::open(&ground.place.bpffs, name).expect("program"));
         Self {
-            base,
             pods: PodMaps::open(&dir).expect("maps"),
             node: NodeMaps::open(&dir).expect("maps"),
             settings: SettingsMap::open(&dir).expect("map"),
             counters: Counters::open(&dir).expect("map"),
             table: ServiceTable::open(ServiceMaps::open(&dir).expect("maps")).expect("table"),
-            programs: ["from_pod", "from_wire", "from_host"].map(open).into(),
-            place,
+            programs: ["from_pod", "from_wire", "from_host", EXPRESS].map(open).into(),
+            _ground: ground,
         }
     }
 
@@ -62,6 +48,11 @@ impl Lab {
         self.programs[program].run(packet, 1).expect("run")
     }
 
+    /// Over a link of the calling thread's namespace.
+    pub fn run_at(&self, program: &str, ifindex: u32, packet: &[u8]) -> Outcome {
+        self.programs[program].run_at(ifindex, packet, 1).expect("run")
+    }
+
     /// `None` where the kernel makes no packet of the bytes.
     pub fn try_run(&self, program: &str, packet: &[u8]) -> Option<Outcome> {
         self.programs[program].run(packet, 1).ok()
@@ -69,13 +60,5 @@ impl Lab {
 
     pub fn counter(&self, reason: Reason) -> u64 {
         self.counters.get(reason).expect("counter")
-    }
-}
-
-impl Drop for Lab {
-    fn drop(&mut self) {
-        let _ = unmount(&self.place.bpffs, UnmountFlags::DETACH);
-        let _ = fs::remove_dir(&self.place.cgroup);
-        let _ = fs::remove_dir_all(&self.base);
     }
 }
