@@ -12,7 +12,7 @@ mod reset;
 use crate::{attest, error::describe, flows::kernel};
 use node::Wires;
 use pods::{Overrides, PodTable};
-use ports::Ports;
+use ports::{Ports, Ways};
 use sluice_cni::{Lease, Store, packets, store::Lock};
 use sluice_ebpf::{
     common::MASQUERADE,
@@ -79,6 +79,8 @@ pub struct DatapathConfig {
     pub masquerade_excluded: Vec<Prefix>,
     /// Do as on a kernel without tcx links.
     pub clsact: bool,
+    /// Have a program in the drivers of the node's links too, where they can.
+    pub xdp: bool,
     /// Which other nodes' pods are reached through VXLAN.
     pub tunnel: Mode,
 }
@@ -164,7 +166,8 @@ impl Datapath {
         let dir = pin_dir(&place.bpffs);
         let sweeper = Sweeper::open(&dir).map_err(Error::Load)?;
         let clsact = config.clsact || !loader::has_tcx(&place.bpffs).map_err(Error::Load)?;
-        let ports = Ports::open(&place.bpffs, config.masquerade_excluded.clone(), clsact).map_err(Error::Load)?;
+        let ways = Ways { clsact, xdp: config.xdp };
+        let ports = Ports::open(&place.bpffs, config.masquerade_excluded.clone(), ways).map_err(Error::Load)?;
         let compiler = Compiler::new(config.node.clone(), config.overlay());
         let config = config.clone();
         let overrides = Overrides::default();

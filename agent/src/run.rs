@@ -93,6 +93,10 @@ pub struct Options {
     /// Port of the node's server: logs, flows, counters
     #[arg(long, default_value_t = 10250)]
     pub log_port: u16,
+    /// Send packets of known connections between other machines on in the drivers of the node's links (XDP), where they
+    /// can
+    #[arg(long)]
+    pub xdp: bool,
     /// Do as if the kernel lacked a feature
     #[arg(long, value_enum, value_name = "FEATURE")]
     pub force_fallback: Vec<Fallback>,
@@ -254,6 +258,7 @@ async fn start_network(
         masquerade: !o.no_masquerade,
         masquerade_excluded: o.masquerade_exclude.clone(),
         clsact: o.force_fallback.contains(&Fallback::Tcx),
+        xdp: o.xdp,
         tunnel: o.tunnel.into(),
     })
     .context("open the data path")?;

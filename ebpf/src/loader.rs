@@ -65,15 +65,9 @@ const PACKET_PROGRAMS: [&str; 3] = ["from_pod", "from_wire", "from_host"];
 pub const EXPRESS: &str = "wire_express";
 const EXPRESS_SUFFIX: &str = "_xdp";
 
-/// How a link runs the program at XDP (linux/if_link.h).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Express {
-    /// On a structure of the kernel's: any link can.
-    Generic = 2,
-    /// In its driver.
-    Native = 4,
-}
+/// In the driver (linux/if_link.h): what the kernel does in its place on a structure of its own is slower than
+/// `from_wire`, and shows packets whose checksums are still to be computed.
+const XDP_FLAGS_DRV_MODE: u32 = 4;
 
 /// `f_type` of a BPF file system (linux/magic.h).
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
@@ -220,7 +214,7 @@ pub fn detach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
 
 /// Puts [`EXPRESS`] on a link of the node's own; true where it was missing. Not every driver can, and none where
 /// another has a program there.
-pub fn attach_express(bpffs: &Path, ifindex: u32, how: Express) -> Result<bool> {
+pub fn attach_express(bpffs: &Path, ifindex: u32) -> Result<bool> {
     let dir = pin_dir(bpffs);
     let path = with_suffix(&devices(&dir).join(ifindex.to_string()), EXPRESS_SUFFIX);
     if sys::pinned(&path).and_then(|l| sys::link_info(l.as_fd())).is_ok_and(|info| info.ifindex() == ifindex) {
@@ -228,7 +222,7 @@ pub fn attach_express(bpffs: &Path, ifindex: u32, how: Express) -> Result<bool> 
     }
     unpin(&path)?;
     let program = open_pin(&dir.join(EXPRESS))?;
-    let link = sys::device_link_create(program.as_fd(), ifindex, Hook::Xdp, how as u32)
+    let link = sys::device_link_create(program.as_fd(), ifindex, Hook::Xdp, XDP_FLAGS_DRV_MODE)
         .map_err(|e| Error::syscall("attach the XDP program to link", ifindex, e))?;
     sys::pin(link.as_fd(), &path).map_err(|e| Error::syscall("pin", path.display(), e))?;
     Ok(true)

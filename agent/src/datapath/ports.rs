@@ -1,7 +1,7 @@
 //! The node's own links and addresses, as the packet programs need to know them: who has programs, which addresses are
 //! ours, which the cluster's, which we announce.
 
-use super::Error;
+use super::{Error, describe};
 use sluice_cni::packets;
 use sluice_ebpf::{
     addr,
@@ -29,6 +29,15 @@ struct Wanted {
     announced: BTreeSet<Addr>,
 }
 
+/// How programs are put on the node's own links.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ways {
+    /// As filters.
+    pub(super) clsact: bool,
+    /// Also in drivers.
+    pub(super) xdp: bool,
+}
+
 pub(super) struct Ports {
     bpffs: PathBuf,
     maps: NodeMaps,
@@ -36,26 +45,28 @@ pub(super) struct Ports {
     excluded: Vec<Prefix>,
     /// How often each address is still to be made known.
     to_announce: BTreeMap<IpAddr, u32>,
-    /// Programs are filters.
-    clsact: bool,
+    ways: Ways,
     /// Links that this process has put programs on.
     attached: BTreeSet<u32>,
+    /// Links whose drivers have been asked to take the program for XDP, or to let go of it.
+    asked: BTreeSet<u32>,
 }
 
 /// An announcement may be lost; RFC 5227 §2.3 sends two.
 const ANNOUNCEMENTS: u32 = 3;
 
 impl Ports {
-    pub(super) fn open(bpffs: &Path, excluded: Vec<Prefix>, clsact: bool) -> Result<Self, sluice_ebpf::Error> {
+    pub(super) fn open(bpffs: &Path, excluded: Vec<Prefix>, ways: Ways) -> Result<Self, sluice_ebpf::Error> {
         let maps = NodeMaps::open(&pin_dir(bpffs))?;
-        let (bpffs, to_announce, attached) = (bpffs.to_owned(), BTreeMap::new(), BTreeSet::new());
-        Ok(Self { bpffs, maps, excluded, to_announce, clsact, attached })
+        let (attached, asked) = (BTreeSet::new(), BTreeSet::new());
+        Ok(Self { bpffs: bpffs.to_owned(), maps, excluded, to_announce: BTreeMap::new(), ways, attached, asked })
     }
 
     /// After the pins were made anew.
     pub(super) fn reopen(&mut self) -> Result<(), sluice_ebpf::Error> {
         self.maps = NodeMaps::open(&pin_dir(&self.bpffs))?;
         self.attached.clear();
+        self.asked.clear();
         Ok(())
     }
 
@@ -111,17 +122,28 @@ impl Ports {
         for index in gone {
             packets::detach_device(&self.bpffs, index).map_err(Error::Packets)?;
             self.attached.remove(&index);
+            self.asked.remove(&index);
             done.push(format!("programs of link {index}, which is no link of the node's any more"));
         }
         for index in wanted.devices.keys() {
             // Filters have no pins: what an agent before us has put there is replaced once.
-            if self.clsact && self.attached.contains(index) {
+            if self.ways.clsact && self.attached.contains(index) {
                 continue;
             }
-            if packets::attach_device(&self.bpffs, *index, self.clsact).map_err(Error::Packets)? {
+            if packets::attach_device(&self.bpffs, *index, self.ways.clsact).map_err(Error::Packets)? {
                 done.push(format!("link {index} had no programs"));
             }
             self.attached.insert(*index);
+        }
+        let unasked: Vec<u32> = wanted.devices.keys().filter(|i| !self.asked.contains(i)).copied().collect();
+        for index in unasked {
+            self.asked.insert(index);
+            if !self.ways.xdp {
+                loader::detach_express(&self.bpffs, index).map_err(Error::Ports)?;
+            } else if let Err(why) = loader::attach_express(&self.bpffs, index) {
+                // `from_wire` does all that it would have done.
+                done.push(format!("link {index} goes without XDP: {}", describe(&why)));
+            }
         }
         Ok(())
     }

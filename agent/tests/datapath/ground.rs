@@ -41,6 +41,8 @@ pub struct Ground {
     revision: Cell<u64>,
     /// Agents do without tcx links.
     pub clsact: Cell<bool>,
+    /// Agents use XDP.
+    pub xdp: Cell<bool>,
     pods: RefCell<Vec<PathBuf>>,
 }
 
@@ -111,6 +113,7 @@ impl Ground {
             sidecars: RefCell::default(),
             revision: Cell::new(0),
             clsact: Cell::new(false),
+            xdp: Cell::new(false),
             pods: RefCell::default(),
         };
         fs::write(ground.outer_cgroup.join("cgroup.procs"), "0").expect("enter the cgroup");
@@ -158,8 +161,9 @@ impl Ground {
 
     pub fn start_agent(&self) {
         let _ = fs::remove_file(ACK);
-        let clsact: &[_] = if self.clsact.get() { &[(parts::CLSACT, "1")] } else { &[] };
-        let child = self.child("agent", clsact).spawn().expect("agent");
+        let ways = [(self.clsact.get(), parts::CLSACT), (self.xdp.get(), parts::XDP)];
+        let ways: Vec<_> = ways.into_iter().filter(|(set, _)| *set).map(|(_, name)| (name, "1")).collect();
+        let child = self.child("agent", &ways).spawn().expect("agent");
         *self.agent.borrow_mut() = Some(child);
         until("the agent has loaded the data path", || Path::new("/sys/fs/bpf/sluice/v1/steer_pod").exists());
     }

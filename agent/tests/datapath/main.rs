@@ -22,9 +22,10 @@ fn main() {
         return;
     }
     type Story = fn(&Ground);
-    let stories: [(&str, Story); 5] = [
+    let stories: [(&str, Story); 6] = [
         ("outside", outside::story),
         ("outside-clsact", outside::without_tcx),
+        ("outside-xdp", outside::with_xdp),
         ("balance", balance::story),
         ("capture", capture::story),
         ("between", between::story),

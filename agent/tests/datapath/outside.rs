@@ -5,7 +5,11 @@ use crate::{
     balance::{endpoints, node, service},
     ground::{Ground, NODE, TestPod, said, until},
 };
-use sluice_ebpf::loader;
+use sluice_ebpf::{
+    common::Reason,
+    loader,
+    maps::{Counters, pin_dir},
+};
 use sluice_model::{Announcement, Endpoint, EndpointSet, ExternalPolicy, Name, Node, Protocol, Resource, Service};
 use sluice_netlink::{
     Connection, Netns, filter, kernel, lab, link, ns,
@@ -15,6 +19,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::Command,
     thread,
@@ -47,6 +52,7 @@ struct Around<'g> {
     hub: Netns,
     caller: Netns,
     other: Netns,
+    _cards: Vec<OwnedFd>,
 }
 
 impl<'g> Around<'g> {
@@ -55,11 +61,20 @@ impl<'g> Around<'g> {
         let (hub, caller, other) = (make("hub"), make("caller"), make("other"));
         let own = Netns::current().expect("own namespace");
         lab::bridge(&hub, "br0", ip("192.168.50.254"), 24).expect("bridge");
+        let mut cards = vec![];
         let machines = [(&own, NODE4, NODE6), (&caller, CALLER4, CALLER6), (&other, OTHER4, OTHER6)];
         for (number, (machine, v4, v6)) in machines.into_iter().enumerate() {
             lab::cable(&hub, "br0", &format!("port{number}"), machine, "eth0", ip(v4), 24).expect("cable");
             add_address(machine, "eth0", v6, 64);
             machine.run(|| lab::loopback_up().expect("lo")).expect("run");
+            if ground.xdp.get() {
+                // The node's own end gets its program from the agent.
+                let card = |end: &Netns, name: &str| end.run(|| lab::as_card(name).expect("card")).expect("run");
+                cards.push(card(&hub, &format!("port{number}")));
+                if number > 0 {
+                    cards.push(card(machine, "eth0"));
+                }
+            }
         }
         for address in [FAR_POD4, FAR_POD6] {
             add_address(&other, "lo", address, if address.contains(':') { 128 } else { 32 });
@@ -69,7 +84,7 @@ impl<'g> Around<'g> {
             add_route(&other, range, via);
             add_route(&caller, range, via);
         }
-        Self { ground, hub, caller, other }
+        Self { ground, hub, caller, other, _cards: cards }
     }
 
     /// As the machine outside.
@@ -238,6 +253,7 @@ pub fn without_tcx(ground: &Ground) {
         let mut found = |index| filter::find(&mut c, index, filter::Direction::Ingress, "from_wire").expect("filters");
         links.filter(|l| found(l.index).is_some()).count()
     };
+    let around = Around::new(ground);
     let with_tcx = || loader::attached_devices(Path::new("/sys/fs/bpf")).expect("pins").len();
     for clsact in [true, false, true] {
         ground.kill_agent();
@@ -247,11 +263,32 @@ pub fn without_tcx(ground: &Ground) {
         assert_eq!((with_filters() > 0, with_tcx() > 0), (clsact, !clsact), "clsact {clsact}");
         assert!(dial(to).expect("the pod is reached").starts_with("lasting "));
     }
+    remove_eth0();
+    drop(around);
     story(ground);
     ground.kill_agent();
     ground.clsact.set(false);
     ground.start_agent();
     ground.end_pod(pod);
+}
+
+/// The same with XDP in the driver of the node's link, between cables that know nothing of each other's checksums.
+pub fn with_xdp(ground: &Ground) {
+    let early = || {
+        let counters = Counters::open(&pin_dir(Path::new("/sys/fs/bpf"))).expect("counters");
+        counters.get(Reason::ForwardedEarly).expect("counter")
+    };
+    ground.kill_agent();
+    ground.xdp.set(true);
+    ground.start_agent();
+    let before = early();
+    story(ground);
+    let sent = early() - before;
+    println!("{sent} packets were sent on by XDP");
+    assert!(sent > 1_000, "{sent} packets by XDP");
+    ground.kill_agent();
+    ground.xdp.set(false);
+    ground.start_agent();
 }
 
 pub fn story(ground: &Ground) {
@@ -303,10 +340,14 @@ pub fn story(ground: &Ground) {
     agent_dies(ground, &around);
     [b1, b2, pod].into_iter().for_each(|p| ground.end_pod(p));
     ground.apply(vec![node()]);
+    remove_eth0();
+    let _ = Command::new("nft").args(["flush", "ruleset"]).status();
+}
+
+fn remove_eth0() {
     let mut c = Connection::open().expect("connection");
     let eth0 = link::find(&mut c, "eth0").expect("find").expect("link").index;
     link::delete(&mut c, eth0).expect("delete");
-    let _ = Command::new("nft").args(["flush", "ruleset"]).status();
 }
 
 /// As a host firewall that forwards nothing.

@@ -75,6 +75,10 @@ fn of(reason: Reason) -> Option<&'static str> {
         Reason::DroppedRewrite => {
             "the kernel refused to rewrite the packet, for want of memory mostly; see the node's kernel log"
         }
+        Reason::DroppedSpoofed => {
+            "the pod sends under an address that is not its own, as routers and VPNs inside pods do; let them translate \
+             to the pod's address"
+        }
         _ => return None,
     })
 }

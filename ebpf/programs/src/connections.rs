@@ -9,7 +9,7 @@ use crate::{
     packet::{ACK, FIN, RST, SYN},
     work::Work,
 };
-use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use sluice_ebpf_common::*;
 
 const BPF_NOEXIST: u64 = 1;
@@ -18,10 +18,17 @@ const EEXIST: i32 = -17;
 /// in 65,536 fails.
 const ATTEMPTS: u32 = 16;
 
+/// The clock is asked once per timer interrupt of this CPU's: the count of those is a load, the clock a call.
 #[inline(always)]
-pub fn now() -> u32 {
-    // SAFETY: a helper without arguments.
-    (unsafe { bpf_ktime_get_coarse_ns() } >> TICK_SHIFT) as u32
+pub fn now(w: &mut Work) -> u32 {
+    // SAFETY: helpers without arguments.
+    let jiffies = unsafe { bpf_jiffies64() };
+    if w.jiffies != jiffies {
+        w.jiffies = jiffies;
+        // SAFETY: as above.
+        w.tick = (unsafe { bpf_ktime_get_coarse_ns() } >> TICK_SHIFT) as u32;
+    }
+    w.tick
 }
 
 /// Writes to `w.to` what becomes of the packet, if it belongs to a connection that is known, and brings that forward.
@@ -30,8 +37,7 @@ pub fn known(w: &mut Work) -> bool {
     let Some(entry) = FLOWS.get_ptr_mut(&w.head.flow) else { return false };
     // SAFETY: an entry of the map; two CPUs that write it at once write the same, or lose one tick.
     let t = unsafe { &mut *entry };
-    let now = now();
-    w.tick = now;
+    let now = now(w);
     let tcp_flags = w.head.tcp_flags;
     let again = tcp_flags & (SYN | ACK) == SYN && t.flags & (CT_CLOSED | CT_REPLY) == CT_CLOSED;
     if t.expired(now) || again {
@@ -85,7 +91,7 @@ pub enum Source {
 /// Notes a new connection whose packets become `w.to`; its source port may change.
 #[inline(always)]
 pub fn begin(w: &mut Work, source: Source) -> Result<(), Reason> {
-    let now = now();
+    let now = now(w);
     claim(w, source, now)?;
     w.entry.to = w.to;
     (w.entry.used, w.entry.flags) = (now, 0);

@@ -77,9 +77,10 @@ fn quoted(skb: &Skb, w: &mut Work) -> Option<(u32, bool)> {
 pub fn translate(skb: &Skb, w: &mut Work) -> bool {
     let Some((l4, echo)) = quoted(skb, w) else { return false };
     w.key = w.about.flipped();
+    let now = connections::now(w);
     // SAFETY: copied out; a connection does not change what it becomes.
     match unsafe { FLOWS.get(&w.key) } {
-        Some(t) if !t.expired(connections::now()) => w.before = t.to.flipped(),
+        Some(t) if !t.expired(now) => w.before = t.to.flipped(),
         _ => return false,
     }
     let Some(change) = requote(skb, w, l4, echo) else { return false };

@@ -378,16 +378,47 @@ impl Skb {
         let Some(Patched { check, addresses, ports }) = self.patch(head, to, hop) else { return false };
         let Some(check) = check else { return true };
         let mangled = if head.flow.proto == UDP { BPF_F_MARK_MANGLED_0 } else { 0 };
-        if addresses != 0 {
-            let family = if head.v4 { 0 } else { BPF_F_IPV6 };
-            if !self.sum(check, addresses, BPF_F_PSEUDO_HDR | mangled | family)
-                // Before Linux 6.16 the flag is not known, nor needed for packets whose sum the device has not computed.
-                && !self.sum(check, addresses, BPF_F_PSEUDO_HDR | mangled)
-            {
-                return false;
-            }
+        if addresses == 0 {
+            return ports == 0 || self.sum(check, ports, mangled);
         }
-        ports == 0 || self.sum(check, ports, mangled)
+        let Some(before) = self.check(check) else { return false };
+        let family = if head.v4 { 0 } else { BPF_F_IPV6 };
+        if !self.sum(check, addresses, BPF_F_PSEUDO_HDR | mangled | family)
+            // Before Linux 6.16 the flag is not known, nor needed for packets whose sum the device has not computed.
+            && !self.sum(check, addresses, BPF_F_PSEUDO_HDR | mangled)
+        {
+            return false;
+        }
+        ports == 0 || self.add_ports(check, before, addresses, ports, mangled)
+    }
+
+    /// Spares a second call of the kernel: which way it went with the addresses tells whether the sum is there in full,
+    /// and then the ports are added here. Of a sum that a device is to finish only addresses are part yet.
+    #[inline(always)]
+    fn add_ports(&self, at: u32, before: u16, addresses: u64, ports: u64, mangled: u64) -> bool {
+        let gained = fold16(addresses);
+        if gained == 0 || gained == u16::MAX {
+            return self.sum(at, ports, mangled); // both ways look alike
+        }
+        let Some(after) = self.check(at) else { return false };
+        if after == before {
+            return true; // a datagram without (RFC 768)
+        }
+        // The two zeroes of ones' complement are one.
+        let full = fold16(!before as u64 + gained as u64 + after as u64);
+        if full == 0 || full == u16::MAX {
+            let new = !fold16(!after as u64 + ports);
+            let Some(p) = self.at::<u16>(at & CHECKS) else { return false };
+            // SAFETY: checked to be in the packet.
+            unsafe { ptr::write_volatile(p, if mangled != 0 && new == 0 { u16::MAX } else { new }) };
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn check(&self, at: u32) -> Option<u16> {
+        // SAFETY: checked to be in the packet.
+        self.at::<u16>(at & CHECKS).map(|p| unsafe { ptr::read_volatile(p) })
     }
 
     #[inline(always)]

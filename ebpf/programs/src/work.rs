@@ -7,12 +7,13 @@ use sluice_ebpf_common::*;
 
 #[repr(C)]
 pub struct Work {
+    /// The clock as it was last seen, and when. These two stay from packet to packet.
+    pub jiffies: u64,
+    pub tick: u32,
     /// The packet as it came.
     pub head: Head,
     /// What it becomes.
     pub to: Flow,
-    /// When a known connection was looked for.
-    pub tick: u32,
     /// Keys and values on their way to and from maps.
     pub key: Flow,
     pub entry: Translation,
@@ -31,7 +32,7 @@ pub struct Work {
 pub const WORDS: usize = 64;
 const _: () = assert!(size_of::<Work>() <= WORDS * 8 && align_of::<Work>() <= 8);
 
-/// What was there before is nobody's: each field is written before it is read.
+/// But for the clock, what was there before is nobody's: each field is written before it is read.
 #[inline(always)]
 pub fn work() -> Option<&'static mut Work> {
     let room = WORK.get_ptr_mut(0)?;
