@@ -25,6 +25,8 @@ pub const LOOPBACK: &str = "loopback";
 pub const CLI: &str = "sluice";
 /// Behind the name of a configuration that was moved aside: no runtime reads it.
 const ASIDE: &str = "sluice-aside";
+/// The plugin tries what ADD does, which takes milliseconds; it may wait for a lock.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(100);
 
 /// Where things are on the node.
@@ -156,19 +158,22 @@ fn programs(o: &Options) -> Result<Vec<(&'static str, Vec<u8>)>> {
 
 /// Puts a file there, whole or not at all, and on the disk when this returns. What runs from the file of before keeps it.
 fn place(path: &Path, content: &[u8], mode: u32) -> Result<()> {
+    let next = next(path);
+    let _ = fs::remove_file(&next); // left by one that was killed here
     if fs::read(path).is_ok_and(|there| there == content) {
         return Ok(());
     }
     let failed = || format!("write {}", path.display());
-    let (dir, name) = (path.parent().unwrap_or(Path::new("/")), path.file_name().unwrap_or_default());
-    // Of this name, so that what an interrupted installation has left is written over.
-    let next = dir.join(format!(".{}.sluice-next", name.to_string_lossy()));
-    let _ = fs::remove_file(&next);
     let mut file = File::options().create_new(true).write(true).mode(mode).open(&next).with_context(failed)?;
     file.write_all(content).and_then(|()| file.sync_all()).with_context(failed)?;
     drop(file);
     fs::rename(&next, path).with_context(failed)?;
-    sync(dir)
+    sync(path.parent().unwrap_or(Path::new("/")))
+}
+
+/// Where a file is written before it takes its place: always there, so that what was interrupted is found again.
+pub fn next(path: &Path) -> PathBuf {
+    path.with_file_name(format!(".{}.sluice-next", path.file_name().unwrap_or_default().to_string_lossy()))
 }
 
 /// After a rename or a removal in a folder.
@@ -208,7 +213,7 @@ pub fn systemctl(arguments: &[&str]) -> Result<()> {
 fn wait_until_ready(places: &Places, timeout: Duration) -> Result<()> {
     let deadline = Instant::now() + timeout;
     loop {
-        let Err(why) = status(places, deadline) else { return Ok(()) };
+        let Err(why) = status(places) else { return Ok(()) };
         if Instant::now() >= deadline {
             let log = if places.no_service { "the agent's log" } else { "`journalctl -u sluice-agent`" };
             bail!(
@@ -220,7 +225,7 @@ fn wait_until_ready(places: &Places, timeout: Duration) -> Result<()> {
     }
 }
 
-fn status(places: &Places, deadline: Instant) -> Result<(), String> {
+fn status(places: &Places) -> Result<(), String> {
     let conflist = places.conflist();
     // A link of an earlier boot leads nowhere.
     let list = fs::read(&conflist).map_err(|_| format!("the agent has not written {} yet", conflist.display()))?;
@@ -233,6 +238,7 @@ fn status(places: &Places, deadline: Instant) -> Result<(), String> {
     if let Some(mut stdin) = child.stdin.take() {
         let _ = stdin.write_all(request.as_bytes()); // one that has ended has said why
     }
+    let deadline = Instant::now() + STATUS_TIMEOUT;
     // Its answer is smaller than a pipe's buffer.
     while child.try_wait().map_err(failed)?.is_none() {
         if Instant::now() >= deadline {

@@ -2,7 +2,7 @@
 //! maps and leases stay until `--purge`, which is refused while there is a pod. The configuration goes first, so that the
 //! runtime makes no pod that nobody would take care of.
 
-use crate::install::{AGENT, CLI, LOOPBACK, PLUGIN, Places, SERVICE, SOCKET, sync, systemctl};
+use crate::install::{AGENT, CLI, LOOPBACK, PLUGIN, Places, SERVICE, SOCKET, next, sync, systemctl};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use sluice_cni::{Store, packets, store, store::Lock};
@@ -49,20 +49,14 @@ pub fn run(o: &Options) -> Result<()> {
         refuse_pods(&pods(o)?)?;
     }
     let conflist = places.conflist();
+    if places.no_service {
+        refuse_agent(&conflist)?;
+    }
     remove(&conflist)?;
-    if !places.no_service && places.service().exists() {
-        systemctl(&["disable", "--now", SERVICE, SOCKET])?;
-        for unit in [places.socket(), places.service()] {
-            remove(&unit)?;
-        }
-        systemctl(&["daemon-reload"])?;
+    if !places.no_service {
+        remove_units(&[(SERVICE, places.service()), (SOCKET, places.socket())])?;
     }
-    if let Some(pid) = running_agent()? {
-        bail!(
-            "sluice-agent still runs (process {pid}) and would write {} again: stop it, then run this again",
-            conflist.display()
-        );
-    }
+    refuse_agent(&conflist)?;
     // An agent that ended after the first removal may have written it again.
     remove(&conflist)?;
     for name in [AGENT, CLI] {
@@ -85,8 +79,19 @@ pub fn run(o: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Stops the agent, too. Those that are gone already systemd would not know.
+fn remove_units(units: &[(&str, PathBuf)]) -> Result<()> {
+    let there: Vec<&str> = units.iter().filter(|(_, path)| path.exists()).map(|(name, _)| *name).collect();
+    if !there.is_empty() {
+        systemctl(&[&["disable", "--now"], there.as_slice()].concat())?;
+    }
+    units.iter().try_for_each(|(_, path)| remove(path))?;
+    if there.is_empty() { Ok(()) } else { systemctl(&["daemon-reload"]) }
+}
+
 /// Gone is gone, whoever did it.
 fn remove(path: &Path) -> Result<()> {
+    let _ = fs::remove_file(next(path)); // left by an installation that was killed
     match fs::remove_file(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e).with_context(|| format!("remove {}", path.display())),
@@ -123,6 +128,14 @@ fn refuse_pods(pods: &[String]) -> Result<()> {
         return Ok(());
     }
     bail!("--purge would cut pods off that still run: {}; drain the node, then run this again", pods.join(", "))
+}
+
+fn refuse_agent(conflist: &Path) -> Result<()> {
+    let Some(pid) = running_agent()? else { return Ok(()) };
+    bail!(
+        "sluice-agent runs (process {pid}) and would write {} again: stop it, then run this again",
+        conflist.display()
+    )
 }
 
 /// An agent of this node, which is who runs in this network namespace.
