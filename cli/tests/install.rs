@@ -45,7 +45,8 @@ impl Node {
         }
         for version in ["v1", "v2"] {
             let plugin = format!(
-                "# {version}\ncat >{0}/asked\ntest -e {0}/ready && exit\necho '{{\"code\":50,\"msg\":\"no data path\"}}'\nexit 1\n",
+                "# {version}\ncat >{0}/asked\ntest -e {0}/ready && exit\necho '{{\"code\":50,\"msg\":\"no data path\"}}'\n\
+                 exit 1\n",
                 node.base.path().display()
             );
             script(&node.at(version).join("sluice-cni"), &plugin);
@@ -57,7 +58,8 @@ impl Node {
             r#"{"name":"sluice","cniVersion":"1.0.0","plugins":[{"type":"sluice-cni","ranges":["10.0.0.0/24"]}]}"#;
         fs::write(node.at("run/10-sluice.conflist"), conflist).expect("configuration");
         let systemctl = "echo \"$@\" >>BASE/systemctl\n[ \"$1\" = restart ] && test -e BASE/agent-works \
-             && ln -sf BASE/run/10-sluice.conflist BASE/conf/.next && mv BASE/conf/.next BASE/conf/10-sluice.conflist\nexit 0\n";
+             && ln -sf BASE/run/10-sluice.conflist BASE/conf/.next \
+             && mv BASE/conf/.next BASE/conf/10-sluice.conflist\nexit 0\n";
         script(&node.at("tools/systemctl"), &systemctl.replace("BASE", &node.base.path().display().to_string()));
         node.mark("agent-works");
         node.mark("ready");

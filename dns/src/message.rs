@@ -463,7 +463,8 @@ mod tests {
         fn nor_do_answers_that_are_damaged(at in 0usize..70, value in any::<u8>()) {
             let b = query("a.example.", RecordType::A);
             let q = parse(&b).expect("parses");
-            let records = [("a.example", Data::Alias("b.example".into())), ("b.example", Data::Address([10, 0, 0, 1].into()))];
+            let (alias, address) = (Data::Alias("b.example".into()), Data::Address([10, 0, 0, 1].into()));
+            let records = [("a.example", alias), ("b.example", address)];
             let records = records.map(|(owner, data)| Record { owner: owner.into(), data, ttl_s: 5 });
             let mut answer = answer_records(&b, &q, Rcode::NoError, &records, None, MAX_UDP);
             if let Some(byte) = answer.get_mut(at) {

@@ -160,7 +160,8 @@ mod tests {
 
     #[test]
     fn the_plugin_is_asked_as_a_runtime_would() {
-        let list = json!({"cniVersion": "1.0.0", "name": "sluice", "plugins": [{"type": "sluice-cni", "ranges": ["10.0.0.0/24"]}]});
+        let plugin = json!({"type": "sluice-cni", "ranges": ["10.0.0.0/24"]});
+        let list = json!({"cniVersion": "1.0.0", "name": "sluice", "plugins": [plugin]});
         let asked: Value =
             serde_json::from_str(&status_request(list.to_string().as_bytes()).expect("good")).expect("JSON");
         assert_eq!(
