@@ -3,12 +3,11 @@
 //! the runtime waits instead of making pods that the data path does not know.
 
 use serde_json::json;
+use sluice_cni::CONFLIST as FILE;
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
-
-const FILE: &str = "10-sluice.conflist";
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -218,6 +218,21 @@ impl Datapath {
         self.loaded
     }
 
+    /// What the kernel has of what not every kernel has, with what is done where it lacks it.
+    pub fn kernel(&self) -> Result<Vec<(&'static str, Option<&'static str>)>, Error> {
+        let clsact = packets::clsact(&self.place.bpffs).map_err(Error::Packets)?;
+        let btf = Path::new("/sys/kernel/btf/vmlinux").exists();
+        let without = |there: bool, fallback| (!there).then_some(fallback);
+        Ok(vec![
+            // Loading fails without them.
+            ("sk_lookup", None),
+            ("redirect_peer", None),
+            ("bpf_set_retval", without(self.loaded.set_retval, "refused callers see EPERM")),
+            ("tcx", without(!clsact, "filters of clsact")),
+            ("BTF", without(btf, "programs are loaded without it")),
+        ])
+    }
+
     /// The MTU that pods are to be made with, as it changes; nothing before the first snapshot.
     pub fn pod_mtu(&self) -> watch::Receiver<Option<u32>> {
         self.wires.pod_mtu()

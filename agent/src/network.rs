@@ -58,6 +58,8 @@ pub struct Network {
     served: Mutex<HashMap<String, Served>>,
     /// Pods whose sidecars cannot be served, by UID, and why.
     unserved: Mutex<HashMap<String, String>>,
+    /// What came of the last view: what of it cannot be had.
+    last: Mutex<Vec<String>>,
     /// Where repairs are told, once the API is known.
     events: OnceLock<Events>,
     runtime: Handle,
@@ -110,6 +112,18 @@ impl Links {
     }
 }
 
+/// The node, compared with its view.
+#[derive(Clone, Debug, Default)]
+pub struct Verified {
+    /// Features, each with what is done without it where the kernel lacks it.
+    pub kernel: Vec<(&'static str, Option<&'static str>)>,
+    pub revision: u64,
+    pub differences: Vec<String>,
+    /// What of the view cannot be had, or why none of it is in force.
+    pub problems: Vec<String>,
+    pub errors: Vec<String>,
+}
+
 struct Served {
     netns: PathBuf,
     stop: CancellationToken,
@@ -133,6 +147,7 @@ impl Network {
             views,
             served: Mutex::default(),
             unserved: Mutex::default(),
+            last: Mutex::default(),
             events: OnceLock::new(),
             runtime: Handle::current(),
         })
@@ -152,6 +167,29 @@ impl Network {
     pub async fn counters(self: Arc<Self>) -> Result<Vec<(&'static str, u64)>, String> {
         let read = move || self.datapath().counters().map_err(|e| describe(&e));
         tokio::task::spawn_blocking(read).await.unwrap_or_else(|e| Err(e.to_string()))
+    }
+
+    /// Compares the kernel with what is wanted, now, and puts right what differs; what the kernel has, the revision that it
+    /// was compared with, what differed and what could not be put right.
+    pub async fn verify(self: Arc<Self>) -> Verified {
+        let revision = self.views.borrow().snapshot.revision.0;
+        let problems = self.last.lock().expect("no holder panics").clone();
+        let work = move || {
+            let mut verified = Verified { revision, problems, ..Verified::default() };
+            let mut datapath = self.datapath();
+            match datapath.kernel() {
+                Ok(features) => verified.kernel = features,
+                Err(e) => verified.errors.push(describe(&e)),
+            }
+            match datapath.repair() {
+                Ok(differences) => verified.differences = differences,
+                Err(e) => verified.errors.push(describe(&e)),
+            }
+            verified
+        };
+        tokio::task::spawn_blocking(work)
+            .await
+            .unwrap_or_else(|e| Verified { errors: vec![e.to_string()], ..Verified::default() })
     }
 
     /// For ever: every view into the kernel, then the verdict to control; repairs in between. A view that is not in
@@ -193,9 +231,10 @@ impl Network {
 
     async fn apply(self: Arc<Self>, view: View) -> Verdict {
         let (epoch, revision) = (view.epoch.clone(), view.snapshot.revision.0);
+        let network = self.clone();
         let work = move || {
-            let applied = self.datapath().apply(&view.snapshot).map_err(|e| describe(&e));
-            self.serve_all(&view.snapshot);
+            let applied = network.datapath().apply(&view.snapshot).map_err(|e| describe(&e));
+            network.serve_all(&view.snapshot);
             applied
         };
         let applied = tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(e.to_string()));
@@ -211,6 +250,8 @@ impl Network {
             }
             Err(error) => (Err(error), Vec::new()),
         };
+        let refused = result.as_ref().err().map(|e| format!("the view is not in force: {e}"));
+        *self.last.lock().expect("no holder panics") = refused.into_iter().chain(problems.clone()).collect();
         Verdict { epoch, revision, result, problems }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::{
     attest::Gate,
+    check::Checker,
     cni_config,
     datapath::{Datapath, DatapathConfig},
     flows::{self, Hub},
@@ -369,6 +370,10 @@ async fn start_pods(
     network.tell(events.clone());
     let counted = network.clone();
     let flows = flows::serve::routes(flows, Arc::new(move || Box::pin(counted.clone().counters())));
+    let dns = Some(SocketAddr::new(o.cluster_dns, DNS_PORT)).filter(|a| a.is_ipv4());
+    let (options, told) = (o.clone(), mtu.clone());
+    let mtu_now = Box::new(move || options.pod_mtu(&told));
+    let checker = Checker::start(o.node_name.clone(), &o.run_dir, dns, network.clone(), mtu_now);
     let deps = Arc::new(Deps {
         events: events.clone(),
         client: client.clone(),
@@ -386,7 +391,7 @@ async fn start_pods(
         .await
         .with_context(|| format!("listen for requests of logs and flows on port {}", o.log_port))?;
     let tls = server::tls(id)?;
-    let routes = server::routes(server::Logs { client, cri, node }).merge(flows);
+    let routes = server::routes(server::Logs { client, cri, node }).merge(flows).merge(checker.routes());
     tokio::spawn(server::serve(listener, tls, routes));
     Ok(())
 }

@@ -1,4 +1,8 @@
-//! `sluice check`: is the cluster as it should be? One line per thing looked at; the remedy beside what is wrong.
+//! `sluice check`: is the cluster as it should be? One line per thing looked at; the remedy beside what is wrong. Each
+//! node's agent is asked through the API how it finds its kernel and maps, and walks paths from a namespace that is wired
+//! as a pod; which ones, and what is said of them, is decided in [`paths`].
+
+mod paths;
 
 use crate::{
     client::{block_on, connect},
@@ -6,13 +10,23 @@ use crate::{
     machine,
 };
 use anyhow::{Result, bail};
+use futures::future::join_all;
 use gateway_api::httproutes::HttpRoute;
 use k8s_openapi::{
-    api::core::v1::{Node, Pod},
+    api::{
+        core::v1::{Node, Pod, Service},
+        discovery::v1::EndpointSlice,
+    },
     jiff::Timestamp,
 };
 use kube::{Api, Client, ResourceExt, api::ListParams};
-use std::path::Path;
+use serde::de::DeserializeOwned;
+use sluice_wire::check::{PATH, Report as NodeReport, Walked};
+use std::{path::Path, time::Duration};
+use tokio::time::timeout;
+
+/// A node that has not answered by then does not answer; control itself waits for 5 s.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 
 struct Report {
     wrong: usize,
@@ -40,7 +54,8 @@ pub fn run(kubeconfig: &Path, local: Option<Cluster>) -> Result<()> {
         }
         nodes(&client, &mut report).await?;
         pods(&client, &mut report).await?;
-        routes(&client, &mut report).await
+        routes(&client, &mut report).await?;
+        paths(&client, &mut report).await
     })?;
     if let Some(c) = local {
         machines(&c, &mut report);
@@ -114,6 +129,61 @@ async fn routes(client: &Client, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+/// What the nodes say of themselves, and the paths between them.
+async fn paths(client: &Client, report: &mut Report) -> Result<()> {
+    let all = ListParams::default();
+    let named = Api::<Node>::all(client.clone()).list(&all).await?;
+    let asked = named.iter().map(|n| async move { (n, ask::<NodeReport>(client, &n.name_any(), PATH).await) });
+    let mut nodes = vec![];
+    for (node, answer) in join_all(asked).await {
+        let name = node.name_any();
+        match answer {
+            Ok(said) => nodes.push(paths::Node { addresses: addresses(node), name, report: said }),
+            Err(why) => report.line(&format!("agent of {name}"), Err(why)),
+        }
+    }
+    for (what, verdict) in nodes.iter().flat_map(paths::lines) {
+        report.line(&what, verdict);
+    }
+    let services = Api::<Service>::all(client.clone()).list(&all).await?.items;
+    let slices = Api::<EndpointSlice>::all(client.clone()).list(&all).await?.items;
+    let targets = paths::targets(&services, &slices);
+    let walks = nodes.iter().map(|n| {
+        let walk = paths::walk(n, &nodes, &targets);
+        async move { (n, ask::<Vec<Walked>>(client, &n.name, &walk.query()).await) }
+    });
+    for (node, answer) in join_all(walks).await {
+        match answer {
+            Ok(walked) => {
+                for (what, verdict) in walked.iter().map(|w| paths::line(node, w, &nodes, &targets)) {
+                    report.line(&what, verdict);
+                }
+            }
+            Err(why) => report.line(&format!("paths from {}", node.name), Err(why)),
+        }
+    }
+    if targets.node_port.is_none() {
+        report
+            .line("path outside -> node port", Ok("not walked: no service has one that every node serves".to_owned()));
+    }
+    Ok(())
+}
+
+async fn ask<T: DeserializeOwned>(client: &Client, node: &str, path: &str) -> Result<T, String> {
+    let request = http::Request::get(format!("/api/v1/nodes/{node}/proxy{path}")).body(vec![]);
+    let request = request.map_err(|e| e.to_string())?;
+    match timeout(ANSWER_TIMEOUT, client.request(request)).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(e)) => Err(format!("{e}; does sluice-agent run there, and does control reach its port 10250?")),
+        Err(_) => Err(format!("no answer in {} s; see the agent's log", ANSWER_TIMEOUT.as_secs())),
+    }
+}
+
+fn addresses(node: &Node) -> Vec<std::net::IpAddr> {
+    let all = node.status.iter().flat_map(|s| s.addresses.iter().flatten());
+    all.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect()
+}
+
 /// On the machines of a local cluster: the kernel's side of the data path is there.
 fn machines(c: &Cluster, report: &mut Report) {
     for i in 0..c.nodes {
@@ -129,6 +199,6 @@ fn machines(c: &Cluster, report: &mut Report) {
             Ok(_) => Err("eBPF pins or the CNI configuration are missing; see the agent's log".to_owned()),
             Err(e) => Err(e.to_string()),
         };
-        report.line(&format!("kernel of {}", node.name), verdict);
+        report.line(&format!("machine {}", node.name), verdict);
     }
 }

@@ -1,10 +1,11 @@
-//! `sluice`: starts and stops a local cluster, shifts traffic, and shows what is going on.
+//! `sluice`: starts and stops a local cluster, installs nodes, shifts traffic, and shows what is going on.
 
 mod check;
 mod client;
 mod cluster;
 mod down;
 mod flows;
+mod install;
 mod kubeconfig;
 mod kubectl;
 mod machine;
@@ -12,6 +13,7 @@ mod preflight;
 mod split;
 mod status;
 mod token;
+mod uninstall;
 mod up;
 mod wiring;
 
@@ -83,6 +85,10 @@ enum Command {
         #[arg(long, default_value_t = 30)]
         timeout: u64,
     },
+    /// Put Sluice on this node, and wait until pods can be added
+    Install(install::Options),
+    /// Take it from this node; pods that run keep their network
+    Uninstall(uninstall::Options),
     /// One-time tokens with which nodes join
     Token {
         #[command(subcommand)]
@@ -149,6 +155,8 @@ fn run(args: Args) -> anyhow::Result<()> {
         Command::Split { ref service, ref weights, ref namespace, timeout } => {
             split::run(&config()?, namespace, service, weights, timeout)
         }
+        Command::Install(ref options) => install::run(options),
+        Command::Uninstall(ref options) => uninstall::run(options),
         Command::Token { ref command } => token::run(&config()?, command),
         Command::NodeKill { node } => {
             require(&name)?.node(node).kill();

@@ -13,7 +13,7 @@ use crate::{
     wiring::{self, Inside},
 };
 use serde_json::Value;
-use sluice_ebpf::maps::PodMaps;
+use sluice_ebpf::{loader, maps::PodMaps};
 use sluice_netlink::{Connection, link, plan::GATEWAY_MAC};
 use std::{net::IpAddr, path::Path};
 
@@ -304,11 +304,15 @@ fn as_before(config: &Config, lease: &Lease) -> std::result::Result<(), String> 
 fn status(config: &Config) -> Result<()> {
     can_be_served(config)?;
     let unavailable = |limited: bool| move |cause: Error| Error::Unavailable { cause: Box::new(cause), limited };
-    let node = Node::open(config).map_err(unavailable(false))?;
+    let mut node = Node::open(config).map_err(unavailable(false))?;
     let lock = Lock::take(&config.state_dir).map_err(unavailable(false))?;
     let entries = node.store.entries().map_err(unavailable(false))?;
     // Without the data path, pods that are there reach no service.
     let pods = entries.iter().any(|e| e.releasing.is_none());
     wiring::open_maps(config).map_err(unavailable(pods))?;
+    loader::complete(&config.bpffs).map_err(Error::NotReady).map_err(unavailable(pods))?;
+    // Addresses of links that have gone are free, as ADD would find them.
+    free_released(&node.store, &mut node.host, &lock, None).map_err(unavailable(false))?;
+    let entries = node.store.entries().map_err(unavailable(false))?;
     node.store.choose(&lock, &config.pool, &entries, &[]).map(drop).map_err(unavailable(false))
 }

@@ -35,7 +35,7 @@ pub enum Error {
         #[source]
         cause: sluice_ebpf::Error,
     },
-    #[error("the node's agent has not started since boot; it makes the data path that pods are put into")]
+    #[error("the data path is not there or not whole; the node's agent makes and mends it: is sluice-agent running?")]
     NotReady(#[source] sluice_ebpf::Error),
     #[error("no free address: {fill}; {releasing} of {leases} leases wait for their link to go")]
     Exhausted { fill: String, leases: usize, releasing: usize },

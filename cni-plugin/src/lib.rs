@@ -23,5 +23,7 @@ pub use store::{Lease, PodRef, Store};
 
 /// Where leases are kept unless the configuration says otherwise.
 pub const STATE_DIR: &str = "/var/lib/sluice/cni";
+/// Name of the agent's network configuration in the runtime's folder.
+pub const CONFLIST: &str = "10-sluice.conflist";
 /// Where the BPF file system is mounted unless the configuration says otherwise.
 pub const BPFFS: &str = "/sys/fs/bpf";

@@ -94,11 +94,12 @@ fn app_protocol(app: Option<&str>, name: &str) -> m::AppProtocol {
     }
 }
 
-/// None for services without ports or addresses of their own (ExternalName, not allocated yet).
+/// None for services whose addresses are not allocated yet.
 fn service(s: &Service) -> Option<m::Service> {
     let spec = s.spec.as_ref()?;
     if spec.type_.as_deref() == Some("ExternalName") {
-        return None;
+        let external_name = spec.external_name.as_deref().map(|n| n.trim_end_matches('.').to_ascii_lowercase());
+        return Some(m::Service { name: name_of(&s.metadata)?, external_name, ..m::Service::default() });
     }
     let ips: Vec<&String> = match &spec.cluster_ips {
         Some(v) if !v.is_empty() => v.iter().collect(),
@@ -138,6 +139,7 @@ fn service(s: &Service) -> Option<m::Service> {
         },
         health_check_node_port: spec.health_check_node_port.and_then(port),
         announcements: vec![],
+        external_name: None,
     })
 }
 

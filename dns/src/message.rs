@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 
 pub const TYPE_A: u16 = 1;
+pub const TYPE_CNAME: u16 = 5;
 pub const TYPE_SOA: u16 = 6;
 pub const TYPE_PTR: u16 = 12;
 pub const TYPE_AAAA: u16 = 28;
@@ -107,11 +108,22 @@ fn edns(b: &[u8], at: usize) -> Option<usize> {
     Some(usize::from(u16_at(b, at + 3)?).clamp(MAX_UDP, 4096))
 }
 
-/// One answer record to the question's own name.
+/// What one record says of its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Data {
     Address(IpAddr),
     Pointer(String),
+    /// The name is another one for this.
+    Alias(String),
+}
+
+/// One answer record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Lower case, without the last dot.
+    pub owner: String,
+    pub data: Data,
+    pub ttl_s: u32,
 }
 
 impl Data {
@@ -120,6 +132,7 @@ impl Data {
             Data::Address(IpAddr::V4(_)) => TYPE_A,
             Data::Address(IpAddr::V6(_)) => TYPE_AAAA,
             Data::Pointer(_) => TYPE_PTR,
+            Data::Alias(_) => TYPE_CNAME,
         }
     }
 
@@ -127,12 +140,13 @@ impl Data {
         match self {
             Data::Address(IpAddr::V4(a)) => a.octets().to_vec(),
             Data::Address(IpAddr::V6(a)) => a.octets().to_vec(),
-            Data::Pointer(n) => encode_name(n),
+            Data::Pointer(n) | Data::Alias(n) => encode_name(n),
         }
     }
 
+    /// An alias stands for whatever is asked for (RFC 1034 §3.6.2).
     pub fn answers(&self, qtype: u16) -> bool {
-        qtype == self.qtype() || qtype == TYPE_ANY
+        qtype == self.qtype() || qtype == TYPE_ANY || matches!(self, Data::Alias(_))
     }
 }
 
@@ -153,13 +167,46 @@ pub struct Soa<'a> {
     pub negative_ttl_s: u32,
 }
 
-/// The answer; over UDP pass the client's limit: what does not fit is left out and TC set.
+/// A query of our own for what a client asked for by another name.
+pub fn query(id: u16, name: &str, qtype: u16) -> Vec<u8> {
+    let mut out = id.to_be_bytes().to_vec();
+    out.extend_from_slice(&[1, 0, 0, 1, 0, 0, 0, 0, 0, 0]); // recursion desired, one question
+    out.extend(encode_name(name));
+    out.extend_from_slice(&qtype.to_be_bytes());
+    out.extend_from_slice(&CLASS_IN.to_be_bytes());
+    out
+}
+
+/// The answer, to the question's own name; over UDP pass the client's limit: what does not fit is left out and TC set.
 pub fn answer(
     query: &[u8],
     q: &Query,
     rcode: Rcode,
     records: &[Data],
     ttl_s: u32,
+    soa: Option<&Soa<'_>>,
+    limit: usize,
+) -> Vec<u8> {
+    write(query, q, rcode, records.iter().map(|data| (q.name.as_str(), data, ttl_s)), soa, limit)
+}
+
+/// The same with records of other names too, in this order.
+pub fn answer_records(
+    query: &[u8],
+    q: &Query,
+    rcode: Rcode,
+    records: &[Record],
+    soa: Option<&Soa<'_>>,
+    limit: usize,
+) -> Vec<u8> {
+    write(query, q, rcode, records.iter().map(|r| (r.owner.as_str(), &r.data, r.ttl_s)), soa, limit)
+}
+
+fn write<'a>(
+    query: &[u8],
+    q: &Query,
+    rcode: Rcode,
+    records: impl Iterator<Item = (&'a str, &'a Data, u32)>,
     soa: Option<&Soa<'_>>,
     limit: usize,
 ) -> Vec<u8> {
@@ -172,13 +219,14 @@ pub fn answer(
     out.extend_from_slice(query.get(HEADER..q.end).unwrap_or_default());
     let mut written = 0u16;
     let mut truncated = false;
-    for d in records {
+    for (owner, d, ttl_s) in records {
         let data = d.bytes();
-        if out.len() + 12 + data.len() > limit {
+        let owner = if owner == q.name { vec![0xc0, HEADER as u8] } else { encode_name(owner) };
+        if out.len() + owner.len() + 10 + data.len() > limit {
             truncated = true;
             break;
         }
-        record(&mut out, &[0xc0, 0x0c], d.qtype(), ttl_s, &data);
+        record(&mut out, &owner, d.qtype(), ttl_s, &data);
         written += 1;
     }
     out[6..8].copy_from_slice(&written.to_be_bytes());
@@ -243,6 +291,67 @@ pub fn min_ttl(b: &[u8]) -> Option<u32> {
     min
 }
 
+/// What an upstream server answered: its code, and those of its records that say where a name leads. None when it cannot
+/// be read, or is not whole.
+pub fn read_answer(b: &[u8]) -> Option<(u8, Vec<Record>)> {
+    if b.get(2)? & 0x82 != 0x80 {
+        return None; // no answer, or a truncated one
+    }
+    let mut at = HEADER;
+    for _ in 0..u16_at(b, 4)? {
+        at = skip_name(b, at)? + 4;
+    }
+    let mut records = vec![];
+    for _ in 0..u16_at(b, 6)? {
+        let owner = compressed_name(b, at)?;
+        at = skip_name(b, at)?;
+        let ttl_s = u32::from_be_bytes(b.get(at + 4..at + 8)?.try_into().ok()?);
+        let (start, len) = (at + 10, usize::from(u16_at(b, at + 8)?));
+        let rdata = b.get(start..start + len)?;
+        let data = match (u16_at(b, at)?, len) {
+            (TYPE_A, 4) => Some(Data::Address(IpAddr::from(<[u8; 4]>::try_from(rdata).ok()?))),
+            (TYPE_AAAA, 16) => Some(Data::Address(IpAddr::from(<[u8; 16]>::try_from(rdata).ok()?))),
+            (TYPE_CNAME, _) => Some(Data::Alias(compressed_name(b, start)?)),
+            _ => None,
+        };
+        records.extend(data.map(|data| Record { owner, data, ttl_s }));
+        at = start + len;
+    }
+    Some((b.get(3)? & 0x0f, records))
+}
+
+/// A name that may point back into the message. Each pointer leads further back, so that there is an end.
+fn compressed_name(b: &[u8], mut at: usize) -> Option<String> {
+    let mut out = String::new();
+    let mut before = at;
+    loop {
+        let len = usize::from(*b.get(at)?);
+        match len {
+            0 => return Some(out),
+            n if n & 0xc0 == 0xc0 => {
+                let to = (n & 0x3f) << 8 | usize::from(*b.get(at + 1)?);
+                if to >= before {
+                    return None;
+                }
+                (at, before) = (to, to);
+            }
+            n if n > 63 || out.len() + n + 1 > MAX_NAME => return None,
+            n => {
+                if !out.is_empty() {
+                    out.push('.');
+                }
+                let label = b.get(at + 1..at + 1 + n)?;
+                // Such a label could not be written again.
+                if !label.iter().all(|c| c.is_ascii_graphic() && *c != b'.') {
+                    return None;
+                }
+                out.extend(label.iter().map(|c| char::from(c.to_ascii_lowercase())));
+                at += n + 1;
+            }
+        }
+    }
+}
+
 fn skip_name(b: &[u8], mut at: usize) -> Option<usize> {
     loop {
         match usize::from(*b.get(at)?) {
@@ -287,6 +396,35 @@ mod tests {
     }
 
     #[test]
+    fn aliases_are_written_and_read_again() {
+        let b = query("db.shop.svc.cluster.local.", RecordType::A);
+        let q = parse(&b).expect("parses");
+        let record = |owner: &str, data| Record { owner: owner.into(), data, ttl_s: 7 };
+        let records = [
+            record("db.shop.svc.cluster.local", Data::Alias("db.example.org".into())),
+            record("db.example.org", Data::Address("192.0.2.1".parse().expect("an address"))),
+            record("db.example.org", Data::Address("2001:db8::1".parse().expect("an address"))),
+        ];
+        let out = answer_records(&b, &q, Rcode::NoError, &records, None, MAX_UDP);
+        let m = Message::from_bytes(&out).expect("decodes");
+        assert!(matches!(&m.answers[0].data, RData::CNAME(n) if n.0.to_string() == "db.example.org."));
+        assert_eq!(m.answers[1].name.to_string(), "db.example.org.");
+        assert_eq!(read_answer(&out), Some((0, records.to_vec())));
+        // Names that other servers compress.
+        let compressed = m.to_bytes().expect("encodes");
+        assert!(compressed.len() < out.len());
+        assert_eq!(read_answer(&compressed), Some((0, records.to_vec())));
+        for cut in 0..compressed.len() {
+            assert_eq!(read_answer(&compressed[..cut]), None, "{cut}");
+        }
+        assert_eq!(read_answer(&b), None, "a query is no answer");
+        let own = super::query(9, "db.example.org", TYPE_A);
+        let parsed = parse(&own).expect("parses");
+        assert_eq!((parsed.id, parsed.name.as_str(), parsed.qtype), (9, "db.example.org", TYPE_A));
+        assert!(parsed.recursion_desired);
+    }
+
+    #[test]
     fn what_does_not_fit_is_truncated_and_says_so() {
         let b = query("many.", RecordType::A);
         let q = parse(&b).expect("parses");
@@ -318,6 +456,21 @@ mod tests {
                 answer(&b, &q, Rcode::NoError, &[], 1, None, MAX_UDP);
             }
             let _ = min_ttl(&b);
+            let _ = read_answer(&b);
+        }
+
+        #[test]
+        fn nor_do_answers_that_are_damaged(at in 0usize..70, value in any::<u8>()) {
+            let b = query("a.example.", RecordType::A);
+            let q = parse(&b).expect("parses");
+            let (alias, address) = (Data::Alias("b.example".into()), Data::Address([10, 0, 0, 1].into()));
+            let records = [("a.example", alias), ("b.example", address)];
+            let records = records.map(|(owner, data)| Record { owner: owner.into(), data, ttl_s: 5 });
+            let mut answer = answer_records(&b, &q, Rcode::NoError, &records, None, MAX_UDP);
+            if let Some(byte) = answer.get_mut(at) {
+                *byte = value;
+            }
+            let _ = read_answer(&answer);
         }
     }
 }

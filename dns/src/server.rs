@@ -4,7 +4,7 @@
 
 use crate::{
     cache::Cache,
-    message,
+    message::{self, Query},
     resolve::{Step, resolve, unanswered},
     zone::Zone,
 };
@@ -56,22 +56,38 @@ impl Resolver {
             Step::Answer(a) => return Some(a),
             Step::Drop => return None,
             Step::Forward(q) => q,
+            Step::Follow(alias) if self.upstreams.is_empty() => return Some(alias.alone(bytes)),
+            Step::Follow(alias) => {
+                let max = usize::from(u16::MAX);
+                return Some(match self.upstream(&alias.question(), &alias.target, &alias.query, max).await {
+                    Some(upstream) => alias.answer(bytes, &upstream),
+                    None => unanswered(bytes, &alias.query, true),
+                });
+            }
         };
-        let cached = self.cache.lock().expect("no holder panics").get(&q.name, q.qtype, q.id, Instant::now());
-        if cached.as_ref().is_some_and(|c| !udp || c.len() <= q.max_udp) {
+        let max = if udp { q.max_udp } else { usize::from(u16::MAX) };
+        let answer = self.upstream(bytes, &q.name, &q, max).await;
+        Some(answer.unwrap_or_else(|| unanswered(bytes, &q, !self.upstreams.is_empty())))
+    }
+
+    /// What is known of `name`, or what a server says when it is asked by `bytes`. Cached answers longer than `max` are
+    /// not taken.
+    async fn upstream(&self, bytes: &[u8], name: &str, q: &Query, max: usize) -> Option<Vec<u8>> {
+        let cached = self.cache.lock().expect("no holder panics").get(name, q.qtype, q.id, Instant::now());
+        if cached.as_ref().is_some_and(|c| c.len() <= max) {
             return cached;
         }
-        let Ok(_permit) = self.forwards.try_acquire() else { return Some(unanswered(bytes, &q, true)) };
+        let _permit = self.forwards.try_acquire().ok()?;
         for upstream in &self.upstreams {
             if let Ok(Ok(a)) = timeout(UPSTREAM_WAIT, ask(*upstream, bytes, q.id)).await {
                 if let Some(ttl) = message::min_ttl(&a) {
                     let mut cache = self.cache.lock().expect("no holder panics");
-                    cache.put(q.name.clone(), q.qtype, a.clone(), ttl, Instant::now());
+                    cache.put(name.to_owned(), q.qtype, a.clone(), ttl, Instant::now());
                 }
                 return Some(a);
             }
         }
-        Some(unanswered(bytes, &q, !self.upstreams.is_empty()))
+        None
     }
 }
 
@@ -118,7 +134,7 @@ pub async fn serve_udp(resolver: Arc<Resolver>, socket: Arc<UdpSocket>) {
                 let _ = socket.send_to(&a, from).await;
             }
             Step::Drop => {}
-            Step::Forward(_) => {
+            Step::Forward(_) | Step::Follow(_) => {
                 let (resolver, socket, bytes) = (resolver.clone(), socket.clone(), buf[..n].to_vec());
                 tokio::spawn(async move {
                     if let Some(a) = resolver.answer(&bytes, true).await {

@@ -44,6 +44,10 @@ impl Zone {
         for parent in [format!("{}.svc.{}", s.name.namespace, self.domain), format!("svc.{}", self.domain)] {
             self.names.entry(parent).or_default();
         }
+        if let Some(target) = &s.external_name {
+            self.names.insert(base, vec![Data::Alias(target.clone())]);
+            return;
+        }
         if !s.headless() {
             for ip in &s.virtual_ips {
                 self.add(base.clone(), *ip);
@@ -131,7 +135,13 @@ mod tests {
             name: Name::new("shop", "db"),
             endpoints: vec![endpoint("10.244.0.9", true), endpoint("10.244.0.10", false)],
         };
+        let outside = Resource::Service(Service {
+            name: Name::new("shop", "outside"),
+            external_name: Some("db.example.org".into()),
+            ..Service::default()
+        });
         let all = [
+            outside,
             service("web", &["10.96.0.5", "fd00::5"]),
             service("db", &[]),
             service("gone", &[]),
@@ -153,6 +163,7 @@ mod tests {
         assert_eq!(addresses("db.shop.svc.cluster.local"), [a("10.244.0.9")], "ready endpoints only");
         assert_eq!(addresses("db-0.db.shop.svc.cluster.local"), [a("10.244.0.9")]);
         assert_eq!(addresses("5.0.96.10.in-addr.arpa"), [p("web.shop.svc.cluster.local")]);
+        assert_eq!(addresses("outside.shop.svc.cluster.local"), [Data::Alias("db.example.org".into())]);
         assert_eq!(addresses("shop.svc.cluster.local"), [], "a namespace with services exists");
         for missing in ["gone.shop.svc.cluster.local", "web.other.svc.cluster.local", "x.cluster.local"] {
             assert_eq!(z.lookup(missing), Lookup::NoSuchName, "{missing}");

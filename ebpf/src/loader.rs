@@ -145,6 +145,15 @@ pub fn repair(place: &Place) -> Result<bool> {
     load(place).map(|_| true)
 }
 
+/// Whether everything is pinned that a pod needs: maps, programs, and the links that translate at sockets. Else the first
+/// that is missing.
+pub fn complete(bpffs: &Path) -> Result<()> {
+    let dir = pin_dir(bpffs);
+    let links = CGROUP_PROGRAMS.iter().map(|(name, _)| links(&dir).join(name));
+    let pins = map::ALL.iter().chain(&PACKET_PROGRAMS).chain([&STEER]).map(|name| dir.join(name));
+    pins.chain(links).find(|path| !path.exists()).map_or(Ok(()), |path| Err(Error::NotPinned { path }))
+}
+
 /// Removes every pin: the programs detach and the maps go. For uninstalling and for tests.
 pub fn unload(bpffs: &Path) -> Result<()> {
     let dir = pin_dir(bpffs);

@@ -104,6 +104,10 @@ pub struct Service {
     /// Who answers for those of `external_ips` that are of the cluster's own pool.
     #[serde(default)]
     pub announcements: Vec<Announcement>,
+    /// The name that its name is another one for (Kubernetes `ExternalName`), in lower case and without a last dot. Such a
+    /// service has neither addresses nor ports.
+    #[serde(default)]
+    pub external_name: Option<String>,
 }
 
 impl Service {

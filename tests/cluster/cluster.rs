@@ -102,6 +102,11 @@ impl Cluster {
         Path::new("/var/lib/sluice-local").join(&self.name)
     }
 
+    /// The folder of the programs.
+    pub fn bin(&self) -> &Path {
+        &self.bin
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -2,6 +2,7 @@
 //! after the other in it and clean up behind themselves. The cluster goes when they are through, whatever happened.
 
 mod canary;
+mod check;
 mod cluster;
 mod deploy;
 mod failures;
@@ -24,6 +25,9 @@ const TESTS: &[(&str, Test)] = &[
     ("services_keep_clients_and_stay_near", network::services_keep_clients_and_stay_near),
     ("readiness_withdraws_on_all_nodes", network::readiness_withdraws_on_all_nodes),
     ("containers_of_a_pod_share_localhost", network::containers_of_a_pod_share_localhost),
+    ("external_names_lead_elsewhere", network::external_names_lead_elsewhere),
+    ("check_walks_the_paths", check::check_walks_the_paths),
+    ("install_waits_for_the_plugin", check::install_waits_for_the_plugin),
     ("kernel_state_is_put_right", network::kernel_state_is_put_right),
     ("rolling_update_loses_nothing", canary::rolling_update_loses_nothing),
     ("canary_split_is_exact", canary::canary_split_is_exact),

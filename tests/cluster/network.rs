@@ -65,6 +65,38 @@ pub fn services_have_names_and_stable_addresses(c: &Cluster) -> Result<()> {
     c.delete_namespace("names")
 }
 
+/// A service of type ExternalName is an alias; one of a name of the cluster is followed to its address.
+pub fn external_names_lead_elsewhere(c: &Cluster) -> Result<()> {
+    c.namespace("extern", false)?;
+    let alias = |name: &str, target: &str| {
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "extern"},
+            "spec": {"type": "ExternalName", "externalName": target}})
+    };
+    let objects = [
+        echo("extern", "web", "v1", 1),
+        service("extern", "web", json!({"app": "echo"})),
+        alias("inside", "web.extern.svc.cluster.local"),
+        alias("outside", "db.example.org"),
+    ];
+    c.apply(&objects)?;
+    c.rollout("extern", "web")?;
+    let listed = c.kubectl(&["-n", "extern", "get", "services"])?;
+    ensure!(listed.contains("ExternalName") && listed.contains("db.example.org"), "{listed}");
+    let ip = c.json(&["-n", "extern", "get", "service", "web"])?["spec"]["clusterIP"]
+        .as_str()
+        .context("an address")?
+        .to_owned();
+    let log = script(
+        c,
+        "extern",
+        "ask",
+        "nslookup inside.extern.svc.cluster.local 10.96.0.10; nslookup outside.extern.svc.cluster.local 10.96.0.10; wget -q -O - http://inside/",
+    )?;
+    ensure!(log.contains(&ip) && log.contains("db.example.org"), "{log}");
+    ensure!(log.contains("\"version\":\"v1\""), "the alias is reached by its short name: {log}");
+    c.delete_namespace("extern")
+}
+
 /// A client stays with its pod, stays on its node or near it where the service says so, and reaches external addresses.
 pub fn services_keep_clients_and_stay_near(c: &Cluster) -> Result<()> {
     const ASKED: usize = 20;

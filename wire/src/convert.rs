@@ -191,6 +191,7 @@ impl From<&m::Service> for v1::Service {
             .into(),
             health_check_node_port: s.health_check_node_port.unwrap_or(0).into(),
             announcements: s.announcements.iter().map(Into::into).collect(),
+            external_name: s.external_name.clone().unwrap_or_default(),
         }
     }
 }
@@ -238,6 +239,7 @@ impl TryFrom<v1::Service> for m::Service {
             },
             health_check_node_port: some_port("health check node port", s.health_check_node_port)?,
             announcements: s.announcements.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            external_name: Some(s.external_name).filter(|n| !n.is_empty()),
         })
     }
 }
@@ -555,6 +557,7 @@ mod tests {
                 external_policy: m::ExternalPolicy::Local,
                 health_check_node_port: Some(30_081),
                 announcements: vec![m::Announcement { address, node: "n1".into() }],
+                external_name: Some("web.example.org".into()),
             }),
             m::Resource::EndpointSet(m::EndpointSet {
                 name: name.clone(),

@@ -3,6 +3,7 @@
 //!
 //! It opens no socket; see `proto/` for what each message means and `handover` for the one exchange that is not gRPC.
 
+pub mod check;
 pub mod convert;
 pub mod flows;
 pub mod handover;

@@ -168,3 +168,42 @@ fn without_the_agents_pins_the_runtime_is_told_to_come_back() {
     let wrong = HashMap::<u64, u64>::open(&pin_dir(&node.place.bpffs), map::PODS);
     assert!(wrong.is_err(), "a map of other sizes is refused");
 }
+
+#[test]
+fn status_says_what_add_would_find() {
+    let node = Node::new("truth", false);
+    let code = |config: &Value| match node.run(&config.to_string(), &[("CNI_COMMAND", "STATUS")]) {
+        (true, _) => 0,
+        (false, answer) => answer["code"].as_u64().expect("a code"),
+    };
+    let config = &node.config;
+    assert_eq!(code(config), 50, "no agent has run");
+    loader::load(&node.place).expect("the agent starts");
+    assert_eq!(code(config), 0);
+    let unpin = |name: &str| std::fs::remove_file(pin_dir(&node.place.bpffs).join(name)).expect("unpin");
+    for name in ["from_pod", "links/connect4", map::PODS] {
+        unpin(name);
+        assert_eq!(code(config), 50, "without {name} no pod can be made");
+        loader::load(&node.place).expect("the agent mends it");
+    }
+
+    let mut small = config.clone();
+    small["ranges"] = json!(["10.9.9.0/32"]);
+    let pod = node.pod("a");
+    let netns = pod.path().display().to_string();
+    let env = |verb| [("CNI_COMMAND", verb), ("CNI_CONTAINERID", "a"), ("CNI_IFNAME", "eth0"), ("CNI_NETNS", &netns)];
+    assert!(node.run(&small.to_string(), &env("ADD")).0, "the only address");
+    assert_eq!(code(&small), 50);
+    unpin("from_host");
+    assert_eq!(code(config), 51, "there is a pod, and it may reach nothing");
+    loader::load(&node.place).expect("the agent mends it");
+    assert!(node.run(&small.to_string(), &env("DEL")).0);
+    assert_eq!(code(&small), 50, "its link is still there");
+    node.end_pod(pod);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !node.links().is_empty() {
+        assert!(Instant::now() < deadline, "links stay: {:?}", node.links());
+        std::thread::yield_now();
+    }
+    assert_eq!(code(&small), 0, "the link has gone, and nobody had to say so");
+}

@@ -109,6 +109,21 @@ fn how_callers_from_outside_reach_a_service() {
 }
 
 #[test]
+fn an_external_name_is_an_alias_and_nothing_else() {
+    let mut o = objects();
+    let spec = json!({"type": "ExternalName", "externalName": "DB.Example.org.", "ports": [{"port": 80}],
+                      "externalIPs": ["192.0.2.3"]});
+    put(&mut o.services, "db", json!({"spec": spec}));
+    let (s, _) = snapshot(&o);
+    let name = m::Name::new("shop", "db");
+    let alias =
+        m::Service { name: name.clone(), external_name: Some("db.example.org".into()), ..m::Service::default() };
+    assert_eq!(s.service(&name), Some(&alias));
+    let web = s.service(&m::Name::new("shop", "web")).expect("a service");
+    assert_eq!(web.external_name, None);
+}
+
+#[test]
 fn how_a_service_may_be_reached() {
     let mut o = objects();
     put(
