@@ -79,6 +79,8 @@ pub struct DatapathConfig {
     pub masquerade_excluded: Vec<Prefix>,
     /// Do as on a kernel without tcx links.
     pub clsact: bool,
+    /// Do as on a kernel without bpf_set_retval: what is refused sees EPERM.
+    pub eperm: bool,
     /// Which other nodes' pods are reached through VXLAN.
     pub tunnel: Mode,
 }
@@ -154,7 +156,8 @@ impl Datapath {
         let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
         let (loaded, settings, clsact) = {
             let _lock = Lock::take(&state_dir).map_err(Error::Leases)?;
-            let loaded = loader::load(&place).map_err(Error::Load)?;
+            let loaded = if config.eperm { loader::load_with(&place, false) } else { loader::load(&place) };
+            let loaded = loaded.map_err(Error::Load)?;
             let (settings, clsact) = settle(config, &place.bpffs, host_netns)?;
             let before = settings.1 & CLSACT != 0;
             let held = store.held().map_err(Error::Leases)?;

@@ -116,16 +116,18 @@ pub fn load_with(place: &Place, set_retval: bool) -> Result<Loaded> {
 /// Puts back any of the cgroup links that somebody took away; true when one was missing. Programs are loaded again
 /// only then.
 pub fn repair(place: &Place) -> Result<bool> {
+    Ok(damaged(place)? && load(place).map(|_| true)?)
+}
+
+/// Whether somebody took away a pin, or a link from the cgroup.
+pub fn damaged(place: &Place) -> Result<bool> {
     let dir = pin_dir(&place.bpffs);
     let cgroup = cgroup_id(&place.cgroup)?;
     let whole = CGROUP_PROGRAMS.iter().all(|(name, _)| {
         sys::pinned(&links(&dir).join(name)).and_then(|l| sys::link_info(l.as_fd())).is_ok_and(|i| i.cgroup() == cgroup)
     });
     let pins = map::ALL.iter().chain(&PACKET_PROGRAMS).chain([&STEER]).all(|name| dir.join(name).exists());
-    if whole && pins {
-        return Ok(false);
-    }
-    load(place).map(|_| true)
+    Ok(!(whole && pins))
 }
 
 /// Removes every pin: the programs detach and the maps go. For uninstalling and for tests.

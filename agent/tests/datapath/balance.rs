@@ -140,7 +140,7 @@ pub fn ask_udp(to: SocketAddr, connected: bool) -> io::Result<String> {
 }
 
 /// AF_INET, AF_INET6 with a mapped address, and IPv6.
-const DIALS: [&str; 3] = ["10.96.0.1:80", "[::ffff:10.96.0.1]:80", "[fd00:96::1]:80"];
+pub const DIALS: [&str; 3] = ["10.96.0.1:80", "[::ffff:10.96.0.1]:80", "[fd00:96::1]:80"];
 const NOBODY: &str = "10.96.0.3:80";
 
 pub fn story(ground: &Ground) {

@@ -41,6 +41,8 @@ pub struct Ground {
     revision: Cell<u64>,
     /// Agents do without tcx links.
     pub clsact: Cell<bool>,
+    /// Agents do without bpf_set_retval.
+    pub eperm: Cell<bool>,
     pods: RefCell<Vec<PathBuf>>,
 }
 
@@ -74,8 +76,12 @@ pub fn sidecar_cgroup(pod: &str) -> String {
     format!("sidecar-{pod}")
 }
 
-/// The plugin's binary beside this test's, built if it is not there or old.
+/// The plugin's binary beside this test's, built if it is not there or old; or the one that the environment names, where
+/// there is no compiler.
 pub fn build_plugin() -> PathBuf {
+    if let Some(ready) = std::env::var_os("SLUICE_TEST_PLUGIN") {
+        return ready.into();
+    }
     let exe = std::env::current_exe().expect("own path");
     let folder = exe.parent().and_then(Path::parent).expect("target/<profile>/deps");
     let mut cargo = Command::new(env!("CARGO"));
@@ -111,6 +117,7 @@ impl Ground {
             sidecars: RefCell::default(),
             revision: Cell::new(0),
             clsact: Cell::new(false),
+            eperm: Cell::new(false),
             pods: RefCell::default(),
         };
         fs::write(ground.outer_cgroup.join("cgroup.procs"), "0").expect("enter the cgroup");
@@ -158,8 +165,9 @@ impl Ground {
 
     pub fn start_agent(&self) {
         let _ = fs::remove_file(ACK);
-        let clsact: &[_] = if self.clsact.get() { &[(parts::CLSACT, "1")] } else { &[] };
-        let child = self.child("agent", clsact).spawn().expect("agent");
+        let forced = [(parts::CLSACT, self.clsact.get()), (parts::EPERM, self.eperm.get())];
+        let forced: Vec<_> = forced.into_iter().filter(|(_, on)| *on).map(|(name, _)| (name, "1")).collect();
+        let child = self.child("agent", &forced).spawn().expect("agent");
         *self.agent.borrow_mut() = Some(child);
         until("the agent has loaded the data path", || Path::new("/sys/fs/bpf/sluice/v1/steer_pod").exists());
     }
