@@ -158,6 +158,9 @@ impl Datapath {
             let _lock = Lock::take(&state_dir).map_err(Error::Leases)?;
             let loaded = if config.eperm { loader::load_with(&place, false) } else { loader::load(&place) };
             let loaded = loaded.map_err(Error::Load)?;
+            if !loaded.ingress_ifindex {
+                tracing::warn!("connections of pods with a sidecar are dropped: capturing them needs Linux 5.17");
+            }
             let (settings, clsact) = settle(config, &place.bpffs, host_netns)?;
             let before = settings.1 & CLSACT != 0;
             let held = store.held().map_err(Error::Leases)?;

@@ -78,6 +78,8 @@ pub struct Place {
 pub struct Loaded {
     /// Refused connections see ECONNREFUSED; otherwise (before Linux 5.18) EPERM.
     pub set_retval: bool,
+    /// Connections of meshed pods are captured; otherwise (before Linux 5.17) they are dropped.
+    pub ingress_ifindex: bool,
     /// Pods whose steering program was replaced.
     pub pods: usize,
 }
@@ -92,13 +94,21 @@ pub fn load(place: &Place) -> Result<Loaded> {
 
 /// [`load`] with the fallback for kernels before 5.18 forced or forbidden.
 pub fn load_with(place: &Place, set_retval: bool) -> Result<Loaded> {
+    match load_as(place, set_retval, true) {
+        Err(Error::Program { .. }) => load_as(place, set_retval, false),
+        other => other,
+    }
+}
+
+/// [`load_with`] with the fallback for kernels before 5.17 forced or forbidden as well.
+pub fn load_as(place: &Place, set_retval: bool, ingress_ifindex: bool) -> Result<Loaded> {
     check_bpffs(&place.bpffs)?;
     let dir = pin_dir(&place.bpffs);
     for folder in [dir.clone(), links(&dir), pods(&dir), devices(&dir)] {
         fs::create_dir_all(&folder).map_err(|e| Error::syscall("create", folder.display(), e))?;
     }
     let cgroup = File::open(&place.cgroup).map_err(|e| Error::syscall("open cgroup", place.cgroup.display(), e))?;
-    let mut object = open_object(&dir, set_retval)?;
+    let mut object = open_object(&dir, set_retval, ingress_ifindex)?;
     for (name, hook) in CGROUP_PROGRAMS {
         attach_cgroup(&dir, program(&mut object, name)?, name, hook, &cgroup)?;
     }
@@ -110,7 +120,7 @@ pub fn load_with(place: &Place, set_retval: bool) -> Result<Loaded> {
     }
     replace(&devices(&dir), &DEVICE_PACKETS, &current)?;
     let pods = replace(&pods(&dir), &POD_PACKETS, &current)?;
-    Ok(Loaded { set_retval, pods })
+    Ok(Loaded { set_retval, ingress_ifindex, pods })
 }
 
 /// Puts back any of the cgroup links that somebody took away; true when one was missing. Programs are loaded again
@@ -294,10 +304,11 @@ fn check_bpffs(bpffs: &Path) -> Result<()> {
 }
 
 /// Object with its maps (pinned ones reused) and all programs loaded.
-fn open_object(dir: &Path, set_retval: bool) -> Result<Ebpf> {
+fn open_object(dir: &Path, set_retval: bool, ingress_ifindex: bool) -> Result<Ebpf> {
     let mut loader = EbpfLoader::new();
-    let flag = u8::from(set_retval);
-    loader.override_global("HAS_SET_RETVAL", &flag, true);
+    let (set_retval, ingress_ifindex) = (u8::from(set_retval), u8::from(ingress_ifindex));
+    loader.override_global("HAS_SET_RETVAL", &set_retval, true);
+    loader.override_global("HAS_INGRESS_IFINDEX", &ingress_ifindex, true);
     for name in map::ALL {
         loader.map_pin_path(name, dir.join(name));
     }
