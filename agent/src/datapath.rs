@@ -81,6 +81,8 @@ pub struct DatapathConfig {
     pub clsact: bool,
     /// Have a program in the drivers of the node's links too, where they can.
     pub xdp: bool,
+    /// Do as on a kernel without bpf_set_retval: what is refused sees EPERM.
+    pub eperm: bool,
     /// Which other nodes' pods are reached through VXLAN.
     pub tunnel: Mode,
 }
@@ -156,7 +158,11 @@ impl Datapath {
         let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
         let (loaded, settings) = {
             let _lock = Lock::take(&state_dir).map_err(Error::Leases)?;
-            let loaded = loader::load(&place).map_err(Error::Load)?;
+            let loaded = if config.eperm { loader::load_with(&place, false) } else { loader::load(&place) };
+            let loaded = loaded.map_err(Error::Load)?;
+            if !loaded.ingress_ifindex {
+                tracing::warn!("connections of pods with a sidecar are dropped: capturing them needs Linux 5.17");
+            }
             let settings = settle(config, &place.bpffs, host_netns)?;
             let links = pod_links(wires.connection(), &store.held().map_err(Error::Leases)?)?;
             packets::renew_pods(&place.bpffs, wires.connection(), &links).map_err(Error::Packets)?;

@@ -115,6 +115,8 @@ pub struct Options {
 pub enum Fallback {
     /// Links at network devices (Linux 6.6): filters of clsact take their place
     Tcx,
+    /// `bpf_set_retval` (Linux 5.18): connections to services without endpoints fail with EPERM, not ECONNREFUSED
+    SetRetval,
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -260,6 +262,7 @@ async fn start_network(
         masquerade_excluded: o.masquerade_exclude.clone(),
         clsact: o.force_fallback.contains(&Fallback::Tcx),
         xdp: o.xdp,
+        eperm: o.force_fallback.contains(&Fallback::SetRetval),
         tunnel: o.tunnel.into(),
     })
     .context("open the data path")?;

@@ -342,6 +342,9 @@ async fn answer_udp(app: Rc<App>, socket: UdpSocket) {
     let mut buffer = vec![0; 65_536];
     loop {
         let Ok((n, peer)) = socket.recv_from(&mut buffer).await else { continue };
+        if let Some(id) = std::str::from_utf8(&buffer[..n]).ok().filter(|id| id.len() <= 64) {
+            app.note(0, id.split_whitespace().next().unwrap_or("-"), "datagram");
+        }
         let mut answer = format!("{} {} ", app.args.version, app.pod).into_bytes();
         answer.extend_from_slice(&buffer[..n]);
         let _ = socket.send_to(&answer, peer).await;

@@ -1,7 +1,7 @@
-//! Open-loop HTTP/1.1 load: request number n is due at start + n/rps whatever became of the others, its latency counts
+//! Open-loop HTTP/1.1 load (datagrams for `udp://`, see `datagrams`): request number n is due at start + n/rps whatever became of the others, its latency counts
 //! from that moment, and more than a second is a failure. Nothing is retried. What is left open is bounded.
 
-use crate::load_report::Report;
+use crate::{datagrams, load_report::Report};
 use anyhow::Context;
 use bytes::Bytes;
 use clap::Parser;
@@ -18,7 +18,7 @@ use std::{
 use tokio::{net::TcpStream, time::Instant};
 
 /// A request that takes longer has failed.
-const TIMEOUT: Duration = Duration::from_secs(1);
+pub const TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Parser, Clone, Debug)]
 #[command(about = "Open-loop HTTP load; prints one JSON line")]
@@ -34,6 +34,9 @@ pub struct LoadArgs {
     /// A connection per request
     #[arg(long)]
     pub fresh: bool,
+    /// Of udp://: name the address with each datagram, over a socket that is not connected
+    #[arg(long)]
+    pub unconnected: bool,
     /// Requests open at a time; one that finds no place fails as "overload"
     #[arg(long, default_value_t = 1000)]
     pub max_open: usize,
@@ -79,6 +82,10 @@ struct Run {
 
 /// Runs to the end and returns what there is to say.
 pub async fn run(args: LoadArgs) -> anyhow::Result<RunSummary> {
+    if args.url.scheme_str() == Some("udp") {
+        let report = datagrams::run(&args, resolve(&args.url).await?).await?;
+        return Ok(RunSummary { url: args.url.to_string(), rps: args.rps, duration_s: args.duration, report });
+    }
     let run = Rc::new(Run::new(args).await?);
     let start = Instant::now();
     let total = (run.args.rps * run.args.duration).round() as u64;
@@ -99,15 +106,18 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<RunSummary> {
     Ok(RunSummary { url: run.args.url.to_string(), rps: run.args.rps, duration_s: run.args.duration, report })
 }
 
+async fn resolve(url: &Uri) -> anyhow::Result<SocketAddr> {
+    let host = url.host().context("--url has no host")?;
+    let port = url.port_u16().unwrap_or(80);
+    let mut found = tokio::net::lookup_host((host.trim_matches(['[', ']']), port))
+        .await
+        .with_context(|| format!("resolve {host}"))?;
+    found.next().with_context(|| format!("{host} has no address"))
+}
+
 impl Run {
     async fn new(args: LoadArgs) -> anyhow::Result<Self> {
-        let host = args.url.host().context("--url has no host")?;
-        let port = args.url.port_u16().unwrap_or(80);
-        let target = tokio::net::lookup_host((host.trim_matches(['[', ']']), port))
-            .await
-            .with_context(|| format!("resolve {host}"))?
-            .next()
-            .with_context(|| format!("{host} has no address"))?;
+        let target = resolve(&args.url).await?;
         let mut headers = http::HeaderMap::new();
         headers.insert("host", args.url.authority().context("--url has no host")?.as_str().parse()?);
         for h in &args.headers {

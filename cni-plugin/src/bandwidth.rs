@@ -17,9 +17,13 @@ const DEFAULT_MTU: u32 = 1500;
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct RawBandwidth {
+    #[serde(alias = "IngressRate")]
     ingress_rate: i64,
+    #[serde(alias = "IngressBurst")]
     ingress_burst: i64,
+    #[serde(alias = "EgressRate")]
     egress_rate: i64,
+    #[serde(alias = "EgressBurst")]
     egress_burst: i64,
 }
 

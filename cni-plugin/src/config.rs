@@ -68,11 +68,11 @@ struct Runtime {
 /// The `dns` capability's words differ from those of results.
 #[derive(Debug, Default, Deserialize)]
 struct RuntimeDns {
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "or_default", alias = "Servers")]
     servers: Vec<String>,
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "or_default", alias = "Searches")]
     searches: Vec<String>,
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "or_default", alias = "Options")]
     options: Vec<String>,
 }
 
@@ -89,16 +89,18 @@ struct CniArgs {
     mac: Option<String>,
 }
 
+/// The names with capitals here and in other capabilities are containerd's, whose types carry no others: plugins in Go
+/// read names of either kind.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct PortMapping {
-    #[serde(default)]
+    #[serde(default, alias = "HostPort")]
     host_port: i64,
-    #[serde(default)]
+    #[serde(default, alias = "ContainerPort")]
     container_port: i64,
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "or_default", alias = "Protocol")]
     protocol: String,
-    #[serde(default, rename = "hostIP", deserialize_with = "or_default")]
+    #[serde(default, rename = "hostIP", alias = "HostIP", deserialize_with = "or_default")]
     host_ip: String,
 }
 
@@ -392,6 +394,23 @@ mod tests {
         assert_eq!(config.host_ports, [HostPort { host: 8080, pod: 80, protocol: HostProtocol::Tcp, address: None }]);
         assert_eq!((config.dns.domain.as_str(), config.dns.search), ("x", vec!["shop.svc".to_owned()]));
         assert_eq!(config.bandwidth.ingress.expect("a limit").rate, 1_000_000);
+    }
+
+    /// go-cni's types have no names for JSON, so that containerd sends those of their fields.
+    #[test]
+    fn capabilities_as_containerd_writes_them() {
+        let runtime = json!({
+            "dns": {"Servers": ["10.0.0.2"], "Searches": ["shop.svc"], "Options": null},
+            "portMappings": [{"HostPort": 8080, "ContainerPort": 80, "Protocol": "udp", "HostIP": "192.0.2.1"}],
+            "bandwidth": {"IngressRate": 8000000, "IngressBurst": 0, "EgressRate": 16000000, "EgressBurst": 0},
+        });
+        let config = with(json!({"runtimeConfig": runtime})).expect("good");
+        let address = Some("192.0.2.1".parse().expect("address"));
+        assert_eq!(config.host_ports, [HostPort { host: 8080, pod: 80, protocol: HostProtocol::Udp, address }]);
+        assert_eq!(config.dns.search, ["shop.svc"]);
+        let rate = |limit: Option<crate::bandwidth::Limit>| limit.map(|l| l.rate);
+        let rates = (rate(config.bandwidth.ingress), rate(config.bandwidth.egress));
+        assert_eq!(rates, (Some(1_000_000), Some(2_000_000)));
     }
 
     proptest! {

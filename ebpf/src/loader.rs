@@ -88,6 +88,8 @@ pub struct Loaded {
     pub set_retval: bool,
     /// There is a program for XDP (Linux 5.18: packets of more than one part).
     pub express: bool,
+    /// Connections of meshed pods are captured; otherwise (before Linux 5.17) they are dropped.
+    pub ingress_ifindex: bool,
     /// Pods whose steering program was replaced.
     pub pods: usize,
 }
@@ -102,13 +104,21 @@ pub fn load(place: &Place) -> Result<Loaded> {
 
 /// [`load`] with the fallback for kernels before 5.18 forced or forbidden.
 pub fn load_with(place: &Place, set_retval: bool) -> Result<Loaded> {
+    match load_as(place, set_retval, true) {
+        Err(Error::Program { .. }) => load_as(place, set_retval, false),
+        other => other,
+    }
+}
+
+/// [`load_with`] with the fallback for kernels before 5.17 forced or forbidden as well.
+pub fn load_as(place: &Place, set_retval: bool, ingress_ifindex: bool) -> Result<Loaded> {
     check_bpffs(&place.bpffs)?;
     let dir = pin_dir(&place.bpffs);
     for folder in [dir.clone(), links(&dir), pods(&dir), devices(&dir)] {
         fs::create_dir_all(&folder).map_err(|e| Error::syscall("create", folder.display(), e))?;
     }
     let cgroup = File::open(&place.cgroup).map_err(|e| Error::syscall("open cgroup", place.cgroup.display(), e))?;
-    let mut object = open_object(&dir, set_retval)?;
+    let mut object = open_object(&dir, set_retval, ingress_ifindex)?;
     for (name, hook) in CGROUP_PROGRAMS {
         attach_cgroup(&dir, program(&mut object, name)?, name, hook, &cgroup)?;
     }
@@ -127,22 +137,24 @@ pub fn load_with(place: &Place, set_retval: bool) -> Result<Loaded> {
     let [ingress, egress] = at(DEVICE_PACKETS);
     replace(&devices(&dir), &[ingress, egress, (EXPRESS_SUFFIX, EXPRESS)], &current)?;
     let pods = replace(&pods(&dir), &at(POD_PACKETS), &current)?;
-    Ok(Loaded { set_retval, express, pods })
+    Ok(Loaded { set_retval, ingress_ifindex, express, pods })
 }
 
 /// Puts back any of the cgroup links that somebody took away; true when one was missing. Programs are loaded again
 /// only then.
 pub fn repair(place: &Place) -> Result<bool> {
+    Ok(damaged(place)? && load(place).map(|_| true)?)
+}
+
+/// Whether somebody took away a pin, or a link from the cgroup.
+pub fn damaged(place: &Place) -> Result<bool> {
     let dir = pin_dir(&place.bpffs);
     let cgroup = cgroup_id(&place.cgroup)?;
     let whole = CGROUP_PROGRAMS.iter().all(|(name, _)| {
         sys::pinned(&links(&dir).join(name)).and_then(|l| sys::link_info(l.as_fd())).is_ok_and(|i| i.cgroup() == cgroup)
     });
     let pins = map::ALL.iter().chain(&PACKET_PROGRAMS).chain([&STEER]).all(|name| dir.join(name).exists());
-    if whole && pins {
-        return Ok(false);
-    }
-    load(place).map(|_| true)
+    Ok(!(whole && pins))
 }
 
 /// Whether everything is pinned that a pod needs: maps, programs, and the links that translate at sockets. Else the first
@@ -323,10 +335,11 @@ fn check_bpffs(bpffs: &Path) -> Result<()> {
 }
 
 /// Object with its maps (pinned ones reused) and all programs loaded.
-fn open_object(dir: &Path, set_retval: bool) -> Result<Ebpf> {
+fn open_object(dir: &Path, set_retval: bool, ingress_ifindex: bool) -> Result<Ebpf> {
     let mut loader = EbpfLoader::new();
-    let flag = u8::from(set_retval);
-    loader.override_global("HAS_SET_RETVAL", &flag, true);
+    let (set_retval, ingress_ifindex) = (u8::from(set_retval), u8::from(ingress_ifindex));
+    loader.override_global("HAS_SET_RETVAL", &set_retval, true);
+    loader.override_global("HAS_INGRESS_IFINDEX", &ingress_ifindex, true);
     for name in map::ALL {
         loader.map_pin_path(name, dir.join(name));
     }

@@ -77,12 +77,14 @@ fn the_events_ring_buffer_opens_from_its_pin() {
     assert!(twice.0 <= twice.1 && !twice.0.is_zero());
 }
 
-/// The call that old kernels do not know is in a branch that their verifier drops.
+/// What old kernels do not know is in a branch that their verifier drops.
 #[test]
 fn the_fallback_for_old_kernels_loads_over_the_other() {
     let ground = Ground::new("fallback");
     assert!(loader::load(&ground.place).expect("load").set_retval);
     assert!(!loader::load_with(&ground.place, false).expect("load the fallback").set_retval);
+    let oldest = loader::load_as(&ground.place, false, false).expect("load all fallbacks");
+    assert!(!oldest.set_retval && !oldest.ingress_ifindex);
 }
 
 #[test]

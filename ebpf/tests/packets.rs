@@ -16,7 +16,7 @@ use sluice_ebpf::{
 };
 use sluice_netlink::ns::{Unshare, unshare};
 use std::{
-    net::{IpAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, UdpSocket},
     process::Command,
 };
 
@@ -242,6 +242,51 @@ fn truncated_at_every_byte() {
         }
     }
     assert!(lab.counter(Reason::DroppedMalformed) > 100);
+}
+
+/// Quantiles of the χ² distribution for 1, 2 and 3 degrees of freedom that chance passes once in a thousand times
+/// (NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.4). Nothing here is left to chance: equal packets choose
+/// equally, so that a pass stays a pass.
+const CRITICAL: [f64; 3] = [10.828, 13.816, 16.266];
+
+#[test]
+fn connections_are_spread_by_weight() {
+    const CONNECTIONS: u32 = 100_000;
+    let mut lab = Lab::new("packets-spread");
+    let backend = |n: usize| addr(ip(&format!("10.244.1.{}", n + 10)));
+    for n in 0..4 {
+        lab.pods.addrs.set(&backend(n), &PodAddr { netns: 7, flags: 0, ifindex: 1 }).expect("pod");
+    }
+    for (round, weights) in (0..).zip([&[1, 1, 1, 1][..], &[90, 10], &[1, 2, 3]]) {
+        for maglev in [true, false] {
+            let target = |n| Target { addr: backend(n), port_be: 8080_u16.to_be() };
+            let group = |(n, weight): (usize, &u32)| WantedGroup { weight: *weight, targets: vec![target(n)] };
+            let wanted = Wanted::new(false, weights.iter().enumerate().map(group).collect());
+            let wanted = if maglev { wanted.by_maglev() } else { wanted };
+            let key = ServiceKey { addr: addr(ip("10.96.0.9")), port_be: 80_u16.to_be(), proto: UDP, scope: INSIDE };
+            lab.serve(vec![(key, wanted)]);
+            let mut seen = vec![0_u32; weights.len()];
+            for n in 0..CONNECTIONS {
+                // Many callers with some connections each, as a load balancer meets them.
+                let src = Ipv4Addr::from(0xc633_0000 + n / 100 + 0x1000 * (2 * round + u32::from(maglev)));
+                let sport = 32_768 + (n % 100) as u16;
+                let frame =
+                    Frame { src: src.into(), dst: ip("10.96.0.9"), sport, dport: 80, proto: UDP, ..Frame::default() };
+                let (_, to) = frames::addresses(&lab.run("from_wire", &frame.bytes()).packet);
+                let chosen = (0..weights.len()).find(|n| addr(to) == backend(*n));
+                seen[chosen.unwrap_or_else(|| panic!("{to} is no backend"))] += 1;
+            }
+            let sum = f64::from(weights.iter().sum::<u32>());
+            let part = |(seen, weight): (&u32, &u32)| {
+                let expected = f64::from(CONNECTIONS) * f64::from(*weight) / sum;
+                (f64::from(*seen) - expected).powi(2) / expected
+            };
+            let chi: f64 = seen.iter().zip(weights).map(part).sum();
+            let critical = CRITICAL[weights.len() - 2];
+            println!("weights {weights:?}, Maglev {maglev}: {seen:?}, χ² {chi:.2} of {critical}");
+            assert!(chi < critical, "weights {weights:?}, Maglev {maglev}: {seen:?}, χ² {chi:.2}");
+        }
+    }
 }
 
 /// Errors from the backend and from a router on the way, about packets as they were translated.

@@ -230,6 +230,12 @@ impl Cluster {
         self.inside(machine, &format!("kill -9 $(cat /run/sluice/{program}.pid)")).map(drop)
     }
 
+    pub fn node_ready(&self, node: &str) -> Result<bool> {
+        let node = self.json(&["get", "node", node])?;
+        let conditions = node["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        Ok(conditions.iter().any(|c| c["type"] == "Ready" && c["status"] == "True"))
+    }
+
     pub fn pods(&self, namespace: &str, selector: &str) -> Result<Vec<Value>> {
         let list = self.json(&["-n", namespace, "get", "pods", "-l", selector])?;
         Ok(list["items"].as_array().cloned().unwrap_or_default())

@@ -114,7 +114,7 @@ pub fn down_leaves_nothing(c: &Cluster) -> Result<()> {
 }
 
 /// Folders of a cluster's machines in all hierarchies.
-fn cgroups_of(prefix: &str) -> Result<Vec<PathBuf>> {
+pub fn cgroups_of(prefix: &str) -> Result<Vec<PathBuf>> {
     let root = fs::read_dir("/sys/fs/cgroup")?.flatten();
     let (mut found, mut hierarchies) = (vec![], vec![]);
     for entry in root {
@@ -132,7 +132,7 @@ fn cgroups_of(prefix: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-fn pids_below(cgroup: &Path) -> Result<Vec<i32>> {
+pub fn pids_below(cgroup: &Path) -> Result<Vec<i32>> {
     let own = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
     let mut pids: Vec<i32> = own.lines().filter_map(|l| l.parse().ok()).collect();
     for entry in fs::read_dir(cgroup)?.flatten().filter(|e| e.path().is_dir()) {

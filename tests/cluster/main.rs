@@ -6,7 +6,9 @@ mod check;
 mod cluster;
 mod deploy;
 mod failures;
+mod firewalls;
 mod load;
+mod losses;
 mod network;
 
 use cluster::Cluster;
@@ -35,6 +37,10 @@ const TESTS: &[(&str, Test)] = &[
     ("strict_pods_refuse_plain_callers", canary::strict_pods_refuse_plain_callers),
     ("agent_and_control_killed_under_load", failures::agent_and_control_killed_under_load),
     ("a_lost_node_loses_its_pods", failures::a_lost_node_loses_its_pods),
+    ("backends_go_under_load", losses::backends_go_under_load),
+    ("a_lost_node_is_not_dialled", losses::a_lost_node_is_not_dialled),
+    ("another_node_announces", losses::another_node_announces),
+    ("firewalls_are_left_alone", firewalls::firewalls_are_left_alone),
     ("down_leaves_nothing", failures::down_leaves_nothing),
 ];
 

@@ -1,6 +1,7 @@
 //! One image as an OCI archive (image-spec 1.0: layout, index, manifest, config, one uncompressed layer). Programs come
 //! with the libraries they load, as `ldd` names them, so no base image and no registry is needed.
 
+use crate::cpio::Archive;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -66,8 +67,17 @@ impl Image {
         Ok(())
     }
 
-    fn layer(&self) -> Result<Vec<u8>> {
-        let mut tar = tar::Builder::new(vec![]);
+    /// The same files for a kernel that has no disk.
+    pub fn initramfs(&self) -> Vec<u8> {
+        let mut archive = Archive::default();
+        self.all_dirs().iter().for_each(|(path, mode)| archive.dir(path, *mode));
+        self.files.iter().for_each(|(path, (bytes, mode))| archive.file(path, bytes, *mode));
+        self.links.iter().for_each(|(path, to)| archive.link(path, to));
+        archive.finish()
+    }
+
+    /// Those that files lie in as well, each after the one that it lies in.
+    fn all_dirs(&self) -> BTreeMap<String, u32> {
         let mut dirs = self.dirs.clone();
         for path in self.files.keys().chain(self.links.keys()) {
             let mut at = Path::new(path).parent();
@@ -76,7 +86,12 @@ impl Image {
                 at = p.parent();
             }
         }
-        for (path, mode) in &dirs {
+        dirs
+    }
+
+    fn layer(&self) -> Result<Vec<u8>> {
+        let mut tar = tar::Builder::new(vec![]);
+        for (path, mode) in &self.all_dirs() {
             tar.append_data(&mut header(tar::EntryType::Directory, 0, *mode), format!("{path}/"), &[][..])?;
         }
         for (path, (bytes, mode)) in &self.files {

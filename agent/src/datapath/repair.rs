@@ -33,8 +33,11 @@ impl Datapath {
     }
 
     fn repair_programs(&mut self, wrong: &mut Vec<String>) -> Result<(), Error> {
-        let reloaded = self.locked(|d, _| loader::repair(&d.place).map_err(Error::Load))?;
-        if reloaded {
+        let reload = |d: &mut Self| -> Result<bool, sluice_ebpf::Error> {
+            // In the way it was loaded before: a fallback stays forced.
+            Ok(loader::damaged(&d.place)? && loader::load_with(&d.place, d.loaded.set_retval).map(|_| true)?)
+        };
+        if self.locked(|d, _| reload(d).map_err(Error::Load))? {
             wrong.push("programs or maps were unpinned".into());
             (self.table, self.pod_table, self.counters) = open_maps(&self.place.bpffs).map_err(Error::Load)?;
             self.sweeper = Sweeper::open(&pin_dir(&self.place.bpffs)).map_err(Error::Load)?;

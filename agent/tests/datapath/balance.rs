@@ -140,7 +140,7 @@ pub fn ask_udp(to: SocketAddr, connected: bool) -> io::Result<String> {
 }
 
 /// AF_INET, AF_INET6 with a mapped address, and IPv6.
-const DIALS: [&str; 3] = ["10.96.0.1:80", "[::ffff:10.96.0.1]:80", "[fd00:96::1]:80"];
+pub const DIALS: [&str; 3] = ["10.96.0.1:80", "[::ffff:10.96.0.1]:80", "[fd00:96::1]:80"];
 const NOBODY: &str = "10.96.0.3:80";
 
 pub fn story(ground: &Ground) {
@@ -156,6 +156,7 @@ pub fn story(ground: &Ground) {
     ];
     ground.apply(all.clone());
     every_kind_of_socket(&client, &["b1", "b2"]);
+    choices(&client, [&b1, &b2]);
     nobody_refuses(&client);
     resolver_on_the_gateway(&client);
 
@@ -243,6 +244,43 @@ fn shares(client: &TestPod, expected: &[(&str, f64)]) {
         let got = f64::from(seen[*pod]);
         assert!((got - mean).abs() <= 5.0 * deviation, "{pod}: {got} of {N}, expected {mean} ± {deviation}");
     }
+}
+
+/// χ² over many choices of the socket hook, between two backends. Connecting a UDP socket costs nobody a packet; to whom
+/// the kernel has connected it is in its table of sockets, since `getpeername` says what the application dialled.
+fn choices(client: &TestPod, backends: [&TestPod; 2]) {
+    const N: usize = 100_000;
+    const AT_ONCE: usize = 500;
+    // The quantile for one degree of freedom that chance passes once in a million times: the square of 4.892, that of the
+    // normal distribution (two-sided).
+    const CRITICAL: f64 = 23.93;
+    let to: SocketAddr = DIALS[0].parse().expect("address");
+    let connect = |_| {
+        let s = UdpSocket::bind("0.0.0.0:0").expect("bind");
+        s.connect(to).expect("connect");
+        s
+    };
+    let peers = || {
+        let _open: Vec<_> = (0..AT_ONCE).map(connect).collect();
+        let table = std::fs::read_to_string("/proc/thread-self/net/udp").expect("the kernel's table");
+        table.lines().filter_map(peer).filter(|p| p.port() == 8080).collect::<Vec<_>>()
+    };
+    let all = || (0..N / AT_ONCE).flat_map(|_| peers()).collect::<Vec<_>>();
+    let chosen = client.netns.run(all).expect("run");
+    assert_eq!(chosen.len(), N);
+    let counted = backends.map(|b| chosen.iter().filter(|p| p.ip() == b.ip()).count());
+    let mean = N as f64 / 2.0;
+    let chi: f64 = counted.iter().map(|n| (*n as f64 - mean).powi(2) / mean).sum();
+    println!("{N} choices at the socket: {counted:?}, χ² {chi:.2} of {CRITICAL}");
+    assert_eq!(counted.iter().sum::<usize>(), N, "nobody else is chosen");
+    assert!(chi < CRITICAL);
+}
+
+/// Of a line of /proc/net/udp: the address as the machine stores it, the port as people write it, both in hex.
+fn peer(line: &str) -> Option<SocketAddr> {
+    let (address, port) = line.split_whitespace().nth(2)?.split_once(':')?;
+    let address = u32::from_str_radix(address, 16).ok()?.to_ne_bytes();
+    Some(SocketAddr::new(IpAddr::from(address), u16::from_str_radix(port, 16).ok()?))
 }
 
 fn agent_dies_under_load(ground: &Ground, client: &TestPod) {

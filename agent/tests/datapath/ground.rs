@@ -43,6 +43,8 @@ pub struct Ground {
     pub clsact: Cell<bool>,
     /// Agents use XDP.
     pub xdp: Cell<bool>,
+    /// Agents do without bpf_set_retval.
+    pub eperm: Cell<bool>,
     pods: RefCell<Vec<PathBuf>>,
 }
 
@@ -76,8 +78,12 @@ pub fn sidecar_cgroup(pod: &str) -> String {
     format!("sidecar-{pod}")
 }
 
-/// The plugin's binary beside this test's, built if it is not there or old.
+/// The plugin's binary beside this test's, built if it is not there or old; or the one that the environment names, where
+/// there is no compiler.
 pub fn build_plugin() -> PathBuf {
+    if let Some(ready) = std::env::var_os("SLUICE_TEST_PLUGIN") {
+        return ready.into();
+    }
     let exe = std::env::current_exe().expect("own path");
     let folder = exe.parent().and_then(Path::parent).expect("target/<profile>/deps");
     let mut cargo = Command::new(env!("CARGO"));
@@ -114,6 +120,7 @@ impl Ground {
             revision: Cell::new(0),
             clsact: Cell::new(false),
             xdp: Cell::new(false),
+            eperm: Cell::new(false),
             pods: RefCell::default(),
         };
         fs::write(ground.outer_cgroup.join("cgroup.procs"), "0").expect("enter the cgroup");
@@ -161,7 +168,7 @@ impl Ground {
 
     pub fn start_agent(&self) {
         let _ = fs::remove_file(ACK);
-        let ways = [(self.clsact.get(), parts::CLSACT), (self.xdp.get(), parts::XDP)];
+        let ways = [(self.clsact.get(), parts::CLSACT), (self.xdp.get(), parts::XDP), (self.eperm.get(), parts::EPERM)];
         let ways: Vec<_> = ways.into_iter().filter(|(set, _)| *set).map(|(_, name)| (name, "1")).collect();
         let child = self.child("agent", &ways).spawn().expect("agent");
         *self.agent.borrow_mut() = Some(child);

@@ -10,6 +10,7 @@ mod ground;
 mod outside;
 mod parts;
 mod placement;
+mod refusals;
 
 use ground::Ground;
 
@@ -18,6 +19,7 @@ fn main() {
         return parts::play(&part);
     }
     let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let exact = std::env::args().any(|a| a == "--exact");
     if std::env::args().any(|a| a == "--list") {
         return;
     }
@@ -27,13 +29,15 @@ fn main() {
         ("outside-clsact", outside::without_tcx),
         ("outside-xdp", outside::with_xdp),
         ("balance", balance::story),
+        ("refusals", refusals::story),
         ("capture", capture::story),
         ("between", between::story),
     ];
     let plugin = ground::build_plugin();
     let ground = Ground::new(plugin);
     for (name, story) in stories {
-        if filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())) {
+        let meant = |f: &String| if exact { name == f } else { name.contains(f.as_str()) };
+        if filters.is_empty() || filters.iter().any(meant) {
             let begun = std::time::Instant::now();
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| story(&ground)));
             if let Err(cause) = outcome {

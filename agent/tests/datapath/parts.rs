@@ -33,6 +33,8 @@ use std::{
 pub const CLSACT: &str = "SLUICE_TEST_CLSACT";
 /// Set for an agent that uses XDP.
 pub const XDP: &str = "SLUICE_TEST_XDP";
+/// Set for an agent that does without bpf_set_retval.
+pub const EPERM: &str = "SLUICE_TEST_EPERM";
 pub const PART: &str = "SLUICE_TEST_PART";
 /// A destination port at which the sidecar does as a real one: dials on and passes the answer back.
 pub const RELAYED_PORT: u16 = 80;
@@ -61,6 +63,7 @@ fn agent() {
         masquerade: true,
         clsact: std::env::var_os(CLSACT).is_some(),
         xdp: std::env::var_os(XDP).is_some(),
+        eperm: std::env::var_os(EPERM).is_some(),
         masquerade_excluded: vec!["203.0.113.0/24".parse().expect("range")],
         tunnel: Mode::default(),
     };

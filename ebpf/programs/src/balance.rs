@@ -19,13 +19,36 @@ pub struct Dial {
     pub port_be: u16,
 }
 
-pub enum Verdict {
+/// What becomes of a call. There is an address whatever the answer: verifiers of older kernels (6.1 does) refuse a program
+/// that moves about a value which nobody wrote, as the compiler does with what an enum holds in its other variants.
+pub struct Verdict {
+    pub answer: Answer,
+    pub to: Dial,
+}
+
+#[derive(Clone, Copy)]
+pub enum Answer {
     Leave,
-    Replace(Dial),
+    Replace,
     /// ECONNREFUSED, or EPERM where the kernel cannot say that.
     Refuse,
     /// EPERM.
     Deny,
+}
+
+impl Verdict {
+    pub const LEAVE: Self = Self::without(Answer::Leave);
+    pub const REFUSE: Self = Self::without(Answer::Refuse);
+    pub const DENY: Self = Self::without(Answer::Deny);
+
+    const fn without(answer: Answer) -> Self {
+        Self { answer, to: Dial { addr: Addr::UNSET, port_be: 0 } }
+    }
+
+    #[inline(always)]
+    fn replace(to: Dial) -> Self {
+        Self { answer: Answer::Replace, to }
+    }
 }
 
 /// Attempts to read a service and its backend consistently; each failure needs another update of the same service
@@ -283,15 +306,15 @@ fn group(service: &Service, by_weight: u32) -> Option<&Group> {
 #[inline(always)]
 pub fn connect(ctx: &SockAddrContext, dial: Dial, proto: u8) -> Verdict {
     match choose(ctx, &dial, proto, random(), random()) {
-        Choice::Unknown => Verdict::Leave,
+        Choice::Unknown => Verdict::LEAVE,
         Choice::None => {
             count(Reason::NoBackend);
-            Verdict::Refuse
+            Verdict::REFUSE
         }
         Choice::Backend(to) => {
             count(Reason::Translated);
             remember(socket(ctx), dial, to, proto);
-            Verdict::Replace(to)
+            Verdict::replace(to)
         }
     }
 }
@@ -300,19 +323,19 @@ pub fn connect(ctx: &SockAddrContext, dial: Dial, proto: u8) -> Verdict {
 /// for one) reach one backend as long as the set stays the same.
 #[inline(always)]
 pub fn sendmsg(ctx: &SockAddrContext, dial: Dial) -> Verdict {
-    let Some(proto) = protocol(ctx) else { return Verdict::Leave };
+    let Some(proto) = protocol(ctx) else { return Verdict::LEAVE };
     let cookie = socket(ctx);
     let number = mix(cookie ^ ((dial.port_be as u64) << 48) ^ ((dial.addr.words[3] as u64) << 16));
     match choose(ctx, &dial, proto, (number >> 32) as u32, number as u32) {
-        Choice::Unknown => Verdict::Leave,
+        Choice::Unknown => Verdict::LEAVE,
         Choice::None => {
             count(Reason::NoBackend);
-            Verdict::Refuse
+            Verdict::REFUSE
         }
         Choice::Backend(to) => {
             count(Reason::TranslatedDatagram);
             remember(cookie, dial, to, proto);
-            Verdict::Replace(to)
+            Verdict::replace(to)
         }
     }
 }
@@ -337,12 +360,12 @@ fn remember(socket: u64, from: Dial, to: Dial, proto: u8) {
 
 #[inline(always)]
 fn restore(ctx: &SockAddrContext, dial: Dial, reason: Reason) -> Verdict {
-    let Some(proto) = protocol(ctx) else { return Verdict::Leave };
+    let Some(proto) = protocol(ctx) else { return Verdict::LEAVE };
     let key = ReverseKey { socket: socket(ctx), addr: dial.addr, port_be: dial.port_be, proto, pad: [0; 5] };
     // SAFETY: the entry belongs to this socket; nobody else writes it.
-    let Some(from) = (unsafe { REVERSE.get(&key) }) else { return Verdict::Leave };
+    let Some(from) = (unsafe { REVERSE.get(&key) }) else { return Verdict::LEAVE };
     count(reason);
-    Verdict::Replace(Dial { addr: from.addr, port_be: from.port_be })
+    Verdict::replace(Dial { addr: from.addr, port_be: from.port_be })
 }
 
 #[inline(always)]

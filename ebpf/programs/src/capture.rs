@@ -26,7 +26,7 @@ enum Path {
 
 #[inline(always)]
 pub fn connect(ctx: &SockAddrContext, dial: Dial) -> Verdict {
-    let Some(proto) = balance::protocol(ctx) else { return Verdict::Leave };
+    let Some(proto) = balance::protocol(ctx) else { return Verdict::LEAVE };
     if proto == TCP
         && let Path::Capture(listener) = path(ctx, &dial)
     {
@@ -70,12 +70,12 @@ fn path(ctx: &SockAddrContext, dial: &Dial) -> Path {
 fn hand_over(ctx: &SockAddrContext, listener: ListenKey) -> Verdict {
     if !listening(&listener) {
         count(Reason::RefusedNoSidecar);
-        return Verdict::Refuse;
+        return Verdict::REFUSE;
     }
     // SAFETY: the context's socket pointer, checked for null as the verifier asks.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
     if sk.is_null() {
-        return Verdict::Deny;
+        return Verdict::DENY;
     }
     // SO_BINDTODEVICE needs no capability and would keep the SYN off `lo`: rather no connection than one past the
     // sidecar.
@@ -83,16 +83,16 @@ fn hand_over(ctx: &SockAddrContext, listener: ListenKey) -> Verdict {
     if unsafe { (*sk).bound_dev_if } != 0 {
         if !set_option(ctx, SO_BINDTODEVICE_INDEX, 0) {
             count(Reason::RefusedBound);
-            return Verdict::Deny;
+            return Verdict::DENY;
         }
         count(Reason::Unbound);
     }
     if !set_option(ctx, SO_MARK, CAPTURE_MARK) {
         count(Reason::RefusedMark);
-        return Verdict::Deny;
+        return Verdict::DENY;
     }
     count(Reason::Captured);
-    Verdict::Leave
+    Verdict::LEAVE
 }
 
 #[inline(always)]

@@ -21,7 +21,7 @@ use aya_ebpf::{
     macros::{cgroup_sock_addr, classifier, sk_lookup, xdp},
     programs::{SkLookupContext, SockAddrContext, TcContext, XdpContext},
 };
-use balance::{Dial, Verdict};
+use balance::{Answer, Dial, Verdict};
 use core::ptr;
 use sluice_ebpf_common::Addr;
 
@@ -56,11 +56,12 @@ fn dial6(a: &bpf_sock_addr) -> Dial {
 
 #[inline(always)]
 fn answer4(a: &mut bpf_sock_addr, verdict: Verdict) -> i32 {
-    match verdict {
-        Verdict::Leave => ALLOW,
-        Verdict::Refuse => refuse(),
-        Verdict::Deny => DENY,
-        Verdict::Replace(to) => {
+    match verdict.answer {
+        Answer::Leave => ALLOW,
+        Answer::Refuse => refuse(),
+        Answer::Deny => DENY,
+        Answer::Replace => {
+            let to = verdict.to;
             a.user_ip4 = to.addr.words[3];
             a.user_port = to.port_be as u32;
             ALLOW
@@ -70,11 +71,12 @@ fn answer4(a: &mut bpf_sock_addr, verdict: Verdict) -> i32 {
 
 #[inline(always)]
 fn answer6(a: &mut bpf_sock_addr, verdict: Verdict) -> i32 {
-    match verdict {
-        Verdict::Leave => ALLOW,
-        Verdict::Refuse => refuse(),
-        Verdict::Deny => DENY,
-        Verdict::Replace(to) => {
+    match verdict.answer {
+        Answer::Leave => ALLOW,
+        Answer::Refuse => refuse(),
+        Answer::Deny => DENY,
+        Answer::Replace => {
+            let to = verdict.to;
             a.user_ip6[0] = to.addr.words[0];
             a.user_ip6[1] = to.addr.words[1];
             a.user_ip6[2] = to.addr.words[2];

@@ -10,6 +10,10 @@ const AF_INET: u32 = 2;
 const LO: u32 = 1;
 const ENOENT: i32 = -2;
 
+/// Whether the kernel says over which link a connection comes (5.17); as `HAS_SET_RETVAL` in `main`.
+#[unsafe(no_mangle)]
+static HAS_INGRESS_IFINDEX: u8 = 1;
+
 /// Volatile and both families always: otherwise the two branches are merged into one load at a computed offset, which
 /// the verifier refuses.
 macro_rules! read {
@@ -39,7 +43,25 @@ pub fn admit(ctx: &SkLookupContext) -> bool {
     if source.is_loopback() || own.is_loopback() || source.same(&own) {
         return true;
     }
+    // SAFETY: a plain read of the program's own read-only data; volatile, else the compiler folds the 1 above.
+    if unsafe { ptr::read_volatile(&raw const HAS_INGRESS_IFINDEX) } == 0 {
+        return uncaptured(&source, &own);
+    }
     if read!(l, ingress_ifindex) == LO { outbound(ctx, source) } else { inbound(ctx, own, read!(l, local_port) as u16) }
+}
+
+/// Outbound cannot be told from inbound: meshed pods are closed, not open.
+#[inline(always)]
+fn uncaptured(source: &Addr, own: &Addr) -> bool {
+    if meshed(source) {
+        count(Reason::DroppedOutbound);
+        return false;
+    }
+    if meshed(own) {
+        count(Reason::DroppedInbound);
+        return false;
+    }
+    true
 }
 
 #[inline(always)]
