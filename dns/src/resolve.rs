@@ -40,3 +40,86 @@ pub fn unanswered(bytes: &[u8], q: &Query, has_upstream: bool) -> Vec<u8> {
     let rcode = if has_upstream { Rcode::ServFail } else { Rcode::NxDomain };
     message::answer(bytes, q, rcode, &[], 0, None, message::MAX_UDP)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hickory_proto::{
+        op::{Message, MessageType, OpCode, Query as Question, ResponseCode},
+        rr::{Name as Asked, RData, RecordType},
+        serialize::binary::{BinDecodable, BinEncodable},
+    };
+    use sluice_model::{Endpoint, EndpointSet, Mesh, Name, Resource, Revision, Service, Snapshot};
+    use std::{net::IpAddr, str::FromStr};
+
+    fn zone() -> Zone {
+        let ips = |all: &[&str]| all.iter().map(|ip| ip.parse().expect("an address")).collect::<Vec<IpAddr>>();
+        let service = |name: &str, all: &[&str]| {
+            let (name, virtual_ips) = (Name::new("shop", name), ips(all));
+            Resource::Service(Service { name, virtual_ips, ..Service::default() })
+        };
+        let set = |name: &str, all: &[&str]| {
+            let endpoint = |address| Endpoint {
+                address,
+                ready: true,
+                draining: false,
+                node: String::new(),
+                zone: String::new(),
+                workload: None,
+                hostname: Some("pod-0".to_owned()),
+                mesh: Mesh::Plain,
+                ports: vec![],
+            };
+            let endpoints = ips(all).into_iter().map(endpoint).collect();
+            Resource::EndpointSet(EndpointSet { name: Name::new("shop", name), endpoints })
+        };
+        let all = [
+            service("both", &["10.96.0.5", "fd00:96::5"]),
+            service("six", &["fd00:96::6"]),
+            service("pods", &[]),
+            set("pods", &["10.244.1.5", "fd00:244:0:1::5"]),
+            service("pods6", &[]),
+            set("pods6", &["fd00:244:0:1::6"]),
+        ];
+        Zone::new("cluster.local", &Snapshot::new(Revision(1), all))
+    }
+
+    /// The answer's code and addresses.
+    fn asked(zone: &Zone, name: &str, kind: RecordType) -> (ResponseCode, Vec<String>) {
+        let mut query = Message::new(7, MessageType::Query, OpCode::Query);
+        let name = Asked::from_str(&format!("{name}.shop.svc.cluster.local.")).expect("a name");
+        query.add_query(Question::query(name, kind));
+        let Step::Answer(bytes) = resolve(zone, &query.to_bytes().expect("encodes"), true) else {
+            panic!("{query:?} is the zone's to answer");
+        };
+        let message = Message::from_bytes(&bytes).expect("an answer");
+        let address = |data: &RData| match data {
+            RData::A(a) => a.0.to_string(),
+            RData::AAAA(a) => a.0.to_string(),
+            other => panic!("{other:?}"),
+        };
+        (message.metadata.response_code, message.answers.iter().map(|r| address(&r.data)).collect())
+    }
+
+    #[test]
+    fn each_family_is_asked_for_by_itself() {
+        use RecordType::{A, AAAA};
+        let (zone, fine) = (zone(), ResponseCode::NoError);
+        for (name, kind, want) in [
+            ("both", A, Some("10.96.0.5")),
+            ("both", AAAA, Some("fd00:96::5")),
+            ("six", A, None),
+            ("six", AAAA, Some("fd00:96::6")),
+            ("pods", A, Some("10.244.1.5")),
+            ("pods", AAAA, Some("fd00:244:0:1::5")),
+            ("pods6", A, None),
+            ("pods6", AAAA, Some("fd00:244:0:1::6")),
+            ("pod-0.pods6", A, None),
+            ("pod-0.pods6", AAAA, Some("fd00:244:0:1::6")),
+        ] {
+            let want = (fine, want.into_iter().map(str::to_owned).collect());
+            assert_eq!(asked(&zone, name, kind), want, "{name} {kind}");
+        }
+        assert_eq!(asked(&zone, "nope", AAAA).0, ResponseCode::NXDomain);
+    }
+}
