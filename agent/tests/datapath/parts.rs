@@ -55,7 +55,7 @@ fn agent() {
         bpffs: "/sys/fs/bpf".into(),
         cgroup: None,
         node: NODE.into(),
-        dns: Some("10.96.0.10".parse().expect("address")),
+        dns: vec!["10.96.0.10".parse().expect("address")],
         masquerade: true,
         clsact: std::env::var_os(CLSACT).is_some(),
         masquerade_excluded: vec!["203.0.113.0/24".parse().expect("range")],
