@@ -5,6 +5,7 @@ mod canary;
 mod cluster;
 mod deploy;
 mod failures;
+mod families;
 mod load;
 mod network;
 
@@ -25,6 +26,9 @@ const TESTS: &[(&str, Test)] = &[
     ("readiness_withdraws_on_all_nodes", network::readiness_withdraws_on_all_nodes),
     ("containers_of_a_pod_share_localhost", network::containers_of_a_pod_share_localhost),
     ("kernel_state_is_put_right", network::kernel_state_is_put_right),
+    ("services_of_both_families", families::services_of_both_families),
+    ("meshed_pods_speak_ipv6", families::meshed_pods_speak_ipv6),
+    ("ipv6_alone", families::ipv6_alone),
     ("rolling_update_loses_nothing", canary::rolling_update_loses_nothing),
     ("canary_split_is_exact", canary::canary_split_is_exact),
     ("canary_shifts_under_load", canary::canary_shifts_under_load),
