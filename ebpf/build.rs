@@ -90,7 +90,8 @@ fn compiler(current: &Path, libraries: &mut Vec<PathBuf>) -> (Command, Vec<&'sta
     );
 }
 
-/// What this build's own cargo says about compilers and flags must not reach the one for the other target.
+/// What this build's own cargo says about compilers and flags must not reach the one for the other target. Incremental
+/// code comes in many units, and the verifier refuses what is not inlined across them.
 fn clean(mut cargo: Command) -> Command {
     for var in [
         "RUSTC",
@@ -98,6 +99,7 @@ fn clean(mut cargo: Command) -> Command {
         "RUSTC_WORKSPACE_WRAPPER",
         "RUSTFLAGS",
         "RUSTDOCFLAGS",
+        "CARGO_INCREMENTAL",
         "CARGO_BUILD_TARGET",
         "CARGO_TARGET_DIR",
     ] {

@@ -28,7 +28,7 @@ use sluice_netlink::{
     Connection,
     between::Mode,
     link,
-    plan::{GATEWAY4, Prefix},
+    plan::{Prefix, server},
 };
 use std::{
     collections::{BTreeSet, HashMap},
@@ -71,8 +71,8 @@ pub struct DatapathConfig {
     /// Root of the node's cgroup2 hierarchy; found when absent.
     pub cgroup: Option<PathBuf>,
     pub node: String,
-    /// The cluster DNS address, answered by the node's resolver on the pods' gateway address.
-    pub dns: Option<IpAddr>,
+    /// The cluster DNS addresses, answered by the node's resolver.
+    pub dns: Vec<IpAddr>,
     /// Pods reach addresses outside the cluster under an address of the node.
     pub masquerade: bool,
     /// Ranges outside the cluster that they reach under their own.
@@ -88,9 +88,8 @@ pub struct DatapathConfig {
 }
 
 impl DatapathConfig {
-    fn overlay(&self) -> Option<DnsOverlay> {
-        let vip = self.dns?;
-        Some(DnsOverlay { vip, server: SocketAddr::new(GATEWAY4.into(), DNS_PORT) }).filter(|d| d.vip.is_ipv4())
+    fn overlays(&self) -> impl Iterator<Item = DnsOverlay> {
+        self.dns.iter().map(|vip| DnsOverlay { vip: *vip, server: SocketAddr::new(server(vip.is_ipv4()), DNS_PORT) })
     }
 }
 
@@ -152,7 +151,7 @@ impl Datapath {
         let cgroup = config.cgroup.clone().map_or_else(attest::cgroup_root, Ok).map_err(Error::Cgroup)?;
         let place = Place { bpffs: config.bpffs.clone(), cgroup };
         let state_dir = PathBuf::from(sluice_cni::STATE_DIR);
-        let mut wires = Wires::open(config.tunnel).map_err(Error::Node)?;
+        let mut wires = Wires::open(config.tunnel, config.dns.iter().any(IpAddr::is_ipv6)).map_err(Error::Node)?;
         let host_netns = wires.netns_cookie().map_err(Error::Node)?;
         let boot = sluice_cni::store::boot(host_netns).map_err(Error::Leases)?;
         let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
@@ -174,7 +173,7 @@ impl Datapath {
         let clsact = config.clsact || !loader::has_tcx(&place.bpffs).map_err(Error::Load)?;
         let ways = Ways { clsact, xdp: config.xdp };
         let ports = Ports::open(&place.bpffs, config.masquerade_excluded.clone(), ways).map_err(Error::Load)?;
-        let compiler = Compiler::new(config.node.clone(), config.overlay());
+        let compiler = Compiler::new(config.node.clone(), config.overlays());
         let config = config.clone();
         let overrides = Overrides::default();
         let mut datapath = Self {

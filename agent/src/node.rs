@@ -16,7 +16,7 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams, PostParams},
 };
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 use tokio::sync::watch;
 
 const LEASE_NAMESPACE: &str = "kube-node-lease";
@@ -25,7 +25,8 @@ const LEASE_SECONDS: i32 = 40;
 #[derive(Clone, Debug)]
 pub struct Facts {
     pub name: String,
-    pub ip: String,
+    /// At most one per family, the preferred one first.
+    pub ips: Vec<IpAddr>,
     pub cpu_milli: u64,
     pub memory_bytes: u64,
     pub disk_bytes: u64,
@@ -77,8 +78,9 @@ fn status(f: &Facts, not_ready: &NotReady, old: Option<&NodeStatus>) -> NodeStat
         Some(why) => condition("Ready", "False", "AgentNotReady", why.clone()),
     };
     let ok = |t: &str, reason: &str| condition(t, "False", reason, String::new());
+    let internal = f.ips.iter().map(|ip| address("InternalIP", &ip.to_string()));
     NodeStatus {
-        addresses: Some(vec![address("InternalIP", &f.ip), address("Hostname", &f.name)]),
+        addresses: Some(internal.chain([address("Hostname", &f.name)]).collect()),
         capacity: Some(resources(f)),
         allocatable: Some(resources(f)),
         conditions: Some(vec![

@@ -22,7 +22,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, ValueEnum};
 use kube::Client;
 use sluice_dns::{server::Resolver, zone::Zone};
-use sluice_netlink::between::Mode;
+use sluice_netlink::{between::Mode, plan};
 use sluice_wire::v1::{SignRequest, SignResponse, WorkloadRef, identity_client::IdentityClient};
 use std::{
     net::{IpAddr, SocketAddr},
@@ -45,9 +45,10 @@ use tonic::{
 pub struct Options {
     #[arg(long)]
     pub node_name: String,
-    /// Address of this node in the network between the nodes
-    #[arg(long)]
-    pub node_ip: IpAddr,
+    /// Addresses of this node in the network between the nodes: one, or one of each family with a comma between, the
+    /// preferred one first
+    #[arg(long, required = true, value_delimiter = ',')]
+    pub node_ip: Vec<IpAddr>,
     #[command(flatten)]
     pub cluster: Option<Cluster>,
     /// Take the view from this file and run no pods: the data path by itself
@@ -75,8 +76,9 @@ pub struct Options {
     pub max_pods: u32,
     #[arg(long)]
     pub zone: Option<String>,
-    #[arg(long, default_value = "10.96.0.10")]
-    pub cluster_dns: IpAddr,
+    /// Addresses of the cluster's DNS service; pods ask the first, this node answers for all
+    #[arg(long, default_value = "10.96.0.10", value_delimiter = ',')]
+    pub cluster_dns: Vec<IpAddr>,
     #[arg(long, default_value = "cluster.local")]
     pub cluster_domain: String,
     /// Servers for names outside the cluster
@@ -141,6 +143,20 @@ impl From<Tunnel> for Mode {
 }
 
 impl Options {
+    /// What no single flag can say of itself.
+    fn check(&self) -> Result<()> {
+        for (flag, all) in [("--node-ip", &self.node_ip), ("--cluster-dns", &self.cluster_dns)] {
+            let one_each = matches!(all[..], [_]) || matches!(all[..], [a, b] if a.is_ipv4() != b.is_ipv4());
+            anyhow::ensure!(one_each, "{flag} {all:?}: give one address, or one of IPv4 and one of IPv6");
+        }
+        Ok(())
+    }
+
+    /// The address by which this node is known first.
+    fn primary(&self) -> IpAddr {
+        self.node_ip[0]
+    }
+
     /// What was asked for, else what the data path has found out by now.
     fn pod_mtu(&self, found: &watch::Receiver<Option<u32>>) -> Option<u32> {
         self.mtu.or(*found.borrow())
@@ -178,6 +194,7 @@ pub async fn run(o: Options) -> Result<()> {
 }
 
 async fn start(o: Options) -> Result<()> {
+    o.check()?;
     match (&o.cluster, &o.snapshot_file) {
         (Some(cluster), _) => start_member(&o, cluster).await,
         (None, Some(file)) => start_alone(&o, file.clone()).await,
@@ -257,7 +274,7 @@ async fn start_network(
         bpffs: o.bpffs.clone(),
         cgroup: None,
         node: o.node_name.clone(),
-        dns: Some(o.cluster_dns),
+        dns: o.cluster_dns.clone(),
         masquerade: !o.no_masquerade,
         masquerade_excluded: o.masquerade_exclude.clone(),
         clsact: o.force_fallback.contains(&Fallback::Tcx),
@@ -298,12 +315,13 @@ impl Signer for Signing {
 }
 
 async fn start_dns(o: &Options, mut views: watch::Receiver<View>) -> Result<()> {
-    let (udp, tcp) = dns_sockets(SocketAddr::new(IpAddr::V4(sluice_netlink::plan::GATEWAY4), DNS_PORT))?;
-    let (udp, tcp) = (Arc::new(UdpSocket::from_std(udp)?), TcpListener::from_std(tcp)?);
     let domain = o.cluster_domain.clone();
     let resolver = Resolver::new(Zone::new(&domain, &views.borrow().snapshot), o.upstream_dns.clone());
-    tokio::spawn(sluice_dns::server::serve_udp(resolver.clone(), udp));
-    tokio::spawn(sluice_dns::server::serve_tcp(resolver.clone(), tcp));
+    let servers = o.cluster_dns.iter().map(|vip| SocketAddr::new(plan::server(vip.is_ipv4()), DNS_PORT));
+    for (udp, tcp) in dns_sockets(&servers.collect::<Vec<_>>())? {
+        tokio::spawn(sluice_dns::server::serve_udp(resolver.clone(), Arc::new(UdpSocket::from_std(udp)?)));
+        tokio::spawn(sluice_dns::server::serve_tcp(resolver.clone(), TcpListener::from_std(tcp)?));
+    }
     tokio::spawn(async move {
         while views.changed().await.is_ok() {
             let view = views.borrow_and_update().clone();
@@ -313,25 +331,30 @@ async fn start_dns(o: &Options, mut views: watch::Receiver<View>) -> Result<()> 
     Ok(())
 }
 
-/// Those that a supervisor keeps and passes by `LISTEN_FDS` (a datagram socket and a listener of `address`): questions
-/// wait in them while the agent is started again. Without a supervisor's, new ones.
-fn dns_sockets(address: SocketAddr) -> Result<(std::net::UdpSocket, std::net::TcpListener)> {
-    let listen = || format!("listen for DNS on {address}; does another server hold it?");
+/// Those that a supervisor keeps and passes by `LISTEN_FDS` (a datagram socket and a listener of an address): questions
+/// wait in them while the agent is started again. Where it passes none, new ones.
+fn dns_sockets(addresses: &[SocketAddr]) -> Result<Vec<(std::net::UdpSocket, std::net::TcpListener)>> {
     let mut passed = listenfd::ListenFd::from_env();
-    let (mut udp, mut tcp) = (None, None);
+    let (mut udps, mut tcps) = (Vec::new(), Vec::new());
     for index in 0..passed.len() {
         // Each has one type: asked for the other, it stays where it is.
         if let Ok(Some(s)) = passed.take_udp_socket(index) {
-            udp = Some(s).filter(|s| s.local_addr().is_ok_and(|a| a == address)).or(udp);
+            udps.push(s);
         } else if let Ok(Some(s)) = passed.take_tcp_listener(index) {
-            tcp = Some(s).filter(|s| s.local_addr().is_ok_and(|a| a == address)).or(tcp);
+            tcps.push(s);
         }
     }
-    let udp = udp.map_or_else(|| std::net::UdpSocket::bind(address), Ok).with_context(listen)?;
-    let tcp = tcp.map_or_else(|| std::net::TcpListener::bind(address), Ok).with_context(listen)?;
-    udp.set_nonblocking(true)?;
-    tcp.set_nonblocking(true)?;
-    Ok((udp, tcp))
+    let sockets = |address: &SocketAddr| {
+        let listen = || format!("listen for DNS on {address}; does another server hold it?");
+        let udp = udps.iter().position(|s| s.local_addr().is_ok_and(|a| a == *address)).map(|at| udps.swap_remove(at));
+        let tcp = tcps.iter().position(|s| s.local_addr().is_ok_and(|a| a == *address)).map(|at| tcps.swap_remove(at));
+        let udp = udp.map_or_else(|| std::net::UdpSocket::bind(address), Ok).with_context(listen)?;
+        let tcp = tcp.map_or_else(|| std::net::TcpListener::bind(address), Ok).with_context(listen)?;
+        udp.set_nonblocking(true)?;
+        tcp.set_nonblocking(true)?;
+        Ok((udp, tcp))
+    };
+    addresses.iter().map(sockets).collect()
 }
 
 fn api_client(c: &Cluster, id: &NodeIdentity) -> Result<Client> {
@@ -358,12 +381,12 @@ async fn start_pods(
     mtu: watch::Receiver<Option<u32>>,
     flows: Arc<Hub>,
 ) -> Result<()> {
-    let cri = Cri::new(o.cri.clone())?;
+    let cri = Cri::new(o.cri.clone(), o.primary().is_ipv4())?;
     let facts = facts(o, &cri).await;
     let node = convert::Node {
         name: o.node_name.clone(),
-        host_ip: o.node_ip.to_string(),
-        cluster_dns: Some(o.cluster_dns.to_string()),
+        host_ips: o.node_ip.clone(),
+        cluster_dns: o.cluster_dns.first().map(ToString::to_string),
         cluster_domain: o.cluster_domain.clone(),
         log_dir: o.data_dir.join("logs").to_string_lossy().into_owned(),
         cpu_milli: facts.cpu_milli,
@@ -390,7 +413,7 @@ async fn start_pods(
     tokio::spawn(node::heartbeat(client.clone(), facts.clone(), every, not_ready));
     tokio::spawn(readiness(o.clone(), client.clone(), facts, cri.clone(), mtu, ready));
     tokio::spawn(Manager::new(deps).run());
-    let listener = TcpListener::bind(SocketAddr::new(o.node_ip, o.log_port))
+    let listener = TcpListener::bind(SocketAddr::new(o.primary(), o.log_port))
         .await
         .with_context(|| format!("listen for requests of logs and flows on port {}", o.log_port))?;
     let tls = server::tls(id)?;
@@ -448,7 +471,7 @@ async fn facts(o: &Options, cri: &Cri) -> Facts {
     let pretty = os.lines().find_map(|l| l.strip_prefix("PRETTY_NAME=")).unwrap_or("Linux");
     Facts {
         name: o.node_name.clone(),
-        ip: o.node_ip.to_string(),
+        ips: o.node_ip.clone(),
         cpu_milli: o.cpus.map_or(cpus as u64, u64::from) * 1000,
         memory_bytes: o.memory_mib.map_or(kib.unwrap_or(0) * 1024, |m| m << 20),
         disk_bytes: disk,
@@ -487,6 +510,23 @@ mod tests {
     fn parse(more: &[&str]) -> Result<Options, clap::Error> {
         let least = ["sluice-agent", "--node-name=n", "--node-ip=10.0.0.1", "--snapshot-file=view.json"];
         Options::try_parse_from(least.iter().chain(more))
+    }
+
+    #[test]
+    fn one_address_of_each_family() {
+        let one = parse(&[]).expect("good");
+        assert!(one.check().is_ok() && one.primary().is_ipv4());
+        let least = ["sluice-agent", "--node-name=n", "--snapshot-file=view.json"];
+        for (ips, good) in
+            [("fd00::1,10.0.0.1", true), ("10.0.0.1,10.0.0.2", false), ("fd00::1,10.0.0.1,fd00::2", false)]
+        {
+            let ips = format!("--node-ip={ips}");
+            let o =
+                Options::try_parse_from(least.into_iter().chain([ips.as_str(), "--cluster-dns=fd00::a,10.96.0.10"]));
+            let o = o.expect("addresses");
+            assert_eq!(o.check().is_ok(), good, "{ips}");
+            assert_eq!(o.primary(), o.node_ip[0]);
+        }
     }
 
     #[test]

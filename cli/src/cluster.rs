@@ -2,13 +2,14 @@
 //! writes down; `up` and `down` act.
 
 use crate::machine::{Machine, Program, Sockets};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use sluice_netlink::plan::GATEWAY4;
+use sluice_netlink::plan::server;
 use std::{
     collections::HashMap,
     fs,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::{
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixListener},
@@ -23,8 +24,93 @@ pub const DEFAULT: &str = "sluice";
 pub const NODES: u8 = 3;
 /// As many as have addresses below the pool's.
 pub const NODES_MAX: u8 = 50;
-/// Addresses of services of type LoadBalancer: the high end of the machines' network.
-const LOAD_BALANCER_POOL: &str = "172.30.0.192/26";
+/// Number of control's machine in the network between the machines.
+pub const CONTROL_HOST: u8 = 1;
+
+/// A family of addresses, with the cluster's own addresses of it. Those of IPv6 are of one unique local prefix (RFC 4193),
+/// the same in every local cluster: they never leave its machines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    Ipv4,
+    Ipv6,
+}
+
+impl Family {
+    pub const ALL: [Self; 2] = [Self::Ipv4, Self::Ipv6];
+
+    /// A machine's address in the network between the machines.
+    pub fn host(self, n: u8) -> IpAddr {
+        match self {
+            Self::Ipv4 => Ipv4Addr::new(172, 30, 0, n).into(),
+            Self::Ipv6 => Ipv6Addr::new(0xfd73, 0x6c75, 0x6963, 0, 0, 0, 0, u16::from(n)).into(),
+        }
+    }
+
+    /// Of that network.
+    pub fn prefix_len(self) -> u8 {
+        match self {
+            Self::Ipv4 => 24,
+            Self::Ipv6 => 64,
+        }
+    }
+
+    fn pods(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "10.244.0.0/16",
+            Self::Ipv6 => "fd73:6c75:6963:100::/56",
+        }
+    }
+
+    fn services(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "10.96.0.0/16",
+            Self::Ipv6 => "fd73:6c75:6963:ffff::/112",
+        }
+    }
+
+    /// The tenth address of the services.
+    fn dns(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "10.96.0.10",
+            Self::Ipv6 => "fd73:6c75:6963:ffff::a",
+        }
+    }
+
+    /// Addresses of services of type LoadBalancer: the high end of the machines' network.
+    fn load_balancers(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "172.30.0.192/26",
+            Self::Ipv6 => "fd73:6c75:6963::1:0/112",
+        }
+    }
+}
+
+/// One family, or both.
+pub fn check_families(families: &[Family]) -> Result<()> {
+    let fine = matches!(families, [_]) || matches!(families, [a, b] if a != b);
+    ensure!(fine, "--ip-families: name one family, or both with a comma between");
+    Ok(())
+}
+
+/// Of a cluster from before there was a choice.
+fn ipv4_only() -> Vec<Family> {
+    vec![Family::Ipv4]
+}
+
+/// Number of a node in the network between the machines.
+pub fn node_host(i: u8) -> u8 {
+    10 + i
+}
+
+fn joined(all: impl Iterator<Item = impl ToString>) -> String {
+    all.map(|one| one.to_string()).collect::<Vec<_>>().join(",")
+}
+
+/// As an URL has it.
+fn bracketed(ip: IpAddr) -> String {
+    if ip.is_ipv4() { ip.to_string() } else { format!("[{ip}]") }
+}
 /// It becomes part of the names of cgroups and folders.
 const NAME_MAX: usize = 32;
 
@@ -50,6 +136,9 @@ pub struct Cluster {
     pub nodes: u8,
     /// On the host's loopback.
     pub api_port: u16,
+    /// The primary one first.
+    #[serde(default = "ipv4_only")]
+    pub families: Vec<Family>,
     /// Folder of Sluice's programs.
     pub bin: PathBuf,
     pub images: PathBuf,
@@ -105,12 +194,8 @@ impl Cluster {
         if self.name == "sluice" { self.name.clone() } else { format!("sluice-{}", self.name) }
     }
 
-    pub fn control_ip() -> Ipv4Addr {
-        Ipv4Addr::new(172, 30, 0, 1)
-    }
-
-    pub fn node_ip(i: u8) -> Ipv4Addr {
-        Ipv4Addr::new(172, 30, 0, 10 + i)
+    fn primary(&self) -> Family {
+        self.families[0]
     }
 
     pub fn kubeconfig(&self) -> PathBuf {
@@ -145,19 +230,22 @@ impl Cluster {
     }
 
     pub fn control(&self) -> Machine {
-        let ip = Self::control_ip();
+        let families = || self.families.iter();
+        let any = if self.families.contains(&Family::Ipv6) { "[::]" } else { "0.0.0.0" };
         let argv = [
             self.bin("sluice-control"),
             "serve".into(),
             "--data-dir=/var/lib/sluice/control".into(),
             format!("--ca-passphrase-file={}", self.ca_passphrase().display()),
-            "--listen=0.0.0.0:6443".into(),
-            "--discovery-listen=0.0.0.0:6444".into(),
+            format!("--listen={any}:6443"),
+            format!("--discovery-listen={any}:6444"),
             format!("--advertise-url={}", self.api_url()),
-            format!("--san={ip}"),
-            format!("--load-balancer-pool={LOAD_BALANCER_POOL}"),
+            format!("--service-cidr={}", joined(families().map(|f| f.services()))),
+            format!("--pod-cidr={}", joined(families().map(|f| f.pods()))),
+            format!("--load-balancer-pool={}", joined(families().map(|f| f.load_balancers()))),
         ];
-        let argv = argv.into_iter().chain(self.control_args.clone()).collect();
+        let san = families().map(|f| format!("--san={}", f.host(CONTROL_HOST)));
+        let argv = argv.into_iter().chain(san).chain(self.control_args.clone()).collect();
         let control = Program { sockets: Sockets::Host, ..self.program("control", argv) };
         self.machine("control", vec![control])
     }
@@ -178,17 +266,19 @@ impl Cluster {
             self.images.display()
         );
         let import = Program { once: true, ..self.program("images", vec!["/bin/sh".into(), "-c".into(), import]) };
-        let resolver = SocketAddrV4::new(GATEWAY4, 53).into();
+        let resolver = std::net::SocketAddr::new(server(self.primary() == Family::Ipv4), 53);
         let agent = Program { sockets: Sockets::Bound(resolver), ..self.program("agent", self.agent_argv(&name, i)) };
         self.machine(&name, vec![containerd, import, agent])
     }
 
     fn agent_argv(&self, name: &str, i: u8) -> Vec<String> {
-        let control = Self::control_ip();
+        let families = || self.families.iter();
+        let control = bracketed(self.primary().host(CONTROL_HOST));
         let argv = [
             self.bin("sluice-agent"),
             format!("--node-name={name}"),
-            format!("--node-ip={}", Self::node_ip(i)),
+            format!("--node-ip={}", joined(families().map(|f| f.host(node_host(i))))),
+            format!("--cluster-dns={}", joined(families().map(|f| f.dns()))),
             format!("--api=https://{control}:6443"),
             format!("--discovery=https://{control}:6444"),
             "--ca-file=/var/lib/sluice/join/ca.crt".into(),
@@ -243,17 +333,48 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sluice_netlink::plan::Prefix;
 
     /// All in the machines' /24, and none of a machine in the pool.
     #[test]
     fn machines_and_services_share_no_address() {
-        let pool = LOAD_BALANCER_POOL.strip_suffix("/26").expect("a quarter of a /24");
+        let pool = Family::Ipv4.load_balancers().strip_suffix("/26").expect("a quarter of a /24");
         let pool: Ipv4Addr = pool.parse().expect("an address");
-        let (network, first) = (&pool.octets()[..3], pool.octets()[3]);
-        assert_eq!(first % 64, 0);
-        for ip in (0..NODES_MAX).map(Cluster::node_ip).chain([Cluster::control_ip()]) {
-            let [.., host] = ip.octets();
-            assert!(ip.octets()[..3] == *network && !(first..=first + 63).contains(&host), "{ip}");
+        let first = pool.octets()[3];
+        assert_eq!((first % 64, &pool.octets()[..3]), (0, &[172, 30, 0][..]));
+        for host in (0..NODES_MAX).map(node_host).chain([CONTROL_HOST]) {
+            assert!(!(first..=first + 63).contains(&host), "{host}");
+        }
+        // Those of IPv6 have a part of the /64 of their own.
+        let pool: Prefix = Family::Ipv6.load_balancers().parse().expect("a range");
+        let network = Prefix { address: Family::Ipv6.host(0), len: Family::Ipv6.prefix_len() };
+        assert!(network.contains(pool.address) && !pool.contains(Family::Ipv6.host(u8::MAX)));
+    }
+
+    #[test]
+    fn ranges_of_a_family_lie_apart() {
+        for family in Family::ALL {
+            let parse = |text: &str| text.parse::<Prefix>().expect("a range");
+            let machines = Prefix { address: family.host(0), len: family.prefix_len() };
+            let all = [parse(family.pods()), parse(family.services()), machines];
+            for (n, a) in all.iter().enumerate() {
+                assert!(all[n + 1..].iter().all(|b| !a.contains(b.address) && !b.contains(a.address)), "{a}");
+            }
+            assert!(parse(family.services()).contains(family.dns().parse().expect("an address")));
+        }
+    }
+
+    #[test]
+    fn a_cluster_has_each_family_once() {
+        use Family::{Ipv4, Ipv6};
+        for (families, fine) in [
+            (&[Ipv4][..], true),
+            (&[Ipv6, Ipv4], true),
+            (&[], false),
+            (&[Ipv4, Ipv4], false),
+            (&[Ipv4, Ipv6, Ipv4], false),
+        ] {
+            assert_eq!(check_families(families).is_ok(), fine, "{families:?}");
         }
     }
 

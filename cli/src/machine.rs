@@ -342,8 +342,11 @@ fn keep(sockets: Sockets) -> Result<Kept> {
         Sockets::Host => vec![io::stdin().as_fd().try_clone_to_owned()?],
         Sockets::Bound(address) => {
             let bound = |kind| {
-                let s = socket2::Socket::new(socket2::Domain::IPV4, kind, None)?;
-                s.set_freebind_v4(true)?;
+                let s = socket2::Socket::new(socket2::Domain::for_address(address), kind, None)?;
+                match address {
+                    SocketAddr::V4(_) => s.set_freebind_v4(true)?,
+                    SocketAddr::V6(_) => s.set_freebind_v6(true)?,
+                }
                 s.bind(&address.into())?;
                 io::Result::Ok(s)
             };

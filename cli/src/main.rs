@@ -18,7 +18,7 @@ mod up;
 mod wiring;
 
 use clap::{Parser, Subcommand};
-use cluster::Cluster;
+use cluster::{Cluster, Family};
 use std::path::PathBuf;
 
 #[derive(Parser)]
@@ -44,6 +44,9 @@ enum Command {
         /// Port of the API on 127.0.0.1
         #[arg(long, default_value_t = cluster::API_PORT)]
         api_port: u16,
+        /// Families of addresses, the primary one first: one, or both with a comma between
+        #[arg(long, value_enum, value_delimiter = ',', num_args = 1, default_values_t = Family::ALL)]
+        ip_families: Vec<Family>,
         /// Container images to put on every node (default: `images` beside the programs' folder)
         #[arg(long)]
         images: Option<PathBuf>,
@@ -123,6 +126,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         Command::Up {
             nodes,
             api_port,
+            ip_families,
             images,
             node_cpus,
             node_memory_mib,
@@ -131,6 +135,7 @@ fn run(args: Args) -> anyhow::Result<()> {
             control_args,
             agent_args,
         } => {
+            cluster::check_families(&ip_families)?;
             let exe = std::env::current_exe()?;
             let bin = exe.parent().map(PathBuf::from).unwrap_or_default();
             let images = images.unwrap_or_else(|| bin.join("../images"));
@@ -139,6 +144,7 @@ fn run(args: Args) -> anyhow::Result<()> {
                 name,
                 nodes: nodes.unwrap_or(cluster::NODES),
                 api_port,
+                families: ip_families,
                 bin,
                 images,
                 node_cpus,

@@ -1,5 +1,6 @@
 //! What must be there before a local cluster can start: each missing thing is named with the way to get it, all at once.
 
+use crate::cluster::Family;
 use anyhow::{Result, bail};
 use std::{net::TcpListener, path::Path, process::Command};
 
@@ -9,7 +10,7 @@ const MIN_MEMORY_MIB: u64 = 1024;
 const MIN_KUBECTL: u32 = 28;
 
 /// The listening socket of the API, taken while checking so that nobody else gets it in between.
-pub fn check(port: u16, bin: &Path, images: &Path) -> Result<TcpListener> {
+pub fn check(port: u16, families: &[Family], bin: &Path, images: &Path) -> Result<TcpListener> {
     let mut missing = vec![];
     if !rustix::process::geteuid().is_root() {
         missing.push("root: a local cluster makes namespaces and loads eBPF; run this with sudo".to_owned());
@@ -33,6 +34,9 @@ pub fn check(port: u16, bin: &Path, images: &Path) -> Result<TcpListener> {
     }
     if !images.join("pause.tar").exists() {
         missing.push(format!("container images in {}: make them with `make images`", images.display()));
+    }
+    if families.contains(&Family::Ipv6) && !Path::new("/proc/net/if_inet6").exists() {
+        missing.push("IPv6 in the kernel: switch it on, or start a cluster with --ip-families ipv4".to_owned());
     }
     missing.extend(old_kubectl());
     missing.extend(disk("/var/lib"));

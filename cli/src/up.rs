@@ -1,7 +1,7 @@
 //! `sluice up`: a local cluster of simulated machines with the canary example in it. Repeating it is harmless.
 
 use crate::{
-    cluster::{CNI_NAMES, Cluster, DEFAULT},
+    cluster::{CNI_NAMES, CONTROL_HOST, Cluster, DEFAULT, node_host},
     down, kubeconfig, kubectl, preflight, status, token, wiring,
 };
 use anyhow::{Context, Result, bail};
@@ -41,7 +41,7 @@ pub fn run(o: &Options) -> Result<()> {
                 down::tear_down(&old)?;
             }
             let socket = step("checking this machine", || {
-                preflight::check(o.cluster.api_port, &o.cluster.bin, &o.cluster.images)
+                preflight::check(o.cluster.api_port, &o.cluster.families, &o.cluster.bin, &o.cluster.images)
             })?;
             if let Err(e) = start(&o.cluster, socket) {
                 let _ = down::tear_down(&o.cluster);
@@ -113,7 +113,7 @@ fn start(c: &Cluster, socket: TcpListener) -> Result<()> {
         let control = c.control();
         write_private(&c.ca_passphrase(), &format!("{:032x}{:032x}\n", random::<u128>(), random::<u128>()))?;
         control.start(Some(socket))?;
-        wiring::underlay(&control, Cluster::control_ip()).context("make the underlay network")?;
+        wiring::underlay(&control, &c.families, CONTROL_HOST).context("make the underlay network")?;
         wait_file(&c.kubeconfig(), &control.log("control"))
     })?;
     step(&format!("starting {}", nodes_of(usize::from(c.nodes))), || {
@@ -146,7 +146,7 @@ pub fn start_node(c: &Cluster, i: u8) -> Result<()> {
             .with_context(|| format!("link {}", link.display()))?;
     }
     node.start(None)?;
-    wiring::connect(&c.control(), &node, i, Cluster::node_ip(i)).with_context(|| format!("connect {}", node.name))
+    wiring::connect(&c.control(), &node, i, &c.families, node_host(i)).with_context(|| format!("connect {}", node.name))
 }
 
 /// A token for one machine. Control writes its kubeconfig a moment before it answers.

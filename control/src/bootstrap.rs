@@ -18,11 +18,14 @@ pub async fn run(client: &Client, config: &Config) -> Result<(), ApiError> {
     for name in NAMESPACES {
         ensure(client, "namespaces", "", json!({"metadata": {"name": name}})).await?;
     }
+    let ranges = &config.service_cidr;
+    let policy = if ranges.dual() { "PreferDualStack" } else { "SingleStack" };
+    let [api, dns] = [1, 10].map(|n| ranges.iter().map(|range| range.nth(n).to_string()).collect::<Vec<_>>());
     let api = json!({
         "metadata": {"name": "kubernetes", "namespace": "default",
             "labels": {"component": "apiserver", "provider": "kubernetes"}},
         "spec": {
-            "type": "ClusterIP", "clusterIP": config.service_cidr.nth(1).to_string(),
+            "type": "ClusterIP", "clusterIP": api[0], "clusterIPs": api, "ipFamilyPolicy": policy,
             "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": config.listen.port().max(1)}],
         },
     });
@@ -32,7 +35,7 @@ pub async fn run(client: &Client, config: &Config) -> Result<(), ApiError> {
         "metadata": {"name": "kube-dns", "namespace": "kube-system",
             "labels": {"k8s-app": "kube-dns", "kubernetes.io/name": "CoreDNS"}},
         "spec": {
-            "type": "ClusterIP", "clusterIP": config.service_cidr.nth(10).to_string(),
+            "type": "ClusterIP", "clusterIP": dns[0], "clusterIPs": dns, "ipFamilyPolicy": policy,
             "ports": [
                 {"name": "dns", "port": 53, "protocol": "UDP", "targetPort": 53},
                 {"name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": 53},

@@ -13,6 +13,7 @@ pub mod join;
 pub mod mesh;
 pub mod pool;
 pub mod quantity;
+pub mod range;
 pub mod schedule;
 pub mod service;
 pub mod store;

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use sluice_control::api::addresses::Cidr;
 use sluice_control::api::server;
 use sluice_control::ca::PassphraseFile;
 use sluice_control::mesh;
 use sluice_control::pool::{self, Pool};
+use sluice_control::range::Ranges;
 use sluice_control::service::{Config, Service};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -57,12 +57,13 @@ struct Serve {
     /// Life of a workload's certificate, in seconds.
     #[arg(long, default_value_t = 3600)]
     workload_certificate_s: u64,
-    /// Addresses of services.
-    #[arg(long, default_value = "10.96.0.0/16")]
-    service_cidr: Cidr,
-    /// Addresses of pods; each node gets a /24 of it.
-    #[arg(long, default_value = "10.244.0.0/16")]
-    pod_cidr: Cidr,
+    /// Addresses of services: a range, or one of IPv4 and one of IPv6 with a comma between, the primary one first.
+    #[arg(long, default_value = "10.96.0.0/16", overrides_with = "service_cidr")]
+    service_cidr: Ranges,
+    /// Addresses of pods, of the families that services have. Each node gets a /24 of the IPv4 range, and a /64 of the
+    /// IPv6 range (of one longer than /56, the prefix is 8 bits longer than its own).
+    #[arg(long, default_value = "10.244.0.0/16", overrides_with = "pod_cidr")]
+    pod_cidr: Ranges,
     /// Addresses of services of type LoadBalancer: ranges such as 192.0.2.64/26 or 192.0.2.64-192.0.2.95, IPv4 and IPv6,
     /// separated by commas. They are of the network of the nodes, which answer for them there, and no machine has one of
     /// them. Without any, such services wait for another balancer.
@@ -87,8 +88,8 @@ impl Serve {
             listen: self.listen,
             advertise_url: self.advertise_url.clone(),
             san: self.san.iter().cloned().chain([mesh::SERVER_NAME.to_owned()]).collect(),
-            service_cidr: self.service_cidr,
-            pod_cidr: self.pod_cidr,
+            service_cidr: self.service_cidr.clone(),
+            pod_cidr: self.pod_cidr.clone(),
             load_balancer_pool: self.load_balancer_pool.clone(),
             token_file: self.token_auth_file.clone(),
             node_grace: Duration::from_secs(self.node_monitor_grace_s),
@@ -111,12 +112,28 @@ impl Serve {
 impl Serve {
     /// What no single flag can say of itself.
     fn check(&self) -> anyhow::Result<()> {
-        for (flag, range) in [("--service-cidr", self.service_cidr), ("--pod-cidr", self.pod_cidr)] {
+        let ranges = |flag: &'static str, ranges: &Ranges| ranges.iter().map(|range| (flag, range)).collect::<Vec<_>>();
+        let (services, pods) = (ranges("--service-cidr", &self.service_cidr), ranges("--pod-cidr", &self.pod_cidr));
+        for (flag, range) in services.iter().chain(&pods) {
             anyhow::ensure!(
-                !self.load_balancer_pool.meets(range),
+                !self.load_balancer_pool.meets(*range),
                 "{} {} and {flag} {range} share addresses; name a range of the network of the nodes that no machine uses",
                 pool::FLAG,
                 self.load_balancer_pool
+            );
+        }
+        for (_, service) in &services {
+            let pods_too = self.pod_cidr.of(service.family());
+            anyhow::ensure!(
+                pods_too.is_some(),
+                "--service-cidr {service} is of {}, and --pod-cidr {} has no range of it; add one",
+                service.family().name(),
+                self.pod_cidr
+            );
+            anyhow::ensure!(
+                !pods_too.is_some_and(|pods| pods.meets(service)),
+                "--service-cidr {service} and --pod-cidr {} share addresses; name ranges apart",
+                self.pod_cidr
             );
         }
         Ok(())
@@ -136,7 +153,7 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let inherited = server::inherited().context("take over inherited sockets")?;
-    let hook = mesh::pod_hook(serve.proxy_image.clone(), &[serve.service_cidr, serve.pod_cidr]);
+    let hook = mesh::pod_hook(serve.proxy_image.clone(), serve.service_cidr.iter().chain(serve.pod_cidr.iter()));
     let service = Service::start(&serve.config(), inherited, Some(hook)).await?;
     let (discovery, parts) = mesh::start(&service.parts, &serve.mesh()).await?;
     tracing::info!(%discovery, "serving discovery");

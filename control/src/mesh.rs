@@ -2,10 +2,11 @@
 //! and what sidecars measured.
 
 use crate::{
-    api::{addresses::Cidr, extra::Document},
+    api::extra::Document,
     discovery::{Counters, Published, Server, Shared, run_feed, run_status},
     inject,
     pool::Pool,
+    range::Cidr,
     service::Parts,
 };
 use serde_json::{Value, json};
@@ -29,8 +30,8 @@ pub struct Config {
 pub const SERVER_NAME: &str = "sluice-control";
 
 /// Sees every new pod: injects the sidecar where its namespace asks for it.
-pub fn pod_hook(image: String, ranges: &[Cidr]) -> crate::api::registry::PodHook {
-    let cluster_ranges = ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+pub fn pod_hook(image: String, ranges: impl Iterator<Item = Cidr>) -> crate::api::registry::PodHook {
+    let cluster_ranges = ranges.map(|range| range.to_string()).collect::<Vec<_>>().join(",");
     let config = inject::Config { image, cluster_ranges };
     Box::new(move |pod, namespace| inject::inject(pod, &namespace["metadata"]["labels"], &config))
 }

@@ -3,13 +3,11 @@
 //!
 //! PURE.
 
-use crate::api::addresses::Cidr;
+use crate::range::{Cidr, number};
 use k8s_openapi::api::core::v1::Service;
-use std::{
-    fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    str::FromStr,
-};
+use std::{fmt, net::IpAddr, str::FromStr};
+
+pub use crate::range::Family;
 
 /// `loadBalancerClass` of services that ask for an address of the pool; those that name no class do too.
 pub const CLASS: &str = "sluice.dev/pool";
@@ -27,47 +25,6 @@ const NOBODYS: [(&str, &str); 8] = [
     ("fe80::/10", "link-local"),
     ("ff00::/8", "multicast"),
 ];
-
-/// IPv4 or IPv6, in the words of `ipFamilies`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Family {
-    /// `IPv4`.
-    V4,
-    /// `IPv6`.
-    V6,
-}
-
-impl Family {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
-
-    /// The family of an address.
-    pub fn of(ip: IpAddr) -> Self {
-        if ip.is_ipv4() { Self::V4 } else { Self::V6 }
-    }
-
-    /// As `ipFamilies` names it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::V4 => "IPv4",
-            Self::V6 => "IPv6",
-        }
-    }
-
-    fn bits(self) -> u8 {
-        match self {
-            Self::V4 => 32,
-            Self::V6 => 128,
-        }
-    }
-
-    fn address(self, number: u128) -> IpAddr {
-        match self {
-            Self::V4 => Ipv4Addr::from(u32::try_from(number).expect("ranges of IPv4 end below 2^32")).into(),
-            Self::V6 => Ipv6Addr::from(number).into(),
-        }
-    }
-}
 
 /// From the first to the last, both in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -116,13 +73,6 @@ impl fmt::Display for Range {
     }
 }
 
-fn number(ip: IpAddr) -> u128 {
-    match ip {
-        IpAddr::V4(ip) => u32::from(ip).into(),
-        IpAddr::V6(ip) => ip.into(),
-    }
-}
-
 /// Ranges that do not touch, in order. Without any, the cluster gives out no such addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pool {
@@ -154,7 +104,7 @@ impl Pool {
     /// Whether it shares an address with the range of services' or pods' own addresses.
     pub fn meets(&self, cidr: Cidr) -> bool {
         let last = cidr.nth(cidr.size() - 1);
-        let cidr = Range { family: Family::V4, first: number(cidr.nth(0).into()), last: number(last.into()) };
+        let cidr = Range { family: cidr.family(), first: number(cidr.nth(0)), last: number(last) };
         self.ranges.iter().any(|range| range.meets(&cidr))
     }
 
@@ -265,5 +215,7 @@ mod tests {
         }
         assert!(pool.meets("192.0.2.0/30".parse().expect("a range")));
         assert!(!pool.meets("192.0.2.4/30".parse().expect("a range")));
+        assert!(pool.meets("2001:db8::/112".parse().expect("a range")));
+        assert!(!pool.meets("2001:db9::/112".parse().expect("a range")));
     }
 }

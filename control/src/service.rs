@@ -10,7 +10,6 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::addresses::Cidr;
 use crate::api::auth::Tokens;
 use crate::api::client::Client;
 use crate::api::extra::Extra;
@@ -20,6 +19,7 @@ use crate::api::registry::{PodHook, Registry};
 use crate::api::server;
 use crate::ca::{Authority, CaError, Pair, PassphraseFile, kubeconfig, write_private};
 use crate::pool::Pool;
+use crate::range::Ranges;
 use crate::store::{EmbeddedStore, Store, StoreError};
 
 /// How often watchers are told how far they are.
@@ -40,9 +40,9 @@ pub struct Config {
     /// Further names and addresses of the serving certificate.
     pub san: Vec<String>,
     /// Addresses of services.
-    pub service_cidr: Cidr,
-    /// Addresses of pods; each node gets a /24 of it.
-    pub pod_cidr: Cidr,
+    pub service_cidr: Ranges,
+    /// Addresses of pods; each node gets a part of each range.
+    pub pod_cidr: Ranges,
     /// Addresses of services of type LoadBalancer.
     pub load_balancer_pool: Pool,
     /// Static tokens.
@@ -153,7 +153,8 @@ fn open(config: &Config, pod_hook: Option<PodHook>) -> Result<Parts, StartError>
     let dir = &config.data_dir;
     std::fs::create_dir_all(dir).map_err(|source| StartError::DataDir { path: dir.clone(), source })?;
     let authority = Arc::new(Authority::load_or_create(dir, &config.ca_passphrase)?);
-    let mut names = vec!["localhost".to_owned(), "127.0.0.1".to_owned(), config.service_cidr.nth(1).to_string()];
+    let mut names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned).to_vec();
+    names.extend(config.service_cidr.iter().map(|range| range.nth(1).to_string()));
     names.extend(["", ".default", ".default.svc", ".default.svc.cluster.local"].map(|s| format!("kubernetes{s}")));
     names.extend(config.san.iter().cloned());
     names.extend(config.advertise_url.as_deref().and_then(host).map(str::to_owned));
@@ -161,17 +162,21 @@ fn open(config: &Config, pod_hook: Option<PodHook>) -> Result<Parts, StartError>
     names.dedup();
     let serving = Arc::new(authority.serving(&names)?);
     let store: Arc<dyn Store> = Arc::new(EmbeddedStore::open(&dir.join("store.redb"))?);
-    let registry = Arc::new(Registry::new(store.clone(), config.service_cidr, pod_hook));
+    let registry = Arc::new(Registry::new(store.clone(), config.service_cidr.clone(), pod_hook));
     let client = Client::new(registry, "control");
     let (extra, stop) = (Extra::default(), CancellationToken::new());
     Ok(Parts { store, client, authority, serving, extra, stop })
 }
 
-/// The host of an URL.
+/// The host of an URL; an IPv6 address without its brackets.
 fn host(url: &str) -> Option<&str> {
     let rest = url.split_once("://")?.1;
     let authority = rest.split('/').next()?;
-    Some(authority.rsplit_once(':').map_or(authority, |(host, _)| host)).filter(|host| !host.is_empty())
+    let host = match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, _)) => address,
+        None => authority.rsplit_once(':').map_or(authority, |(host, _)| host),
+    };
+    Some(host).filter(|host| !host.is_empty())
 }
 
 fn admin(authority: &Authority, name: &str) -> Result<Pair, CaError> {
@@ -208,6 +213,25 @@ async fn progress(store: Arc<dyn Store>, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(PROGRESS) => store.request_progress(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_of_urls() {
+        for (url, want) in [
+            ("https://192.0.2.1:6443", Some("192.0.2.1")),
+            ("https://api.example.org/", Some("api.example.org")),
+            ("https://[fd00::1]:6443/x", Some("fd00::1")),
+            ("https://[fd00::1]", Some("fd00::1")),
+            ("https://", None),
+            ("192.0.2.1", None),
+        ] {
+            assert_eq!(host(url), want, "{url}");
         }
     }
 }

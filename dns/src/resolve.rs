@@ -116,7 +116,8 @@ pub fn unanswered(bytes: &[u8], q: &Query, has_upstream: bool) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::message::{TYPE_A, TYPE_AAAA, TYPE_ANY, TYPE_CNAME, query, read_answer};
-    use sluice_model::{Name, Resource, Revision, Service, Snapshot};
+    use sluice_model::{Endpoint, EndpointSet, Mesh, Name, Resource, Revision, Service, Snapshot};
+    use std::net::IpAddr;
 
     fn zone() -> Zone {
         let alias = |name: &str, target: &str| {
@@ -209,5 +210,60 @@ mod tests {
             assert_eq!(seen(&alias().answer(&asked, &upstream)), expected);
         }
         assert!(matches!(resolve(&zone, &query(7, "db.example.org", TYPE_A), true), Step::Forward(_)));
+    }
+
+    fn zone_of_both_families() -> Zone {
+        let ips = |all: &[&str]| all.iter().map(|ip| ip.parse().expect("an address")).collect::<Vec<IpAddr>>();
+        let service = |name: &str, all: &[&str]| {
+            let (name, virtual_ips) = (Name::new("shop", name), ips(all));
+            Resource::Service(Service { name, virtual_ips, ..Service::default() })
+        };
+        let set = |name: &str, all: &[&str]| {
+            let endpoint = |address| Endpoint {
+                address,
+                ready: true,
+                draining: false,
+                node: String::new(),
+                zone: String::new(),
+                workload: None,
+                hostname: Some("pod-0".to_owned()),
+                mesh: Mesh::Plain,
+                ports: vec![],
+            };
+            let endpoints = ips(all).into_iter().map(endpoint).collect();
+            Resource::EndpointSet(EndpointSet { name: Name::new("shop", name), endpoints })
+        };
+        let all = [
+            service("both", &["10.96.0.5", "fd00:96::5"]),
+            service("six", &["fd00:96::6"]),
+            service("pods", &[]),
+            set("pods", &["10.244.1.5", "fd00:244:0:1::5"]),
+            service("pods6", &[]),
+            set("pods6", &["fd00:244:0:1::6"]),
+        ];
+        Zone::new("cluster.local", &Snapshot::new(Revision(1), all))
+    }
+
+    #[test]
+    fn each_family_is_asked_for_by_itself() {
+        let zone = zone_of_both_families();
+        for (name, qtype, rcode, want) in [
+            ("both", TYPE_A, 0, Some("10.96.0.5")),
+            ("both", TYPE_AAAA, 0, Some("fd00:96::5")),
+            ("six", TYPE_A, 0, None),
+            ("six", TYPE_AAAA, 0, Some("fd00:96::6")),
+            ("pods", TYPE_A, 0, Some("10.244.1.5")),
+            ("pods", TYPE_AAAA, 0, Some("fd00:244:0:1::5")),
+            ("pods6", TYPE_A, 0, None),
+            ("pods6", TYPE_AAAA, 0, Some("fd00:244:0:1::6")),
+            ("pod-0.pods6", TYPE_A, 0, None),
+            ("pod-0.pods6", TYPE_AAAA, 0, Some("fd00:244:0:1::6")),
+            ("nope", TYPE_AAAA, 3, None),
+        ] {
+            let asked = query(7, &format!("{name}.shop.svc.cluster.local"), qtype);
+            let Step::Answer(answer) = resolve(&zone, &asked, true) else { panic!("{name} {qtype}: not answered") };
+            let want = want.into_iter().map(|address| format!("{name} {address}")).collect();
+            assert_eq!(seen(&answer), (rcode, want), "{name} {qtype}");
+        }
     }
 }

@@ -18,7 +18,7 @@ use std::{
     sync::Arc,
 };
 
-/// The cluster DNS address and the node's own resolver, which answers for it.
+/// A cluster DNS address and the node's own resolver of the same family, which answers for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DnsOverlay {
     pub vip: IpAddr,
@@ -57,13 +57,13 @@ pub enum Problem {
 /// anew; the outcome is that of [`compile`].
 pub struct Compiler {
     node: String,
-    dns: Option<DnsOverlay>,
+    dns: Vec<DnsOverlay>,
     last: Option<(Arc<Snapshot>, Compiled)>,
 }
 
 impl Compiler {
-    pub fn new(node: String, dns: Option<DnsOverlay>) -> Self {
-        Self { node, dns, last: None }
+    pub fn new(node: String, dns: impl IntoIterator<Item = DnsOverlay>) -> Self {
+        Self { node, dns: dns.into_iter().collect(), last: None }
     }
 
     /// The last one; `None` before the first.
@@ -83,9 +83,9 @@ impl Compiler {
                     compiled.lead_anew(&snapshot, &self.node, &sets);
                     compiled
                 }
-                None => compile(&snapshot, &self.node, self.dns),
+                None => compile(&snapshot, &self.node, self.dns.iter().copied()),
             },
-            None => compile(&snapshot, &self.node, self.dns),
+            None => compile(&snapshot, &self.node, self.dns.iter().copied()),
         };
         &self.last.insert((snapshot, next)).1
     }
@@ -98,7 +98,7 @@ fn moved(before: &Snapshot, after: &Snapshot) -> Option<BTreeSet<Name>> {
     keys.map(|key| (key.kind == Kind::EndpointSet).then_some(key.name)).collect()
 }
 
-pub fn compile(snapshot: &Snapshot, node: &str, dns: Option<DnsOverlay>) -> Compiled {
+pub fn compile(snapshot: &Snapshot, node: &str, dns: impl IntoIterator<Item = DnsOverlay>) -> Compiled {
     let mut out = Compiled::default();
     let routes = routes_by_parent(snapshot);
     let place = snapshot.place(node);
@@ -119,7 +119,7 @@ pub fn compile(snapshot: &Snapshot, node: &str, dns: Option<DnsOverlay>) -> Comp
             }
         }
     }
-    for (key, wanted) in dns.iter().flat_map(overlay) {
+    for (key, wanted) in dns.into_iter().flat_map(overlay) {
         out.owners.remove(&key);
         out.services.insert(key, Arc::new(wanted));
     }
@@ -186,7 +186,7 @@ fn key(vip: IpAddr, port: u16, protocol: Protocol) -> ServiceKey {
     ServiceKey { addr: addr(vip), port_be: port.to_be(), proto, scope: INSIDE }
 }
 
-fn overlay(dns: &DnsOverlay) -> impl Iterator<Item = (ServiceKey, Wanted)> {
+fn overlay(dns: DnsOverlay) -> impl Iterator<Item = (ServiceKey, Wanted)> {
     let target = Target { addr: addr(dns.server.ip()), port_be: dns.server.port().to_be() };
     let wanted = Wanted::new(true, vec![WantedGroup { weight: 1, targets: vec![target] }]);
     let vip = dns.vip;
@@ -274,12 +274,13 @@ impl View<'_> {
 
     fn ready_targets(self, service: &Service, port: &ServicePort) -> Vec<Target> {
         let Some(set) = self.snapshot.endpoint_set(&service.name) else { return vec![] };
+        // First the family: what is near in the other one is of no use.
+        let set = set.of_family(self.v4);
         let seen = match self.callers {
             Callers::Outside => set.seen_from_outside(service, self.place),
             Callers::Inside => set.seen_from(service, self.place),
         };
         seen.ready_on(&port.name, port.protocol)
-            .filter(|(e, _)| e.address.is_ipv4() == self.v4)
             .map(|(e, number)| Target { addr: addr(e.address), port_be: number.to_be() })
             .collect()
     }

@@ -121,6 +121,62 @@ fn udp_ports_ignore_routes_and_dns_is_overlaid() {
 }
 
 #[test]
+fn each_address_leads_to_endpoints_of_its_family() {
+    let place = |resource: Resource, nodes: &[&str]| {
+        let Resource::EndpointSet(mut set) = resource else { panic!("endpoints") };
+        set.endpoints.iter_mut().zip(nodes).for_each(|(e, n)| (*n).clone_into(&mut e.node));
+        Resource::EndpointSet(set)
+    };
+    let both = |distribution, policy| {
+        changed(service("web", "10.96.0.1", Protocol::Tcp), |s| {
+            s.virtual_ips.push("fd00:96::1".parse().expect("address"));
+            s.external_ips = vec!["192.0.2.1".parse().expect("address"), "2001:db8::1".parse().expect("address")];
+            s.ports[0].node_port = Some(30_080);
+            (s.distribution, s.internal_policy) = (distribution, policy);
+        })
+    };
+    // The pod on n1 is of a time when its node had but one range.
+    let set = || {
+        let list = [("10.244.1.1", true), ("10.244.2.1", true), ("fd00:2::1", true)];
+        place(endpoints("web", Protocol::Tcp, &list), &["n1", "n2", "n2"])
+    };
+    use sluice_model::{Distribution, InternalPolicy};
+    let (all, near, far): (&[&str], &[&str], &[&str]) =
+        (&["10.244.1.1:8080", "10.244.2.1:8080"], &["10.244.1.1:8080"], &["fd00:2::1:8080"]);
+    for (distribution, policy, v4, v6) in [
+        (Distribution::Even, InternalPolicy::Cluster, all, far),
+        (Distribution::SameNode, InternalPolicy::Cluster, near, far),
+        (Distribution::Even, InternalPolicy::Local, near, &[]),
+    ] {
+        let c = compile(&Snapshot::new(Revision(1), [both(distribution, policy), set()]), "n1", None);
+        for (vip, want) in [("10.96.0.1", v4), ("fd00:96::1", v6), ("192.0.2.1", v4), ("2001:db8::1", v6)] {
+            let found: Vec<String> = groups(&c, vip).into_iter().flat_map(|(_, targets)| targets).collect();
+            assert_eq!(found, want, "{vip} {distribution:?} {policy:?}");
+        }
+        let node_ports = c.services.keys().filter(|key| u16::from_be(key.port_be) == 30_080).count();
+        assert_eq!(node_ports, 2, "one of each family");
+    }
+    let six = changed(service("web", "fd00:96::1", Protocol::Tcp), |s| s.ports[0].node_port = Some(30_080));
+    let c = compile(&Snapshot::new(Revision(1), [six, set()]), "n1", None);
+    assert!(
+        c.services.keys().all(|key| crate::ip(key.addr).is_ipv6()),
+        "a service of one family is nothing of the other"
+    );
+}
+
+#[test]
+fn each_family_has_its_own_resolver() {
+    let dns = [("10.96.0.10", "169.254.1.1:53"), ("fd00:96::a", "[fd00::53]:53")]
+        .map(|(vip, server)| DnsOverlay { vip: vip.parse().expect("vip"), server: server.parse().expect("server") });
+    let c = compile(&Snapshot::default(), "n1", dns);
+    for overlay in dns {
+        let entry = &c.services[&key(overlay.vip, 53, Protocol::Udp)];
+        assert_eq!(crate::ip(entry.groups[0].targets[0].addr), overlay.server.ip());
+    }
+    assert_eq!(c.services.len(), 4);
+}
+
+#[test]
 fn pods_of_this_node_carry_mesh_and_excluded_ports() {
     let identity: Identity = "spiffe://cluster.local/ns/shop/sa/web".parse().expect("identity");
     let pod = |n: &str, node: &str| {

@@ -182,6 +182,16 @@ pub struct EndpointSet {
 }
 
 impl EndpointSet {
+    /// The endpoints of one family.
+    pub fn of_family(&self, v4: bool) -> Cow<'_, Self> {
+        let of = |e: &&Endpoint| e.address.is_ipv4() == v4;
+        if self.endpoints.iter().all(|e| of(&e)) {
+            return Cow::Borrowed(self);
+        }
+        let endpoints = self.endpoints.iter().filter(of).cloned().collect();
+        Cow::Owned(Self { name: self.name.clone(), endpoints })
+    }
+
     /// The set as callers at `place` may use it: those that they may not, or need not, are not ready.
     pub fn seen_from(&self, service: &Service, place: Place<'_>) -> Cow<'_, Self> {
         let near = |e: &Endpoint| !place.node.is_empty() && e.node == place.node;

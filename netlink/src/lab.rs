@@ -43,6 +43,13 @@ fn address_up(c: &mut Connection, link: u32, address: IpAddr, len: u8) -> Result
     kernel::apply(c, &[Operation::AddAddress(Address { link, prefix }), Operation::SetUp(link)])
 }
 
+/// A further address of a link in `machine`.
+pub fn address(machine: &Netns, name: &str, address: IpAddr, len: u8) -> Result<()> {
+    let mut c = Connection::open_in(machine)?;
+    let link = index(&mut c, name)?;
+    address_up(&mut c, link, address, len)
+}
+
 /// A bridge with an address in `machine`.
 pub fn bridge(machine: &Netns, name: &str, address: IpAddr, len: u8) -> Result<()> {
     let mut c = Connection::open_in(machine)?;

@@ -23,11 +23,19 @@ pub const PROTOCOL_NODE: u8 = 93;
 /// The gateway of every pod, answered by the node.
 pub const GATEWAY4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// Where the node serves its pods over IPv6: to be connected to, a link-local address would need its link named. Of all
+/// nodes the same, like the gateways, and announced to nobody.
+pub const SERVER6: Ipv6Addr = Ipv6Addr::new(0xfd73, 0x6c75, 0x6963, 0xfffe, 0, 0, 0, 0x53);
 /// Hardware address of the node's end of every pod link: pods need not ask for it.
 pub const GATEWAY_MAC: [u8; 6] = [0x02, 0x5c, 0x00, 0x00, 0x00, 0x01];
 
 pub fn gateway(v4: bool) -> IpAddr {
     if v4 { GATEWAY4.into() } else { GATEWAY6.into() }
+}
+
+/// Where the node's own servers for pods listen.
+pub fn server(v4: bool) -> IpAddr {
+    if v4 { GATEWAY4.into() } else { SERVER6.into() }
 }
 
 /// An address range.

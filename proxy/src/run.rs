@@ -17,7 +17,7 @@ use sluice_model::Name;
 use sluice_wire::{handover::Role, v1::WorkloadRef};
 use std::{
     io,
-    net::{SocketAddr, TcpListener},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::OwnedFd,
     sync::Arc,
     thread::JoinHandle,
@@ -67,12 +67,20 @@ pub struct Running {
     pub inbound: Vec<SocketAddr>,
 }
 
+/// Where everybody reaches it; of IPv4 alone on a machine without IPv6.
+fn listen_admin(address: SocketAddr) -> io::Result<TcpListener> {
+    match TcpListener::bind(address) {
+        Err(_) if address.ip() == Ipv6Addr::UNSPECIFIED => TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())),
+        other => other,
+    }
+}
+
 impl Running {
     /// Starts all threads. Traffic is served from here on; whether all is there, [`Status`] says.
     pub fn start(settings: Settings) -> anyhow::Result<Self> {
         let workers = settings.workers.clamp(1, sluice_wire::handover::MAX_LISTENERS / 4);
         let listening = Listening::open(&settings.listen, workers)?;
-        let admin = TcpListener::bind(settings.admin).with_context(|| format!("listen at {}", settings.admin))?;
+        let admin = listen_admin(settings.admin).with_context(|| format!("listen at {}", settings.admin))?;
         admin.set_nonblocking(true)?;
         let admin_address = admin.local_addr()?;
         let (config, config_seen) = watch::channel(Arc::<Config>::default());

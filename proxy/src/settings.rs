@@ -12,7 +12,7 @@ use rustls::pki_types::{PrivateKeyDer, pem::PemObject};
 use sluice_model::Snapshot;
 use sluice_wire::{DISCOVERY_SOCKET, SIDECAR_ADMIN_PORT, SIDECAR_INBOUND_PORT, SIDECAR_OUTBOUND_PORT, handover, v1};
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -32,8 +32,8 @@ pub struct Args {
     /// Threads that serve traffic; 0: as the CPU limit, rounded up, and 1 without limit
     #[arg(long, env = "SLUICE_WORKERS", default_value_t = 0)]
     pub workers: usize,
-    /// Address of /ready, /metrics and /config
-    #[arg(long, env = "SLUICE_ADMIN", default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, SIDECAR_ADMIN_PORT)))]
+    /// Address of /ready, /metrics and /config; `[::]` is every address, of IPv4 too
+    #[arg(long, env = "SLUICE_ADMIN", default_value_t = SocketAddr::from((Ipv6Addr::UNSPECIFIED, SIDECAR_ADMIN_PORT)))]
     pub admin: SocketAddr,
     /// Abstract unix socket of the agent
     #[arg(long, env = "SLUICE_DISCOVERY", default_value = DISCOVERY_SOCKET)]

@@ -38,19 +38,23 @@ fn text(out: &Output) -> String {
 
 impl Cluster {
     pub fn start() -> Result<Self> {
+        Self::start_with("test", &["--nodes=3"])
+    }
+
+    /// With these further arguments of `sluice up`.
+    pub fn start_with(name: &str, args: &[&str]) -> Result<Self> {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let c = Self { name: format!("test-{}", std::process::id()), bin: bin(), programs_before: programs() };
-        eprintln!("starting a cluster of three nodes (cluster {})", c.name);
-        let args = [
+        let c = Self { name: format!("{name}-{}", std::process::id()), bin: bin(), programs_before: programs() };
+        eprintln!("starting cluster {}: {}", c.name, args.join(" "));
+        let always = [
             "up",
-            "--nodes=3",
             "--no-examples",
             "--no-kubeconfig",
             "--control-arg=--node-monitor-grace-s=8",
             "--control-arg=--eviction-s=5",
             "--agent-arg=--heartbeat-s=2",
         ];
-        let out = c.sluice(&args).arg(format!("--api-port={port}")).output()?;
+        let out = c.sluice(&always).args(args).arg(format!("--api-port={port}")).output()?;
         if !out.status.success() {
             let logs = c.logs();
             let _ = c.stop();

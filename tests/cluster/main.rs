@@ -6,6 +6,7 @@ mod check;
 mod cluster;
 mod deploy;
 mod failures;
+mod families;
 mod firewalls;
 mod load;
 mod losses;
@@ -31,6 +32,9 @@ const TESTS: &[(&str, Test)] = &[
     ("check_walks_the_paths", check::check_walks_the_paths),
     ("install_waits_for_the_plugin", check::install_waits_for_the_plugin),
     ("kernel_state_is_put_right", network::kernel_state_is_put_right),
+    ("services_of_both_families", families::services_of_both_families),
+    ("meshed_pods_speak_ipv6", families::meshed_pods_speak_ipv6),
+    ("ipv6_alone", families::ipv6_alone),
     ("rolling_update_loses_nothing", canary::rolling_update_loses_nothing),
     ("canary_split_is_exact", canary::canary_split_is_exact),
     ("canary_shifts_under_load", canary::canary_shifts_under_load),

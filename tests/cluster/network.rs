@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
 /// A pod that runs a script and says what it saw.
-fn script(c: &Cluster, namespace: &str, name: &str, script: &str) -> Result<String> {
+pub fn script(c: &Cluster, namespace: &str, name: &str, script: &str) -> Result<String> {
     script_on(c, None, namespace, name, script)
 }
 
 /// The same on a node.
-fn script_on(c: &Cluster, node: Option<&str>, namespace: &str, name: &str, script: &str) -> Result<String> {
+pub fn script_on(c: &Cluster, node: Option<&str>, namespace: &str, name: &str, script: &str) -> Result<String> {
     c.apply(&[json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace},
         "spec": {"restartPolicy": "Never", "nodeName": node, "containers": [{

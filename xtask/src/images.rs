@@ -57,7 +57,9 @@ fn nginx() -> Result<Image> {
     image
         .labels
         .insert("org.opencontainers.image.description".into(), format!("stand-in for nginx:1.14.2, is {version}"));
-    image.file("etc/nginx/nginx.conf", CONF.as_bytes(), 0o644);
+    // A listener of IPv6 would end nginx on a machine without it.
+    let v6 = if Path::new("/proc/net/if_inet6").exists() { "listen [::]:80;" } else { "" };
+    image.file("etc/nginx/nginx.conf", CONF.replace("LISTEN6", v6).as_bytes(), 0o644);
     image.file("usr/share/nginx/html/index.html", b"<!doctype html><title>nginx</title><h1>It works</h1>\n", 0o644);
     for dir in ["var/log/nginx", "var/lib/nginx", "var/cache/nginx"] {
         image.dir(dir, 0o755);
@@ -76,7 +78,7 @@ http {
     access_log off;
     types { text/html html; }
     server {
-        listen 80;
+        listen 80; LISTEN6
         root /usr/share/nginx/html;
     }
 }

@@ -9,7 +9,7 @@ use sluice_netlink::{
     Connection, Error,
     between::{self, LINKS, Mode},
     kernel, link,
-    plan::{Operation, PROTOCOL_NODE, Prefix, State, host_state, node_state},
+    plan::{Address, LO, Operation, PROTOCOL_NODE, Prefix, SERVER6, State, host_state, node_state},
     sysctl,
 };
 use std::collections::HashMap;
@@ -21,6 +21,8 @@ const DEFAULT_MTU: u32 = 1500;
 pub(super) struct Wires {
     connection: Connection,
     mode: Mode,
+    /// Pods ask this node over IPv6 too.
+    serves6: bool,
     own: between::Node,
     others: Vec<between::Node>,
     /// Routes and links that nobody wants are removed only once a snapshot has said which are wanted.
@@ -29,10 +31,10 @@ pub(super) struct Wires {
 }
 
 impl Wires {
-    /// Opens in the calling thread's namespace and gives the node the pods' gateway address.
-    pub(super) fn open(mode: Mode) -> Result<Self, Error> {
+    /// Opens in the calling thread's namespace and gives the node the addresses at which it serves its pods.
+    pub(super) fn open(mode: Mode, serves6: bool) -> Result<Self, Error> {
         let (connection, own, others) = (Connection::open()?, between::Node::default(), Vec::new());
-        let mut wires = Self { connection, mode, own, others, told: false, mtu: watch::Sender::new(None) };
+        let mut wires = Self { connection, mode, serves6, own, others, told: false, mtu: watch::Sender::new(None) };
         wires.ensure_settings()?;
         wires.reconcile(&[])?;
         Ok(wires)
@@ -77,6 +79,7 @@ impl Wires {
         let pods = self.pods(leases)?;
         if !self.told {
             let mut wanted = node_state(&[], &[]);
+            wanted.addresses.extend(server6(self.serves6));
             wanted.merge(pods);
             return kernel::reconcile(&mut self.connection, &wanted, None);
         }
@@ -85,6 +88,7 @@ impl Wires {
         let links = between::links(&self.own, &ways, &devices);
         let wanted = |indexes: &_| {
             let mut wanted = node_state(&self.own.ranges, &ways.native);
+            wanted.addresses.extend(server6(self.serves6));
             wanted.merge(between::state(&self.own, &ways, &links, indexes));
             wanted.merge(pods);
             wanted
@@ -114,6 +118,10 @@ impl Wires {
         }
         Ok(wanted)
     }
+}
+
+fn server6(serves: bool) -> Option<Address> {
+    serves.then(|| Address { link: LO, prefix: Prefix::host(SERVER6.into()) })
 }
 
 /// PURE: this node and the others, as far as their pod ranges can be read.

@@ -6,7 +6,10 @@ use k8s_openapi::{
     api::core::v1::{Container, Pod, PodSecurityContext, PodSpec, SecurityContext, VolumeMount},
     apimachinery::pkg::api::resource::Quantity,
 };
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
 
 pub const LABEL_NAME: &str = "io.kubernetes.pod.name";
 pub const LABEL_NAMESPACE: &str = "io.kubernetes.pod.namespace";
@@ -17,7 +20,8 @@ pub const LABEL_CONTAINER: &str = "io.kubernetes.container.name";
 #[derive(Clone, Debug)]
 pub struct Node {
     pub name: String,
-    pub host_ip: String,
+    /// At most one per family, the preferred one first.
+    pub host_ips: Vec<IpAddr>,
     pub cluster_dns: Option<String>,
     pub cluster_domain: String,
     /// Folder of the pods' logs.
@@ -385,7 +389,8 @@ fn field(pod: &Pod, spec: &PodSpec, path: &str, ctx: &ContainerContext<'_>) -> O
         "spec.serviceAccountName" => spec.service_account_name.clone().unwrap_or_else(|| "default".to_owned()),
         "status.podIP" => ctx.pod_ips.first().cloned().unwrap_or_default(),
         "status.podIPs" => ctx.pod_ips.join(","),
-        "status.hostIP" | "status.hostIPs" => ctx.node.host_ip.clone(),
+        "status.hostIP" => ctx.node.host_ips.first().map(ToString::to_string).unwrap_or_default(),
+        "status.hostIPs" => ctx.node.host_ips.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
         _ => return None,
     })
 }
@@ -566,7 +571,7 @@ mod tests {
     fn node() -> Node {
         Node {
             name: "n1".into(),
-            host_ip: "172.30.0.2".into(),
+            host_ips: vec!["172.30.0.2".parse().expect("an address"), "fd00::2".parse().expect("an address")],
             cluster_dns: Some("10.96.0.10".into()),
             cluster_domain: "cluster.local".into(),
             log_dir: "/logs".into(),

@@ -35,6 +35,7 @@ const PULL_LIMIT: Duration = Duration::from_secs(1800);
 pub struct Cri {
     runtime: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
+    v4_first: bool,
 }
 
 /// An image, and as whom its programs run unless the pod says otherwise.
@@ -57,7 +58,8 @@ impl Image {
 
 impl Cri {
     /// Lazily: the runtime may start after the agent, and come back after a crash.
-    pub fn new(socket: PathBuf) -> Result<Self> {
+    /// `v4_first`: of a pod's addresses, that of IPv4 is its first.
+    pub fn new(socket: PathBuf, v4_first: bool) -> Result<Self> {
         let at = socket.display().to_string();
         let connect = |source| CriError::Connect { socket: at.clone(), source };
         let channel = Endpoint::try_from("http://cri").map_err(connect)?.connect_with_connector_lazy(
@@ -70,6 +72,7 @@ impl Cri {
         Ok(Self {
             runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(limit),
             images: ImageServiceClient::new(channel).max_decoding_message_size(limit),
+            v4_first,
         })
     }
 
@@ -165,7 +168,10 @@ impl Cri {
             self.runtime.clone().pod_sandbox_status(limited(req)).await.map_err(CriError::call("PodSandboxStatus"))?;
         let n = r.into_inner().status.unwrap_or_default().network.unwrap_or_default();
         let all = std::iter::once(n.ip).chain(n.additional_ips.into_iter().map(|p| p.ip));
-        Ok(all.filter_map(|ip| ip.parse().ok()).collect())
+        let mut all: Vec<std::net::IpAddr> = all.filter_map(|ip| ip.parse().ok()).collect();
+        // The runtime has an order of its own; the cluster's is that of the node's addresses, as in Kubernetes.
+        all.sort_by_key(|ip| ip.is_ipv4() != self.v4_first);
+        Ok(all)
     }
 
     pub async fn run_sandbox(&self, config: cri::PodSandboxConfig) -> Result<String> {

@@ -128,7 +128,7 @@ impl Probes {
 pub fn target(pod: &Pod, c: &Container, id: &str, seen: &Seen, deps: &Deps) -> Option<Target> {
     let host_network = pod.spec.as_ref()?.host_network == Some(true);
     let (ip, uid) = if host_network {
-        (deps.node.host_ip.parse().ok()?, None)
+        (*deps.node.host_ips.first()?, None)
     } else {
         (*seen.sandbox()?.ips.first()?, Some(convert::uid(pod).to_owned()))
     };

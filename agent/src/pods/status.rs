@@ -10,7 +10,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::Time,
     jiff::Timestamp,
 };
-use std::collections::HashMap;
+use std::{collections::HashMap, net::IpAddr};
 
 /// Why a container could not be started, by container name: reason and message.
 pub type Waiting = HashMap<String, (String, String)>;
@@ -22,7 +22,8 @@ pub struct Context<'a> {
     pub waiting: &'a Waiting,
     /// The sandbox could not be made: why.
     pub sandbox_error: Option<&'a str>,
-    pub host_ip: &'a str,
+    /// Of the node: at most one per family, the preferred one first.
+    pub host_ips: &'a [IpAddr],
     pub now: Nanos,
 }
 
@@ -37,7 +38,7 @@ pub fn status(pod: &Pod, c: &Context<'_>) -> PodStatus {
     let spec = pod.spec.clone().unwrap_or_default();
     let host_network = spec.host_network == Some(true);
     let ips: Vec<String> = match c.seen.sandbox() {
-        Some(_) if host_network => vec![c.host_ip.to_owned()],
+        Some(_) if host_network => c.host_ips.iter().map(ToString::to_string).collect(),
         Some(s) => s.ips.iter().map(ToString::to_string).collect(),
         None => old.pod_ips.iter().flatten().map(|p| p.ip.clone()).collect(),
     };
@@ -50,8 +51,8 @@ pub fn status(pod: &Pod, c: &Context<'_>) -> PodStatus {
     PodStatus {
         phase: Some(phase.clone()),
         conditions: Some(conditions(&old, c, initialized, &unready, &phase, deleted)),
-        host_ip: Some(c.host_ip.to_owned()),
-        host_ips: Some(vec![HostIP { ip: c.host_ip.to_owned() }]),
+        host_ip: c.host_ips.first().map(ToString::to_string),
+        host_ips: Some(c.host_ips.iter().map(|ip| HostIP { ip: ip.to_string() }).collect()),
         pod_ip: ips.first().cloned(),
         pod_ips: Some(ips.into_iter().map(|ip| PodIP { ip }).collect()).filter(|v: &Vec<_>| !v.is_empty()),
         start_time: old.start_time.or_else(|| Some(time(c.now))),
@@ -303,7 +304,7 @@ mod tests {
             backoff: &Backoff::default(),
             waiting: &Waiting::new(),
             sandbox_error: None,
-            host_ip: "172.30.0.2",
+            host_ips: &["172.30.0.2".parse().expect("an address"), "fd00::2".parse().expect("an address")],
             now: 9 * S,
         };
         status(&pod, &c)
@@ -327,6 +328,8 @@ mod tests {
             let s = of(spec(policy), &seen(containers));
             assert_eq!((s.phase.as_deref(), ready(&s)), (Some(phase), is_ready), "{policy}");
             assert_eq!(s.pod_ip.as_deref(), Some("10.244.1.5"));
+            let hosts: Vec<&str> = s.host_ips.iter().flatten().map(|host| host.ip.as_str()).collect();
+            assert_eq!((s.host_ip.as_deref(), hosts), (Some("172.30.0.2"), vec!["172.30.0.2", "fd00::2"]));
         }
     }
 

@@ -270,7 +270,7 @@ impl Worker {
             backoff: &self.backoff,
             waiting: &self.waiting,
             sandbox_error: self.sandbox_error.as_deref(),
-            host_ip: &self.deps.node.host_ip,
+            host_ips: &self.deps.node.host_ips,
             now: now(),
         };
         let status = status::status(&self.pod, &context);
@@ -361,7 +361,10 @@ impl Worker {
         let host_paths = self.deps.dirs.set_up(&self.pod, &refs)?;
         let image = self.image(&c).await?;
         convert::may_run(&spec, &c, image.user())?;
-        let pod_ips: Vec<String> = sandbox.ips.iter().map(ToString::to_string).collect();
+        let pod_ips: Vec<String> = match spec.host_network {
+            Some(true) => self.deps.node.host_ips.iter().map(ToString::to_string).collect(),
+            _ => sandbox.ips.iter().map(ToString::to_string).collect(),
+        };
         let sub_path = |i: usize, m: &VolumeMount, sub: &str| {
             let volume = host_paths.get(&m.name).map(String::as_str).unwrap_or_default();
             let uid = convert::uid(&self.pod);

@@ -1,7 +1,7 @@
 //! What a sidecar may know: its own workload and policy, and of each destination that it dialled what the address
 //! means, the service, its routes, and the services and endpoints those name. PURE.
 
-use sluice_model::{Delta, Kind, Name, Place, Resource, ResourceKey, Snapshot};
+use sluice_model::{Delta, Endpoint, EndpointSet, Kind, Name, Place, Resource, ResourceKey, Service, Snapshot};
 use sluice_traffic::resolve::{Resolved, resolve};
 use sluice_wire::{
     CHUNK_RESOURCES,
@@ -10,8 +10,8 @@ use sluice_wire::{
 };
 use std::{
     borrow::Cow,
-    collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    collections::{BTreeMap, BTreeSet, HashSet},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
@@ -96,10 +96,27 @@ fn seen_from(snapshot: &Snapshot, place: Place<'_>, resource: &Arc<Resource>) ->
     let (Resource::EndpointSet(set), Some(service)) = (resource.as_ref(), snapshot.service(resource.name())) else {
         return resource.clone();
     };
+    let set = once_per_pod(set, service);
+    let kept = matches!(set, Cow::Borrowed(_));
     match set.seen_from(service, place) {
-        Cow::Borrowed(_) => resource.clone(),
-        Cow::Owned(seen) => Arc::new(Resource::EndpointSet(seen)),
+        Cow::Borrowed(_) if kept => resource.clone(),
+        seen => Arc::new(Resource::EndpointSet(seen.into_owned())),
     }
+}
+
+/// A sidecar may go on by another family than the one that was dialled: a pod that has both is one endpoint to it, by its
+/// address of the service's first family.
+fn once_per_pod<'s>(set: &'s EndpointSet, service: &Service) -> Cow<'s, EndpointSet> {
+    let Some(v4) = service.virtual_ips.first().map(IpAddr::is_ipv4) else { return Cow::Borrowed(set) };
+    let (first, second): (Vec<_>, Vec<_>) = set.endpoints.iter().partition(|e| e.address.is_ipv4() == v4);
+    let pods: HashSet<&Name> = first.iter().filter_map(|e| e.workload.as_ref()).collect();
+    let again = |e: &&Endpoint| e.workload.as_ref().is_some_and(|pod| pods.contains(pod));
+    if !second.iter().any(again) {
+        return Cow::Borrowed(set);
+    }
+    let rest = second.into_iter().filter(|e| !again(e));
+    let endpoints = first.iter().copied().chain(rest).cloned().collect();
+    Cow::Owned(EndpointSet { name: set.name.clone(), endpoints })
 }
 
 fn resolution_to_wire(d: SocketAddr, r: &Resolved) -> v1::Resolution {
@@ -195,6 +212,34 @@ pub(super) mod tests {
         );
         assert_eq!(web.routes(), [Name::new("shop", "web-route")]);
         assert_eq!(keys(&scope(&s, &["10.96.0.3:80"])).len(), 3);
+    }
+
+    #[test]
+    fn a_pod_of_both_families_is_one_endpoint() {
+        let endpoint = |(address, pod): (&str, Option<&str>)| Endpoint {
+            address: address.parse().expect("address"),
+            ready: true,
+            draining: false,
+            node: String::new(),
+            zone: String::new(),
+            workload: pod.map(|pod| Name::new("shop", pod)),
+            hostname: None,
+            mesh: Mesh::Plain,
+            ports: vec![],
+        };
+        let list = [("10.244.1.1", Some("a")), ("fd00::1", Some("a")), ("fd00::2", Some("b")), ("fd00::3", None)];
+        for (vips, want) in [
+            (&["10.96.0.1", "fd00:96::1"][..], &["10.244.1.1", "fd00::2", "fd00::3"][..]),
+            (&["fd00:96::1", "10.96.0.1"], &["fd00::1", "fd00::2", "fd00::3"]),
+            (&[], &["10.244.1.1", "fd00::1", "fd00::2", "fd00::3"]),
+        ] {
+            let virtual_ips = vips.iter().map(|ip| ip.parse().expect("address")).collect();
+            let service = Service { virtual_ips, ..Service::default() };
+            let set = EndpointSet { name: Name::new("shop", "web"), endpoints: list.map(endpoint).to_vec() };
+            let seen: Vec<String> =
+                once_per_pod(&set, &service).endpoints.iter().map(|e| e.address.to_string()).collect();
+            assert_eq!(seen, want, "{vips:?}");
+        }
     }
 
     #[test]

@@ -59,7 +59,7 @@ fn agent() {
         bpffs: "/sys/fs/bpf".into(),
         cgroup: None,
         node: NODE.into(),
-        dns: Some("10.96.0.10".parse().expect("address")),
+        dns: vec!["10.96.0.10".parse().expect("address")],
         masquerade: true,
         clsact: std::env::var_os(CLSACT).is_some(),
         xdp: std::env::var_os(XDP).is_some(),

@@ -1,15 +1,17 @@
 //! Addresses and ports that services hold: chosen once, reserved in the same transaction that writes the service, so
 //! that no two services ever have the same one, whatever crashes when.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use rand::Rng;
 use serde_json::{Value, json};
 
+use super::families;
 use super::kinds::Kind;
 use super::services::{wants_health_check, wants_node_ports};
 use super::status::{ApiError, Invalid};
 use super::value::{list, name, number, text};
+use crate::range::{Cidr, Family, Ranges};
 use crate::store::{Op, Store, Txn};
 
 /// Ports of nodes that services are given.
@@ -19,51 +21,10 @@ const TRIES: usize = 64;
 const OUT_OF_RANGE: &str = "provided port is not in the valid range. The range of valid ports is 30000-32767";
 const ALLOCATED: &str = "provided port is already allocated";
 
-/// An IPv4 range.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cidr {
-    base: u32,
-    prefix: u8,
-}
-
-impl Cidr {
-    /// Number of addresses.
-    pub fn size(&self) -> u32 {
-        1_u32.checked_shl(32 - u32::from(self.prefix)).unwrap_or(u32::MAX)
-    }
-
-    /// The n-th address.
-    pub fn nth(&self, n: u32) -> Ipv4Addr {
-        Ipv4Addr::from(self.base.wrapping_add(n))
-    }
-
-    /// Whether the address is in the range.
-    pub fn contains(&self, address: Ipv4Addr) -> bool {
-        u32::from(address).wrapping_sub(self.base) < self.size()
-    }
-}
-
-impl std::str::FromStr for Cidr {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no IPv4 range such as 10.96.0.0/16");
-        let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
-        let address: Ipv4Addr = address.parse().map_err(|_| wrong())?;
-        let prefix: u8 = prefix.parse().ok().filter(|p| (8..=30).contains(p)).ok_or_else(wrong)?;
-        let base = u32::from(address) & (u32::MAX << (32 - u32::from(prefix)));
-        Ok(Cidr { base, prefix })
-    }
-}
-
-impl std::fmt::Display for Cidr {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", Ipv4Addr::from(self.base), self.prefix)
-    }
-}
-
+/// However the address is written, it is one.
 fn address_key(address: &str) -> String {
-    format!("/allocations/cluster-ips/{address}")
+    let one = address.parse::<IpAddr>().map_or_else(|_| address.to_owned(), |ip| ip.to_string());
+    format!("/allocations/cluster-ips/{one}")
 }
 
 fn port_key(port: i64, protocol: &str) -> String {
@@ -72,11 +33,8 @@ fn port_key(port: i64, protocol: &str) -> String {
 
 /// Keys that a service as it is must hold.
 fn held(service: &Value) -> Vec<String> {
-    let mut keys = Vec::new();
-    let address = text(service, "spec.clusterIP");
-    if !matches!(address, "" | "None") {
-        keys.push(address_key(address));
-    }
+    let given = families::addresses(service).into_iter().filter(|address| !matches!(*address, "" | "None"));
+    let mut keys: Vec<String> = given.map(address_key).collect();
     for port in list(service, "spec.ports").iter().filter(|port| number(port, "nodePort") != 0) {
         let key = port_key(number(port, "nodePort"), text(port, "protocol"));
         if !keys.contains(&key) {
@@ -98,17 +56,25 @@ fn health_check_key(service: &Value) -> String {
 pub async fn reserve(
     store: &dyn Store,
     kind: &Kind,
-    range: Cidr,
+    ranges: &Ranges,
     old: Option<&Value>,
     new: Option<&mut Value>,
     mut txn: Txn,
 ) -> Result<Txn, ApiError> {
+    // What nobody changes holds what it holds, whatever ranges the cluster has by now.
+    if old.zip(new.as_deref()).is_some_and(|(old, new)| old["spec"] == new["spec"]) {
+        return Ok(txn);
+    }
     let before = old.map(held).unwrap_or_default();
     let mut after = Vec::new();
     if let Some(service) = new {
         normalize(service);
-        fill(store, range, &before, service).await?;
-        check_range(kind, range, service)?;
+        let errors = families::settle(service, old, ranges);
+        if !errors.is_empty() {
+            return Err(ApiError::invalid(kind, name(service), &errors));
+        }
+        fill(store, ranges, &before, service).await?;
+        check_range(kind, ranges, service)?;
         after = held(service);
         for key in after.iter().filter(|key| !before.contains(key)) {
             if store.get(key).await?.is_some() {
@@ -139,13 +105,14 @@ fn normalize(service: &mut Value) {
     }
 }
 
-async fn fill(store: &dyn Store, range: Cidr, before: &[String], service: &mut Value) -> Result<(), ApiError> {
-    let kind = text(service, "spec.type").to_owned();
-    if kind != "ExternalName" {
-        if text(service, "spec.clusterIP").is_empty() {
-            service["spec"]["clusterIP"] = json!(free_address(store, range).await?);
+async fn fill(store: &dyn Store, ranges: &Ranges, before: &[String], service: &mut Value) -> Result<(), ApiError> {
+    if text(service, "spec.type") != "ExternalName" && text(service, "spec.clusterIP") != "None" {
+        let mut given: Vec<String> = families::addresses(service).into_iter().map(str::to_owned).collect();
+        for range in families::families(service).into_iter().skip(given.len()).filter_map(|family| ranges.of(family)) {
+            given.push(free_address(store, range).await?);
         }
-        service["spec"]["clusterIPs"] = json!([service["spec"]["clusterIP"]]);
+        service["spec"]["clusterIP"] = json!(given.first());
+        service["spec"]["clusterIPs"] = json!(given);
     }
     if wants_node_ports(service) {
         let count = list(service, "spec.ports").len();
@@ -180,7 +147,7 @@ async fn free_address(store: &dyn Store, range: Cidr) -> Result<String, ApiError
             return Ok(candidate);
         }
     }
-    Err(ApiError::internal("failed to allocate a serviceIP: range is full"))
+    Err(ApiError::internal(format!("failed to allocate a serviceIP: range {range} is full")))
 }
 
 async fn free_port(store: &dyn Store, before: &[String], used: &[i64], protocol: &str) -> Result<u16, ApiError> {
@@ -194,23 +161,19 @@ async fn free_port(store: &dyn Store, before: &[String], used: &[i64], protocol:
     Err(ApiError::internal("failed to allocate a nodePort: range is full"))
 }
 
-fn check_range(kind: &Kind, range: Cidr, service: &Value) -> Result<(), ApiError> {
-    let address = text(service, "spec.clusterIP");
+fn check_range(kind: &Kind, ranges: &Ranges, service: &Value) -> Result<(), ApiError> {
     let mut errors = Vec::new();
-    if !matches!(address, "" | "None") {
-        match address.parse::<Ipv4Addr>() {
-            Ok(parsed) if range.contains(parsed) => {}
-            Ok(_) => {
-                let detail = format!(
-                    "failed to allocate IP {address}: the provided IP ({address}) is not in the valid range. The range \
-                     of valid IPs is {range}"
-                );
-                errors.push(Invalid::value("spec.clusterIPs", &json!([address]), &detail));
-            }
-            Err(_) => {
-                let detail = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)";
-                errors.push(Invalid::value("spec.clusterIPs[0]", &json!(address), detail));
-            }
+    let given = families::addresses(service);
+    for address in given.iter().filter(|address| !matches!(**address, "" | "None")) {
+        let ip = address.parse::<IpAddr>().ok();
+        let range = ip.and_then(|ip| ranges.of(Family::of(ip)));
+        if !range.is_some_and(|range| ip.is_some_and(|ip| range.contains(ip))) {
+            let valid = range.map_or_else(|| ranges.to_string(), |range| range.to_string());
+            let detail = format!(
+                "failed to allocate IP {address}: the provided IP ({address}) is not in the valid range. The range of \
+                 valid IPs is {valid}"
+            );
+            errors.push(Invalid::value("spec.clusterIPs", &json!(given), &detail));
         }
     }
     let outside = |port: i64| port != 0 && !u16::try_from(port).is_ok_and(|p| NODE_PORTS.contains(&p));
@@ -249,20 +212,4 @@ fn taken(kind: &Kind, service: &Value, key: &str) -> ApiError {
         }
     };
     ApiError::invalid(kind, name(service), &[error])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranges() {
-        let range: Cidr = "10.96.0.0/16".parse().expect("a range");
-        assert_eq!(range.nth(10), Ipv4Addr::new(10, 96, 0, 10));
-        assert!(range.contains(Ipv4Addr::new(10, 96, 255, 255)));
-        assert!(!range.contains(Ipv4Addr::new(10, 97, 0, 0)));
-        for text in ["10.96.0.0", "x/16", "10.0.0.0/31", "10.0.0.0/0"] {
-            assert!(text.parse::<Cidr>().is_err(), "{text}");
-        }
-    }
 }

@@ -6,6 +6,7 @@
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
+use super::families::addresses;
 use super::value::{age, at, condition, list, name, number, seconds_since, text};
 
 /// One column.
@@ -78,13 +79,14 @@ pub fn pod(pod: &Value, now: Timestamp) -> Vec<Value> {
         None => restarts.to_string(),
     };
     let or_none = |path: &str| json!(if text(pod, path).is_empty() { "<none>" } else { text(pod, path) });
+    let ips: Vec<&str> = list(pod, "status.podIPs").iter().map(|address| text(address, "ip")).collect();
     vec![
         json!(name(pod)),
         json!(format!("{ready}/{total}")),
         json!(pod_reason(pod, &sidecar)),
         json!(restarts),
         born(pod, now),
-        or_none("status.podIP"),
+        if ips.len() > 1 { json!(ips.join(",")) } else { or_none("status.podIP") },
         or_none("spec.nodeName"),
         or_none("status.nominatedNodeName"),
         json!("<none>"),
@@ -226,9 +228,9 @@ pub fn service(object: &Value, now: Timestamp) -> Vec<Value> {
     };
     let ports: Vec<String> = list(object, "spec.ports").iter().map(port).collect();
     let ports = if ports.is_empty() { "<none>".to_owned() } else { ports.join(",") };
-    let address = if kind == "ExternalName" { "<none>" } else { text(object, "spec.clusterIP") };
+    let address = if kind == "ExternalName" { String::new() } else { addresses(object).join(",") };
     let selector = labels_text(object["spec"]["selector"].as_object().unwrap_or(&Map::new()));
-    let cells = [name(object), kind, if address.is_empty() { "<none>" } else { address }, &external, &ports];
+    let cells = [name(object), kind, if address.is_empty() { "<none>" } else { &address }, &external, &ports];
     cells.iter().map(|c| json!(c)).chain([born(object, now), json!(selector)]).collect()
 }
 

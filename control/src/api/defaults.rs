@@ -185,7 +185,7 @@ fn qos_class(spec: &Value) -> &'static str {
     }
 }
 
-/// Services. The address is allocated elsewhere.
+/// Services. Families and addresses are given elsewhere.
 pub fn service(object: &mut Value) {
     let spec = &mut object["spec"];
     default(spec, "type", "ClusterIP");
@@ -198,8 +198,6 @@ pub fn service(object: &mut Value) {
     let spec = &mut object["spec"];
     if kind != "ExternalName" {
         default(spec, "internalTrafficPolicy", "Cluster");
-        default(spec, "ipFamilies", json!(["IPv4"]));
-        default(spec, "ipFamilyPolicy", "SingleStack");
     }
     if outside {
         default(spec, "externalTrafficPolicy", "Cluster");

@@ -12,6 +12,7 @@ pub mod defaults;
 pub mod describe;
 pub mod events;
 pub mod extra;
+pub mod families;
 pub mod http;
 pub mod kinds;
 pub mod lists;

@@ -6,6 +6,7 @@
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 
+use super::families;
 use super::kinds::Kind;
 use super::schema::{Findings, decode};
 use super::services;
@@ -270,11 +271,7 @@ fn keep_metadata(new: &mut Value, old: &Value) {
 
 /// A replaced service keeps the addresses and ports it was given.
 fn keep_allocated(new: &mut Value, old: &Value) {
-    let kind = text(new, "spec.type").to_owned();
-    if kind != "ExternalName" && text(new, "spec.clusterIP").is_empty() && !text(old, "spec.clusterIP").is_empty() {
-        new["spec"]["clusterIP"] = old["spec"]["clusterIP"].clone();
-        new["spec"]["clusterIPs"] = old["spec"]["clusterIPs"].clone();
-    }
+    families::carry_over(new, old);
     let health_check = number(old, "spec.healthCheckNodePort");
     if services::wants_health_check(new) && number(new, "spec.healthCheckNodePort") == 0 && health_check != 0 {
         new["spec"]["healthCheckNodePort"] = json!(health_check);

@@ -10,7 +10,7 @@ use k8s_openapi::jiff::Timestamp;
 use rand::Rng;
 use serde_json::{Value, json};
 
-use super::addresses::{self, Cidr};
+use super::addresses;
 use super::apply::{self, Writer};
 use super::kinds::{self, Kind};
 use super::patch;
@@ -18,6 +18,7 @@ use super::prepare::{self, FieldValidation, Fresh, Origin};
 use super::selector::Selector;
 use super::status::ApiError;
 use super::value::{fields, list, name, namespace, number, rfc3339, text};
+use crate::range::Ranges;
 use crate::store::{KeyValue, ListQuery, Op, Store, Txn, TxnOutcome};
 
 /// Tries of a change that others keep overtaking.
@@ -133,14 +134,14 @@ type ChangeFn<'a> = dyn Fn(&Value) -> Result<(Value, Origin), ApiError> + Sync +
 /// The objects of the cluster.
 pub struct Registry {
     store: Arc<dyn Store>,
-    service_range: Cidr,
+    service_ranges: Ranges,
     pod_hook: Option<PodHook>,
 }
 
 impl Registry {
-    /// Over a store; services get addresses from `service_range`.
-    pub fn new(store: Arc<dyn Store>, service_range: Cidr, pod_hook: Option<PodHook>) -> Self {
-        Registry { store, service_range, pod_hook }
+    /// Over a store; services get addresses from `service_ranges`.
+    pub fn new(store: Arc<dyn Store>, service_ranges: Ranges, pod_hook: Option<PodHook>) -> Self {
+        Registry { store, service_ranges, pod_hook }
     }
 
     /// The store itself, for watching.
@@ -231,7 +232,8 @@ impl Registry {
                 if self.store.get(&key).await?.is_some() {
                     return Err(ApiError::already_exists(kind, name(&object)));
                 }
-                txn = addresses::reserve(&*self.store, kind, self.service_range, None, Some(&mut object), txn).await?;
+                txn =
+                    addresses::reserve(&*self.store, kind, &self.service_ranges, None, Some(&mut object), txn).await?;
             }
             if ctx.dry_run {
                 if self.store.get(&key).await?.is_some() {
@@ -405,7 +407,7 @@ impl Registry {
         if kind.plural != "services" {
             return Ok(txn);
         }
-        addresses::reserve(&*self.store, kind, self.service_range, old, new, txn).await
+        addresses::reserve(&*self.store, kind, &self.service_ranges, old, new, txn).await
     }
 
     /// Sets a pod's node, once. `fence` is the revision the caller decided on.

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::status::Invalid;
 use super::value::{at, fields, list, number, text};
 
-const NO_ADDRESS: &str = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)";
+pub(super) const NO_ADDRESS: &str = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)";
 const BALANCER_ONLY: &str = "may only be used when `spec.type` is 'LoadBalancer'";
 
 fn is_balancer(service: &Value) -> bool {

@@ -383,14 +383,7 @@ pub fn service(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
     }
     errors.extend(reach(new));
     errors.extend(super::services::validate(new, old));
-    let address = |object: &Value| text(object, "spec.clusterIP").to_owned();
-    if let Some(old) = old
-        && text(old, "spec.type") != "ExternalName"
-        && kind != "ExternalName"
-        && address(old) != address(new)
-    {
-        errors.push(Invalid::value("spec.clusterIPs[0]", &json!([address(new)]), "may not change once set"));
-    }
+    errors.extend(super::families::validate(new, old));
     errors
 }
 

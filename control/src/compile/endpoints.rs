@@ -14,8 +14,12 @@ pub(super) fn endpoint_set(service: &m::Service, o: &Objects, trust_domain: &str
     let slices = slices.filter(|s| serves(s, &service.name.name));
     let mut endpoints: Vec<m::Endpoint> =
         slices.flat_map(|slice| slice.endpoints.iter().flat_map(|e| expand(slice, e, o, trust_domain))).collect();
-    if !endpoints.iter().any(|e| e.ready) {
-        endpoints.iter_mut().for_each(|e| e.ready = e.draining);
+    // Callers of one family have no use for what is ready in the other.
+    for v4 in [true, false] {
+        let mut family: Vec<_> = endpoints.iter_mut().filter(|e| e.address.is_ipv4() == v4).collect();
+        if !family.iter().any(|e| e.ready) {
+            family.iter_mut().for_each(|e| e.ready = e.draining);
+        }
     }
     endpoints.sort_by_key(|e| e.address);
     m::EndpointSet { name: service.name.clone(), endpoints }

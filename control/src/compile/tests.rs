@@ -72,6 +72,28 @@ fn with_no_ready_endpoint_those_still_serving_take_the_traffic() {
 }
 
 #[test]
+fn each_family_has_its_own_endpoints_and_its_own_fallback() {
+    let stopping = json!({"ready": false, "serving": true, "terminating": true});
+    let mut o = objects();
+    let mut web = (*o.services[&m::Name::new("shop", "web")]).clone();
+    web.spec.as_mut().expect("a spec").cluster_ips = Some(vec!["10.96.0.5".into(), "fd00:96::5".into()]);
+    o.services.insert(m::Name::new("shop", "web"), Arc::new(web));
+    put(&mut o.slices, "web-v4", slice(&[json!({"ready": true}), stopping.clone()]));
+    let mut v6 = slice(&[stopping]);
+    v6["addressType"] = json!("IPv6");
+    v6["endpoints"][0]["addresses"] = json!(["fd00:244::5"]);
+    put(&mut o.slices, "web-v6", v6);
+    let (s, _) = snapshot(&o);
+    let name = m::Name::new("shop", "web");
+    let addresses: Vec<String> = s.service(&name).expect("web").addresses().map(|ip| ip.to_string()).collect();
+    assert_eq!(addresses, ["10.96.0.5", "fd00:96::5"]);
+    let set = s.endpoint_set(&name).expect("a set");
+    let seen: Vec<_> = set.endpoints.iter().map(|e| (e.address.to_string(), e.ready)).collect();
+    let want = [("10.244.0.5", true), ("10.244.0.6", false), ("fd00:244::5", true)];
+    assert_eq!(seen, want.map(|(ip, ready)| (ip.to_owned(), ready)), "IPv6 has no other than what terminates");
+}
+
+#[test]
 fn how_callers_from_outside_reach_a_service() {
     let mut o = objects();
     let node = json!({"metadata": {"name": "n1"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}});

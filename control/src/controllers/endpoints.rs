@@ -15,6 +15,7 @@ use crate::api::cache::Heard;
 use crate::api::client::Object;
 use crate::api::registry::DeleteOptions;
 use crate::api::status::ApiError;
+use crate::range::Family;
 
 /// Endpoints of one slice, as Kubernetes.
 const PER_SLICE: usize = 100;
@@ -34,6 +35,9 @@ struct Plan {
 /// The ports of a slice, comparable.
 type Ports = Vec<(String, String, i32, Option<String>)>;
 
+/// What all endpoints of a slice have in common: the type of their addresses, and their ports.
+type Group = (String, Ports);
+
 /// PURE: what the slices should be, with as few changes as can be: an endpoint stays in the slice where it is.
 fn plan(
     service: &Service,
@@ -41,29 +45,29 @@ fn plan(
     slices: &[Arc<EndpointSlice>],
     node_ready: &dyn Fn(&str) -> bool,
 ) -> Plan {
-    let mut groups: BTreeMap<Ports, Vec<Endpoint>> = BTreeMap::new();
-    for pod in pods {
-        if let Some(endpoint) = endpoint(service, pod, node_ready) {
-            groups.entry(ports_for(service, pod)).or_default().push(endpoint);
+    let mut groups: BTreeMap<Group, Vec<Endpoint>> = BTreeMap::new();
+    for (family, pod) in families(service).into_iter().flat_map(|family| pods.iter().map(move |pod| (family, pod))) {
+        if let Some(endpoint) = endpoint(service, pod, family, node_ready) {
+            groups.entry((family.name().to_owned(), ports_for(service, pod))).or_default().push(endpoint);
         }
     }
     let mut plan = Plan::default();
     let mut spare: Vec<Arc<EndpointSlice>> = Vec::new();
-    for slice in slices.iter().filter(|slice| !groups.contains_key(&ports_of(slice))) {
+    for slice in slices.iter().filter(|slice| !groups.contains_key(&group_of(slice))) {
         spare.push(slice.clone());
     }
-    for (ports, endpoints) in groups {
-        let existing = slices.iter().filter(|slice| ports_of(slice) == ports).cloned().collect();
-        arrange(service, &ports, endpoints, existing, &mut plan);
+    for (group, endpoints) in groups {
+        let existing = slices.iter().filter(|slice| group_of(slice) == group).cloned().collect();
+        arrange(service, &group, endpoints, existing, &mut plan);
     }
     plan.delete.extend(spare);
     plan
 }
 
-/// Puts the endpoints of one group of ports into its slices.
+/// Puts the endpoints of one group into its slices.
 fn arrange(
     service: &Service,
-    ports: &Ports,
+    group: &Group,
     endpoints: Vec<Endpoint>,
     existing: Vec<Arc<EndpointSlice>>,
     plan: &mut Plan,
@@ -93,11 +97,11 @@ fn arrange(
     let mut rest: Vec<Endpoint> = waiting.into_values().collect();
     while !rest.is_empty() {
         let more = rest.split_off(rest.len().min(PER_SLICE));
-        plan.create.push(new_slice(service, ports, std::mem::replace(&mut rest, more)));
+        plan.create.push(new_slice(service, group, std::mem::replace(&mut rest, more)));
     }
 }
 
-fn new_slice(service: &Service, ports: &Ports, endpoints: Vec<Endpoint>) -> EndpointSlice {
+fn new_slice(service: &Service, (family, ports): &Group, endpoints: Vec<Endpoint>) -> EndpointSlice {
     let mut labels = service.metadata.labels.clone().unwrap_or_default();
     labels.insert(SERVICE_NAME.to_owned(), service.name().to_owned());
     labels.insert(MANAGED_BY.to_owned(), US.to_owned());
@@ -118,7 +122,7 @@ fn new_slice(service: &Service, ports: &Ports, endpoints: Vec<Endpoint>) -> Endp
             owner_references: Some(vec![owned_by(service)]),
             ..ObjectMeta::default()
         },
-        address_type: "IPv4".to_owned(),
+        address_type: family.clone(),
         ports: Some(ports.iter().map(port).collect()),
         endpoints,
     }
@@ -126,6 +130,19 @@ fn new_slice(service: &Service, ports: &Ports, endpoints: Vec<Endpoint>) -> Endp
 
 fn headless(service: &Service) -> bool {
     service.spec.as_ref().and_then(|spec| spec.cluster_ip.as_deref()) == Some("None")
+}
+
+/// Of a service that does not name any, the family of its address.
+fn families(service: &Service) -> Vec<Family> {
+    let spec = service.spec.as_ref();
+    let named = spec.and_then(|spec| spec.ip_families.as_ref()).into_iter().flatten();
+    let named: Vec<Family> = named.filter_map(|name| Family::named(name)).collect();
+    let address = spec.and_then(|spec| spec.cluster_ip.as_ref()?.parse().ok());
+    if named.is_empty() { vec![address.map_or(Family::V4, Family::of)] } else { named }
+}
+
+fn group_of(slice: &EndpointSlice) -> Group {
+    (slice.address_type.clone(), ports_of(slice))
 }
 
 fn ports_of(slice: &EndpointSlice) -> Ports {
@@ -167,9 +184,17 @@ fn ports_for(service: &Service, pod: &Pod) -> Ports {
     ports
 }
 
-fn endpoint(service: &Service, pod: &Pod, node_ready: &dyn Fn(&str) -> bool) -> Option<Endpoint> {
-    let (spec, status) = (pod.spec.as_ref()?, pod.status.as_ref()?);
-    let address = status.pod_ip.clone().filter(|ip| !ip.is_empty() && !pod_over(pod))?;
+/// The pod's first address of a family.
+fn address(pod: &Pod, family: Family) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    let all = status.pod_ips.iter().flatten().map(|address| &address.ip).chain(&status.pod_ip);
+    let of_family = |text: &&String| text.parse().is_ok_and(|ip| Family::of(ip) == family);
+    all.filter(|text| !text.is_empty()).find(of_family).cloned()
+}
+
+fn endpoint(service: &Service, pod: &Pod, family: Family, node_ready: &dyn Fn(&str) -> bool) -> Option<Endpoint> {
+    let spec = pod.spec.as_ref()?;
+    let address = address(pod, family).filter(|_| !pod_over(pod))?;
     let service_spec = service.spec.as_ref();
     let node = spec.node_name.clone().unwrap_or_default();
     let serving = pod_ready(pod) && node_ready(&node);
@@ -320,7 +345,7 @@ mod tests {
     }
 
     fn conditions(service: &Service, pod: &Pod, node: bool) -> [bool; 3] {
-        let found = endpoint(service, pod, &|_| node).expect("an endpoint").conditions.expect("conditions");
+        let found = endpoint(service, pod, Family::V4, &|_| node).expect("an endpoint").conditions.expect("conditions");
         [found.ready, found.serving, found.terminating].map(|flag| flag.expect("set"))
     }
 
@@ -333,8 +358,9 @@ mod tests {
         assert_eq!(conditions(&service, &pod(1, unready), true), [false, false, false]);
         assert_eq!(conditions(&service, &pod(1, dying), true), [false, true, true]);
         assert_eq!(conditions(&service, &pod(1, json!({})), false), [false, false, false]);
-        assert!(endpoint(&service, &pod(1, json!({"status": {"phase": "Succeeded"}})), &|_| true).is_none());
-        assert!(endpoint(&service, &pod(1, json!({"status": {"podIP": null}})), &|_| true).is_none());
+        let none = |change: Value| endpoint(&service, &pod(1, change), Family::V4, &|_| true).is_none();
+        assert!(none(json!({"status": {"phase": "Succeeded"}})));
+        assert!(none(json!({"status": {"podIP": null}})));
     }
 
     #[test]
@@ -346,6 +372,40 @@ mod tests {
         let mut ports: Vec<i32> = plan.create.iter().map(|slice| ports_of(slice)[0].2).collect();
         ports.sort_unstable();
         assert_eq!(ports, [8080, 9090]);
+    }
+
+    #[test]
+    fn each_family_of_a_service_has_slices_of_its_own() {
+        let with = |spec: Value| {
+            let mut object = serde_json::to_value(service(json!(8080))).expect("JSON");
+            crate::api::patch::merge(&mut object, &json!({"spec": spec}));
+            serde_json::from_value::<Service>(object).expect("a service")
+        };
+        let dual = |index: usize| {
+            let first = format!("10.244.0.{}", index + 1);
+            let ips = json!([{"ip": first}, {"ip": format!("fd00::{index}")}]);
+            pod(index, json!({"status": {"podIP": first, "podIPs": ips}}))
+        };
+        // One pod is of a node that had but one range when it was made.
+        let pods = [dual(1), dual(2), pod(3, json!({}))];
+        let (v4, v6) = (("IPv4", 3), ("IPv6", 2));
+        for (spec, want) in [
+            (json!({}), vec![v4]),
+            (json!({"clusterIP": "fd00:96::5"}), vec![v6]),
+            (json!({"ipFamilies": ["IPv6"]}), vec![v6]),
+            (json!({"ipFamilies": ["IPv6", "IPv4"]}), vec![v4, v6]),
+        ] {
+            let plan = plan(&with(spec.clone()), &pods, &[], &|_| true);
+            let slices: Vec<_> = plan.create.iter().map(|s| (s.address_type.as_str(), s.endpoints.len())).collect();
+            assert_eq!(slices, want, "{spec}");
+        }
+        let both = with(json!({"ipFamilies": ["IPv4", "IPv6"]}));
+        let slices: Vec<_> = plan(&both, &pods, &[], &|_| true).create.into_iter().map(Arc::new).collect();
+        let same = plan(&both, &pods, &slices, &|_| true);
+        assert!(same.create.is_empty() && same.update.is_empty() && same.delete.is_empty());
+        let one = plan(&with(json!({"ipFamilies": ["IPv4"]})), &pods, &slices, &|_| true);
+        assert!(one.create.is_empty() && one.update.is_empty());
+        assert_eq!(one.delete.iter().map(|s| s.address_type.as_str()).collect::<Vec<_>>(), ["IPv6"]);
     }
 
     #[test]

@@ -14,11 +14,11 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::{Shared, pod_over};
-use crate::api::addresses::Cidr;
 use crate::api::client::{Notice, Object};
 use crate::api::registry::{DeleteOptions, Patch};
 use crate::api::status::ApiError;
 use crate::api::value::rfc3339;
+use crate::range::{Cidr, Family};
 
 /// How often clocks are looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -91,28 +91,46 @@ fn silent(shared: &Shared, heartbeats: &mut HashMap<String, Heartbeat>, node: &N
     now.duration_since(heartbeat.seen) > shared.config.node_grace
 }
 
-/// PURE: the free /24s of the pods' range, lowest first; the first of all is left to the cluster itself.
+/// PURE: length of the prefix of one node's part of a range.
+fn node_prefix(range: Cidr) -> u8 {
+    match range.family() {
+        Family::V4 => 24,
+        Family::V6 => range.prefix().saturating_add(8).clamp(64, 120),
+    }
+}
+
+/// PURE: the free parts of a range of pods, lowest first; the first of all is left to the cluster itself.
 fn free_ranges(range: Cidr, taken: &HashSet<String>) -> impl Iterator<Item = String> {
-    let candidate = move |n: u32| format!("{}/24", range.nth(n * 256));
-    (1..range.size() / 256).map(candidate).filter(move |candidate| !taken.contains(candidate))
+    let prefix = node_prefix(range);
+    let count = 1_u128 << prefix.saturating_sub(range.prefix());
+    let size = 1_u128 << (range.family().bits() - prefix);
+    let candidate = move |n: u128| format!("{}/{prefix}", range.nth(n * size));
+    (1..count).map(candidate).filter(move |candidate| !taken.contains(candidate))
+}
+
+/// The ranges that a node has, as they would be written here.
+fn ranges_of(node: &Node) -> Vec<String> {
+    let Some(spec) = node.spec.as_ref() else { return vec![] };
+    let all = spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr);
+    all.map(|text| text.parse::<Cidr>().map_or_else(|_| text.clone(), |range| range.to_string())).collect()
 }
 
 async fn give_ranges(shared: &Shared, nodes: &[Arc<Node>]) -> Result<(), ApiError> {
-    let range_of = |node: &Node| node.spec.as_ref().and_then(|spec| spec.pod_cidr.clone());
-    let lacking = |node: &&Arc<Node>| range_of(node).is_none() && !node.deleting();
+    let lacking = |node: &&Arc<Node>| ranges_of(node).is_empty() && !node.deleting();
     if !nodes.iter().any(|node| lacking(&node)) {
         return Ok(());
     }
-    let taken: HashSet<String> = nodes.iter().filter_map(|node| range_of(node)).collect();
-    let mut free = free_ranges(shared.config.pod_cidr, &taken);
+    let taken: HashSet<String> = nodes.iter().flat_map(|node| ranges_of(node)).collect();
+    let mut free: Vec<_> = shared.config.pod_cidr.iter().map(|range| free_ranges(range, &taken)).collect();
     let mut writes: Vec<BoxFuture<'_, Result<Node, ApiError>>> = Vec::new();
     for node in nodes.iter().filter(lacking) {
-        let Some(range) = free.next() else {
+        // All or none: what a node has is never added to.
+        let Some(ranges) = free.iter_mut().map(Iterator::next).collect::<Option<Vec<String>>>() else {
             let message = format!("no free range left in {}", shared.config.pod_cidr);
             shared.client.notice(&**node, &Notice { kind: "Warning", reason: "CIDRNotAvailable", message: &message });
             continue;
         };
-        let change = json!({"metadata": {"uid": node.uid()}, "spec": {"podCIDR": range, "podCIDRs": [range]}});
+        let change = json!({"metadata": {"uid": node.uid()}, "spec": {"podCIDR": ranges[0], "podCIDRs": ranges}});
         writes.push(Box::pin(shared.client.merge::<Node>("", node.name(), "", change)));
     }
     let written: Vec<_> = futures::stream::iter(writes).buffer_unordered(PARALLEL).collect().await;
@@ -274,6 +292,20 @@ mod tests {
         assert_eq!(free, ["10.244.2.0/24", "10.244.4.0/24"]);
         let all = (1..256).map(|n| format!("10.244.{n}.0/24")).collect();
         assert_eq!(free_ranges(range, &all).next(), None);
+        for (range, first, count) in [
+            ("fd00:244::/48", "fd00:244:0:1::/64", 65_535),
+            ("fd00:244::/56", "fd00:244:0:1::/64", 255),
+            ("fd00:244::/64", "fd00:244:0:0:100::/72", 255),
+            ("fd00:244::/112", "fd00:244::100/120", 255),
+            ("10.244.0.0/24", "", 0),
+            ("fd00:244::/120", "", 0),
+        ] {
+            let parsed: Cidr = range.parse().expect("a range");
+            let none = HashSet::new();
+            let mut free = free_ranges(parsed, &none);
+            assert_eq!(free.next().unwrap_or_default(), first, "{range}");
+            assert_eq!(free.count(), usize::saturating_sub(count, 1), "{range}");
+        }
     }
 
     #[test]

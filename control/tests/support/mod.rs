@@ -18,6 +18,7 @@ use sluice_control::api::registry::{Context, DeleteOptions};
 use sluice_control::api::value::{rfc3339, rfc3339_micro};
 use sluice_control::ca::PassphraseFile;
 use sluice_control::pool::Pool;
+use sluice_control::range::Ranges;
 use sluice_control::service::{Config, Service};
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +26,7 @@ pub struct Cluster {
     pub service: Service,
     pub dir: tempfile::TempDir,
     agents: Vec<CancellationToken>,
+    dual: bool,
 }
 
 pub struct Ran {
@@ -45,8 +47,20 @@ impl Cluster {
 
     /// With addresses for services of type LoadBalancer.
     pub async fn start_with_pool(dir: tempfile::TempDir, pool: &str) -> Self {
-        let service = start_with(dir.path().to_owned(), pool.parse().expect("a pool")).await;
-        Cluster { service, dir, agents: Vec::new() }
+        let pool: Pool = pool.parse().expect("a pool");
+        let service = start_with(dir.path().to_owned(), |config| config.load_balancer_pool = pool).await;
+        Cluster { service, dir, agents: Vec::new(), dual: false }
+    }
+
+    /// With these ranges of services and of pods.
+    pub async fn start_with_ranges(dir: tempfile::TempDir, services: &str, pods: &str) -> Self {
+        let ranges = |text: &str| text.parse::<Ranges>().expect("ranges");
+        let (services, pods) = (ranges(services), ranges(pods));
+        let dual = pods.dual();
+        let service = start_with(dir.path().to_owned(), |config| {
+            (config.service_cidr, config.pod_cidr) = (services, pods);
+        });
+        Cluster { service: service.await, dir, agents: Vec::new(), dual }
     }
 
     pub fn client(&self) -> Client {
@@ -103,11 +117,11 @@ impl Cluster {
         self.agents.push(stop.clone());
         let (client, store) = (self.client(), self.service.parts.store.clone());
         let cache = Cache::<Pod>::start(store, stop.clone());
-        let (node, index) = (name.to_owned(), self.agents.len());
+        let (node, index, dual) = (name.to_owned(), self.agents.len(), self.dual);
         tokio::spawn(async move {
             tokio::select! {
                 () = stop.cancelled() => {}
-                () = agent(client, cache, node, index) => {}
+                () = agent(client, cache, node, (index, dual)) => {}
             }
         });
     }
@@ -128,11 +142,11 @@ impl Cluster {
 }
 
 pub async fn start_in(data_dir: PathBuf) -> Service {
-    start_with(data_dir, Pool::default()).await
+    start_with(data_dir, |_| {}).await
 }
 
-async fn start_with(data_dir: PathBuf, load_balancer_pool: Pool) -> Service {
-    let config = Config {
+async fn start_with(data_dir: PathBuf, change: impl FnOnce(&mut Config)) -> Service {
+    let mut config = Config {
         ca_passphrase: PassphraseFile { path: data_dir.join("ca-passphrase"), make: true },
         data_dir,
         listen: "127.0.0.1:0".parse().expect("an address"),
@@ -140,16 +154,17 @@ async fn start_with(data_dir: PathBuf, load_balancer_pool: Pool) -> Service {
         san: Vec::new(),
         service_cidr: "10.96.0.0/16".parse().expect("a range"),
         pod_cidr: "10.244.0.0/16".parse().expect("a range"),
-        load_balancer_pool,
+        load_balancer_pool: Pool::default(),
         token_file: None,
         node_grace: Duration::from_secs(3),
         eviction: Duration::from_secs(1),
     };
+    change(&mut config);
     Service::start(&config, Vec::new(), None).await.expect("the service starts")
 }
 
 /// Reports pods as running and ready, and finishes those that are to go; renews its lease.
-async fn agent(client: Client, pods: Arc<Cache<Pod>>, node: String, index: usize) {
+async fn agent(client: Client, pods: Arc<Cache<Pod>>, node: String, (index, dual): (usize, bool)) {
     pods.synced().await;
     let mut changes = pods.listen();
     let mut address = 1;
@@ -176,8 +191,10 @@ async fn agent(client: Client, pods: Arc<Cache<Pod>>, node: String, index: usize
                     "image": c.image, "imageID": "", "started": true, "state": {"running": {"startedAt": now}}})
                     })
                     .collect();
-                let status = json!({"status": {"phase": "Running", "podIP": format!("10.244.{index}.{address}"),
-                    "podIPs": [{"ip": format!("10.244.{index}.{address}")}], "startTime": now, "containerStatuses": containers,
+                let first = format!("10.244.{index}.{address}");
+                let second = dual.then(|| json!({"ip": format!("fd00:244:0:{index}::{address:x}")}));
+                let ips: Vec<Value> = [json!({"ip": first})].into_iter().chain(second).collect();
+                let status = json!({"status": {"phase": "Running", "podIP": first, "podIPs": ips, "startTime": now, "containerStatuses": containers,
                     "conditions": [{"type": "Ready", "status": ready, "lastTransitionTime": now},
                         {"type": "PodScheduled", "status": "True", "lastTransitionTime": now}]}});
                 let _ = client.merge::<Pod>(pod.namespace(), pod.name(), "status", status).await;
