@@ -225,7 +225,6 @@ impl Datapath {
 
     /// What the kernel has of what not every kernel has, with what is done where it lacks it.
     pub fn kernel(&self) -> Result<Vec<(&'static str, Option<&'static str>)>, Error> {
-        let clsact = packets::clsact(&self.place.bpffs).map_err(Error::Packets)?;
         let btf = Path::new("/sys/kernel/btf/vmlinux").exists();
         let without = |there: bool, fallback| (!there).then_some(fallback);
         Ok(vec![
@@ -233,8 +232,10 @@ impl Datapath {
             ("sk_lookup", None),
             ("redirect_peer", None),
             ("bpf_set_retval", without(self.loaded.set_retval, "refused callers see EPERM")),
-            ("tcx", without(!clsact, "filters of clsact")),
+            ("tcx", without(!self.ports.clsact(), "filters of clsact")),
+            ("ingress_ifindex", without(self.loaded.ingress_ifindex, "connections of pods with a sidecar are dropped")),
             ("BTF", without(btf, "programs are loaded without it")),
+            ("XDP", without(self.loaded.express, "--xdp does nothing")),
         ])
     }
 

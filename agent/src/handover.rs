@@ -10,6 +10,7 @@
 
 use crate::{
     attest::{self, Gate, Peer},
+    blocking::blocking,
     error::describe,
     socket,
 };
@@ -237,7 +238,7 @@ impl Served {
                 }
             }
         }
-        self.close(None);
+        blocking(|| self.close(None));
     }
 
     /// Asked again before each registration: which container is the sidecar may have changed since.
@@ -265,7 +266,7 @@ impl Served {
             // A task of its own: the stream's place is free for the next sidecar meanwhile.
             tokio::spawn(async move {
                 tokio::time::sleep(Duration::from_secs(KEEP_S)).await;
-                self.close(Some(generation));
+                blocking(|| self.close(Some(generation)));
             });
         }
     }
@@ -278,7 +279,7 @@ impl Served {
             let answer = match request? {
                 None => return Ok(()),
                 Some(Message::Take) => self.kept(),
-                Some(Message::Register(offered)) => self.register(stream, offered).map(|generation| {
+                Some(Message::Register(offered)) => blocking(|| self.register(stream, offered)).map(|generation| {
                     *registered = Some(generation);
                     Message::Ok(vec![])
                 }),

@@ -2,6 +2,7 @@
 //! that state to sidecars, answers DNS, and, stand-alone, runs the node's pods.
 
 pub mod attest;
+mod blocking;
 pub mod check;
 pub mod cni_config;
 pub mod datapath;

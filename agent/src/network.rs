@@ -7,6 +7,7 @@ mod told;
 
 use crate::{
     attest::Gate,
+    blocking::blocking,
     datapath::Datapath,
     error::describe,
     handover::{self, Handover, Listening},
@@ -424,27 +425,16 @@ fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
 
 impl PodNetwork for Network {
     fn attached(&self, pod: &Pod) -> Result<(), String> {
-        let uid = convert::uid(pod);
-        let netns = self
-            .netns(uid)
-            .ok_or_else(|| format!("pod {}: the network plugin has no lease for it", convert::name(pod)))?;
-        if annotation(pod, ANNOTATION_SIDECAR) != Some("injected") {
-            return Ok(());
-        }
-        let excluded: Vec<u16> = annotation(pod, ANNOTATION_EXCLUDED)
-            .into_iter()
-            .flat_map(|v| v.split(','))
-            .filter_map(|p| p.trim().parse().ok())
-            .collect();
-        self.datapath().set_pod_mesh(uid, true, &excluded).map_err(|e| e.to_string())?;
-        self.serve(&Name::new(convert::namespace(pod), convert::name(pod)), uid, &netns)
+        blocking(|| self.complete(pod))
     }
 
     fn tcp_socket(&self, uid: &str, to: SocketAddr) -> io::Result<TcpStream> {
-        let path = self.netns(uid).ok_or_else(|| io::Error::other("the pod has no network namespace"))?;
-        let ns = Netns::open(path).map_err(io::Error::other)?;
-        let make = || socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None);
-        Ok(TcpStream::from(ns.run(make).map_err(io::Error::other)??))
+        blocking(|| {
+            let path = self.netns(uid).ok_or_else(|| io::Error::other("the pod has no network namespace"))?;
+            let ns = Netns::open(path).map_err(io::Error::other)?;
+            let make = || socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None);
+            Ok(TcpStream::from(ns.run(make).map_err(io::Error::other)??))
+        })
     }
 
     fn withdrawn(&self, pod: &Pod) -> bool {
@@ -470,6 +460,26 @@ impl PodNetwork for Network {
 
     fn gone(&self, uid: &str) {
         self.gate.forget(uid);
-        self.stop(uid);
+        blocking(|| self.stop(uid));
+    }
+}
+
+impl Network {
+    /// See [`PodNetwork::attached`].
+    fn complete(&self, pod: &Pod) -> Result<(), String> {
+        let uid = convert::uid(pod);
+        let netns = self
+            .netns(uid)
+            .ok_or_else(|| format!("pod {}: the network plugin has no lease for it", convert::name(pod)))?;
+        if annotation(pod, ANNOTATION_SIDECAR) != Some("injected") {
+            return Ok(());
+        }
+        let excluded: Vec<u16> = annotation(pod, ANNOTATION_EXCLUDED)
+            .into_iter()
+            .flat_map(|v| v.split(','))
+            .filter_map(|p| p.trim().parse().ok())
+            .collect();
+        self.datapath().set_pod_mesh(uid, true, &excluded).map_err(|e| e.to_string())?;
+        self.serve(&Name::new(convert::namespace(pod), convert::name(pod)), uid, &netns)
     }
 }

@@ -396,7 +396,7 @@ async fn start_pods(
     network.tell(events.clone());
     let counted = network.clone();
     let flows = flows::serve::routes(flows, Arc::new(move || Box::pin(counted.clone().counters())));
-    let dns = Some(SocketAddr::new(o.cluster_dns, DNS_PORT)).filter(|a| a.is_ipv4());
+    let dns = o.cluster_dns.iter().find(|a| a.is_ipv4()).map(|a| SocketAddr::new(*a, DNS_PORT));
     let (options, told) = (o.clone(), mtu.clone());
     let mtu_now = Box::new(move || options.pod_mtu(&told));
     let checker = Checker::start(o.node_name.clone(), &o.run_dir, dns, network.clone(), mtu_now);

@@ -157,10 +157,9 @@ fn purge(o: &Options) -> Result<()> {
     let lock = Lock::take(&leases)?;
     refuse_pods(&pods(o)?)?;
     let mut connection = Connection::open()?;
-    if packets::clsact(&o.bpffs).unwrap_or(false) {
-        for (_, found) in link::all(&mut connection)? {
-            packets::detach_device(&o.bpffs, found.index)?;
-        }
+    // Filters have no pins that would take them along.
+    for (_, found) in link::all(&mut connection)? {
+        packets::detach_device(&o.bpffs, found.index)?;
     }
     loader::unload(&o.bpffs).context("remove the pinned programs and maps")?;
     kernel::reconcile_links(&mut connection, &LINKS, &[], |_| State::default(), Some(PROTOCOL_NODE))

@@ -62,6 +62,11 @@ impl Ports {
         Ok(Self { bpffs: bpffs.to_owned(), maps, excluded, to_announce: BTreeMap::new(), ways, attached, asked })
     }
 
+    /// Programs are filters.
+    pub(super) fn clsact(&self) -> bool {
+        self.ways.clsact
+    }
+
     /// After the pins were made anew.
     pub(super) fn reopen(&mut self) -> Result<(), sluice_ebpf::Error> {
         self.maps = NodeMaps::open(&pin_dir(&self.bpffs))?;

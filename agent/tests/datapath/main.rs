@@ -24,7 +24,7 @@ fn main() {
         return;
     }
     type Story = fn(&Ground);
-    let stories: [(&str, Story); 6] = [
+    let stories: [(&str, Story); 7] = [
         ("outside", outside::story),
         ("outside-clsact", outside::without_tcx),
         ("outside-xdp", outside::with_xdp),
