@@ -151,7 +151,9 @@ fn ten_thousand(ground: &Ground, apps: &[TestPod; 3], all: &[Resource]) {
                             1 => at(format!("fd00:96::{:x}", i + 1).parse().expect("address"), 2000 + (i % 99) as u16),
                             _ => at(Ipv4Addr::new(10, 244, 1, (i % 200) as u8 + 20).into(), 81),
                         };
-                        if ask(to).ok() != Some(format!("out {to}")) {
+                        let said = ask(to);
+                        if said.as_ref().ok() != Some(&format!("out {to}")) {
+                            eprintln!("{to}: {said:?}");
                             wrong.fetch_add(1, Ordering::Relaxed);
                         }
                     }
