@@ -149,7 +149,8 @@ fn ten_thousand(ground: &Ground, apps: &[TestPod; 3], all: &[Resource]) {
                         let to = match i % 3 {
                             0 => at(Ipv4Addr::new(10, 96, n as u8, (i % 251) as u8).into(), 1000 + (i % 5000) as u16),
                             1 => at(format!("fd00:96::{:x}", i + 1).parse().expect("address"), 2000 + (i % 99) as u16),
-                            _ => at(Ipv4Addr::new(10, 244, 1, (i % 200) as u8 + 20).into(), 81),
+                            // Of another node: among this one's would be the caller itself.
+                            _ => at(Ipv4Addr::new(10, 244, 9, (i % 200) as u8 + 20).into(), 81),
                         };
                         let said = ask(to);
                         if said.as_ref().ok() != Some(&format!("out {to}")) {
