@@ -8,7 +8,7 @@ CARGO_FLAGS := --workspace --release
 # Clean builds are faster and a third of the size without; `cargo` by hand stays incremental.
 export CARGO_INCREMENTAL ?= 0
 
-.PHONY: up down test test-kernels setup build images lint bench bench-cni bench-lb bench-proxy
+.PHONY: up down test test-kernels setup build images lint bench bench-cni bench-lb bench-proxy bench-rss
 
 up: setup build images
 	target/release/sluice up
@@ -60,3 +60,9 @@ bench-proxy:
 bench-lb:
 	cargo build --release -p sluice-bench
 	@target/release/bench-lb
+
+# Resident memory of the agents of the cluster that `make up` has started, the median.
+bench-rss:
+	@for p in $$(pgrep -x sluice-agent); do awk '/VmRSS/ {print $$2 / 1024}' /proc/$$p/status; done | sort -n | awk \
+	  '{ a[NR] = $$1 } END { if (!NR) { print "no agent runs: make up first"; exit 1 } \
+	  printf "RESULT agent_rss_mb ours=%.1f peer=0 unit=MB\n", a[int((NR + 1) / 2)] }'
