@@ -76,11 +76,17 @@ fn attach_filters(bpffs: &Path, connection: &mut Connection, programs: &[Packets
     Ok(filter::attach_all(connection, ifindex, &all)?)
 }
 
+/// An empty `clsact` is another's unless it was ours that left it empty.
 fn detach_filters(programs: &[Packets], ifindex: u32) -> Result<()> {
     let mut connection = Connection::open()?;
-    let outcome =
-        programs.iter().try_for_each(|p| filter::detach(&mut connection, ifindex, direction(p), p.program).map(drop));
-    match outcome.and_then(|()| filter::remove_clsact(&mut connection, ifindex).map(drop)) {
+    let mut detach = || -> std::result::Result<(), sluice_netlink::Error> {
+        let mut ours = false;
+        for p in programs {
+            ours |= filter::detach(&mut connection, ifindex, direction(p), p.program)?;
+        }
+        if ours { filter::remove_clsact(&mut connection, ifindex).map(drop) } else { Ok(()) }
+    };
+    match detach() {
         // With the link went what was on it.
         Err(e) if e.errno() == Some(rustix::io::Errno::NODEV.raw_os_error()) => Ok(()),
         other => Ok(other?),

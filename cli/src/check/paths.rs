@@ -21,7 +21,22 @@ pub struct Node {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Targets {
     pub service: Option<(String, SocketAddr)>,
-    pub node_port: Option<(String, u16)>,
+    pub node_port: Option<NodePort>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodePort {
+    pub service: String,
+    pub port: u16,
+    /// The service's own addresses: nodes answer on theirs of the same families.
+    pub addresses: Vec<IpAddr>,
+}
+
+impl NodePort {
+    fn at(&self, ip: IpAddr) -> Option<SocketAddr> {
+        let served = self.addresses.iter().any(|own| own.is_ipv4() == ip.is_ipv4());
+        served.then_some(SocketAddr::new(ip, self.port))
+    }
 }
 
 /// A line of the report: what was looked at, and what is right or wrong with it.
@@ -43,7 +58,10 @@ pub fn targets(services: &[Service], slices: &[EndpointSlice]) -> Targets {
     let node_port = |s: &&Service| {
         let everywhere = s.spec.as_ref()?.external_traffic_policy.as_deref() != Some("Local");
         let port = tcp_port(s, |p| p.node_port.filter(|_| everywhere))?;
-        Some((name(s), port))
+        let spec = s.spec.as_ref()?;
+        let all = spec.cluster_ips.as_deref().unwrap_or_default().iter().chain(&spec.cluster_ip);
+        let addresses: Vec<IpAddr> = all.filter_map(|ip| ip.parse().ok()).collect();
+        Some(NodePort { service: name(s), port, addresses })
     };
     Targets { service: all.iter().find_map(virtual_address), node_port: all.iter().find_map(node_port) }
 }
@@ -68,11 +86,8 @@ pub fn walk(from: &Node, nodes: &[Node], targets: &Targets) -> Walk {
     let others = || nodes.iter().filter(|n| n.name != from.name);
     let probes: Vec<SocketAddr> = others().flat_map(|n| &n.report.probe).copied().collect();
     let services: Vec<SocketAddr> = targets.service.iter().map(|(_, a)| *a).chain(from.report.dns).collect();
-    let port = targets.node_port.as_ref().map(|(_, port)| *port);
-    let node_ports: Vec<SocketAddr> = port
-        .iter()
-        .flat_map(|port| others().flat_map(|n| &n.addresses).map(|ip| SocketAddr::new(*ip, *port)))
-        .collect();
+    let at = |ip: &IpAddr| targets.node_port.as_ref()?.at(*ip);
+    let node_ports: Vec<SocketAddr> = others().flat_map(|n| &n.addresses).filter_map(at).collect();
     Walk::new(&probes, &services, &node_ports)
 }
 
@@ -102,7 +117,7 @@ pub fn line(from: &Node, walked: &Walked, nodes: &[Node], targets: &Targets) -> 
             )
         }
         Way::FromNode => {
-            let service = targets.node_port.as_ref().map(|(name, _)| name.as_str()).unwrap_or_default();
+            let service = targets.node_port.as_ref().map(|n| n.service.as_str()).unwrap_or_default();
             (
                 format!("outside ({}) -> node port {} of {node} (service {service})", from.name, to.port()),
                 format!("does a firewall of {node} let TCP {} in? `sluice flows --drops --node {node}`", to.port()),
@@ -163,6 +178,11 @@ mod tests {
             .expect("a service")
     }
 
+    fn node_port(service: &str, addresses: &[&str]) -> NodePort {
+        let addresses = addresses.iter().map(|ip| ip.parse().expect(ip)).collect();
+        NodePort { service: service.to_owned(), port: 30080, addresses }
+    }
+
     fn slice(name: &str, ready: bool) -> EndpointSlice {
         let (namespace, name) = name.split_once('/').expect("a namespace");
         let labels = json!({"kubernetes.io/service-name": name});
@@ -184,38 +204,43 @@ mod tests {
         let web = service("shop/web", tcp("10.96.0.5"));
         let ready = [slice("default/kubernetes", true), slice("shop/web", true), slice("a/a", true)];
         let unready = [slice("default/kubernetes", true), slice("shop/web", false)];
-        let is = |service: &str, ip: &str, node_port: Option<&str>| Targets {
+        let is = |service: &str, ip: &str, port_of: Option<(&str, &str)>| Targets {
             service: Some((service.to_owned(), a(ip))),
-            node_port: node_port.map(|n| (n.to_owned(), 30080)),
+            node_port: port_of.map(|(name, ip)| node_port(name, &[ip])),
         };
         for (what, first, slices, expected) in [
             ("nothing", None, &ready[..0], Targets::default()),
             ("not ready", None, &unready[..], is("default/kubernetes", "10.96.0.1:443", None)),
-            ("ready", None, &ready[..], is("shop/web", "10.96.0.5:80", Some("shop/web"))),
-            ("first by name", Some(tcp("10.96.0.6")), &ready[..], is("a/a", "10.96.0.6:80", Some("a/a"))),
+            ("ready", None, &ready[..], is("shop/web", "10.96.0.5:80", Some(("shop/web", "10.96.0.5")))),
+            (
+                "first by name",
+                Some(tcp("10.96.0.6")),
+                &ready[..],
+                is("a/a", "10.96.0.6:80", Some(("a/a", "10.96.0.6"))),
+            ),
             (
                 "local inside",
                 Some(with(tcp("10.96.0.6"), "internalTrafficPolicy")),
                 &ready[..],
-                is("shop/web", "10.96.0.5:80", Some("a/a")),
+                is("shop/web", "10.96.0.5:80", Some(("a/a", "10.96.0.6"))),
             ),
             (
                 "local from outside",
                 Some(with(tcp("10.96.0.6"), "externalTrafficPolicy")),
                 &ready[..],
-                is("a/a", "10.96.0.6:80", Some("shop/web")),
+                is("a/a", "10.96.0.6:80", Some(("shop/web", "10.96.0.5"))),
             ),
             (
                 "headless",
                 Some(json!({"clusterIP": "None", "ports": [{"port": 80}]})),
                 &ready[..],
-                is("shop/web", "10.96.0.5:80", Some("shop/web")),
+                is("shop/web", "10.96.0.5:80", Some(("shop/web", "10.96.0.5"))),
             ),
             (
                 "UDP",
                 Some(json!({"clusterIP": "10.96.0.6", "ports": [{"port": 53, "protocol": "UDP"}]})),
                 &ready[..],
-                is("shop/web", "10.96.0.5:80", Some("shop/web")),
+                is("shop/web", "10.96.0.5:80", Some(("shop/web", "10.96.0.5"))),
             ),
         ] {
             let services: Vec<Service> = [Some(web.clone()), Some(api.clone()), first.map(|s| service("a/a", s))]
@@ -233,8 +258,10 @@ mod tests {
             node("n2", "172.30.0.2", &["10.244.2.9:7"]),
             node("n3", "172.30.0.3", &[]),
         ];
-        let targets =
-            Targets { service: Some(("a/b".into(), a("10.96.0.5:80"))), node_port: Some(("a/c".into(), 30080)) };
+        let targets = Targets {
+            service: Some(("a/b".into(), a("10.96.0.5:80"))),
+            node_port: Some(node_port("a/c", &["10.96.0.7"])),
+        };
         let walk = |from: usize, targets| super::walk(&nodes[from], &nodes, targets);
         let expected = Walk::new(
             &[a("10.244.1.9:7"), a("[fd00:1::9]:7")],
@@ -243,6 +270,12 @@ mod tests {
         );
         assert_eq!(walk(1, &targets), expected);
         assert_eq!(walk(0, &Targets::default()), Walk::new(&[a("10.244.2.9:7")], &[a("10.96.0.10:53")], &[]));
+        let mut dual = nodes.clone();
+        dual[0].addresses.push("fd00::1".parse().expect("an address"));
+        assert_eq!(super::walk(&dual[1], &dual, &targets), expected, "a port of an IPv4 service is at IPv4 addresses");
+        let both = Targets { node_port: Some(node_port("a/c", &["10.96.0.7", "fd00:96::7"])), ..targets.clone() };
+        let walked = super::walk(&dual[1], &dual, &both).paths().expect("a walk");
+        assert!(walked.contains(&(Way::FromNode, a("[fd00::1]:30080"))), "{walked:?}");
         let alone = [nodes[0].clone()];
         let of_one = super::walk(&alone[0], &alone, &targets);
         assert_eq!(of_one, Walk::new(&[], &[a("10.96.0.5:80"), a("10.96.0.10:53")], &[]));
@@ -251,8 +284,10 @@ mod tests {
     #[test]
     fn a_broken_path_is_named_with_its_remedy() {
         let nodes = [node("n1", "172.30.0.1", &["10.244.1.9:7"]), node("n2", "172.30.0.2", &["10.244.2.9:7"])];
-        let targets =
-            Targets { service: Some(("a/b".into(), a("10.96.0.5:80"))), node_port: Some(("a/c".into(), 30080)) };
+        let targets = Targets {
+            service: Some(("a/b".into(), a("10.96.0.5:80"))),
+            node_port: Some(node_port("a/c", &["10.96.0.7"])),
+        };
         for (way, to, path, remedy) in [
             (Way::Probe, "10.244.2.9:7", "path pod on n1 -> pod on n2 (10.244.2.9)", "ip route get 10.244.2.9"),
             (Way::FromPod, "10.96.0.5:80", "path pod on n1 -> service a/b (10.96.0.5:80)", "--node n1"),
