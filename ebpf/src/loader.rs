@@ -296,8 +296,8 @@ pub fn detach_pod_links(bpffs: &Path) -> Result<()> {
     let dir = pods(&pin_dir(bpffs));
     let entries = fs::read_dir(&dir).map_err(|e| Error::syscall("list", dir.display(), e))?;
     let held = |name: &str| POD_PACKETS.iter().any(|p| name.ends_with(p.suffix));
-    let paths = entries.flatten().filter(|e| e.file_name().to_str().is_some_and(held)).map(|e| e.path());
-    paths.map(|p| unpin(&p)).collect()
+    let mut paths = entries.flatten().filter(|e| e.file_name().to_str().is_some_and(held)).map(|e| e.path());
+    paths.try_for_each(|p| unpin(&p))
 }
 
 /// A pinned packet program.
