@@ -400,13 +400,15 @@ fn the_clusters_own_is_never_masqueraded() {
 fn wire() -> u32 {
     unshare(Unshare { net: true, ..Unshare::default() }).expect("unshare");
     let mut commands = vec!["link add w0 address 02:00:00:00:00:09 type veth peer w1".to_owned()];
-    commands.extend(["link set w0 up", "link set w1 up"].map(str::to_owned));
+    commands.extend(
+        ["link set w0 mtu 9000", "link set w1 mtu 9000", "link set w0 up", "link set w1 up"].map(str::to_owned),
+    );
     for (number, f) in (4..).step_by(2).zip(FAMILIES) {
         let (len, nodad) = if number == 4 { (32, "") } else { (128, "nodad") };
         commands.push(format!("-{number} addr add {}/{len} dev w0 {nodad}", f.node));
         commands.push(format!("-{number} route add {} dev w0", f.router));
         commands.push(format!("-{number} neigh add {} lladdr 02:00:00:00:00:08 dev w0", f.router));
-        commands.push(format!("-{number} route add default via {}", f.router));
+        commands.push(format!("-{number} route add default via {} mtu lock 5000", f.router));
     }
     for command in commands {
         assert!(Command::new("ip").args(command.split_whitespace()).status().expect("ip").success(), "{command}");
@@ -477,6 +479,15 @@ fn known_connections_between_others_go_express() {
                     assert_eq!((out.verdict, &out.packet[..]), (Verdict::Next, &sent[..length]), "{length} bytes");
                 }
             }
+        }
+        // Of a packet of several parts the program sees the first alone; these are larger and smaller than the way takes.
+        for (payload, sent) in [(4_000, true), (8_000, false)] {
+            let frame = Frame { sport: 44_000, payload: vec![0xa5; payload], ..request(f, UDP) };
+            let small = Frame { payload: vec![], ..frame.clone() };
+            assert_eq!(lab.run_at("from_wire", link, &small.bytes()).verdict, Verdict::Redirect);
+            let bytes = frame.bytes();
+            let verdicts: Vec<Verdict> = (0..64).map(|_| lab.run_at(EXPRESS, link, &bytes).verdict).collect();
+            assert_eq!(verdicts.contains(&Verdict::Redirect), sent, "{payload} bytes: {verdicts:?}");
         }
         let local = Frame { sport: 43_000, dport: 81, ..request(f, TCP) };
         assert_eq!(lab.run_at("from_wire", link, &local.bytes()).verdict, Verdict::Redirect);

@@ -8,7 +8,7 @@
 use crate::{
     connections,
     maps::{ADDRS, HOPS, LOCALS, count},
-    packet::{Body, Bytes, L3, Raw},
+    packet::{Body, Bytes, Head, Ipv4, Ipv6, L3, Raw},
     route::{FIB_SUCCESS, question},
     work::{Work, work},
 };
@@ -38,8 +38,7 @@ pub fn forward(packet: Raw) -> u32 {
         learn(&packet, w, hop);
         return XDP_PASS;
     }
-    let length = (packet.end() - packet.start()) as u32 - L3;
-    if hop.mtu < length {
+    if length(&packet, &w.head).is_none_or(|length| hop.mtu < length) {
         return XDP_PASS;
     }
     if !packet.rewrite(&w.head, &w.to) {
@@ -51,6 +50,20 @@ pub fn forward(packet: Raw) -> u32 {
     unsafe { ptr::write(macs, hop.macs) };
     count(Reason::ForwardedEarly);
     XDP_TX
+}
+
+/// Of the packet from its network header on, as that says: what can be looked at here is the first part of it.
+#[inline(always)]
+fn length(packet: &Raw, head: &Head) -> Option<u32> {
+    // SAFETY: checked to be in the packet, both.
+    Some(match head.v4 {
+        true => u16::from_be(unsafe { ptr::read_volatile(&raw const (*packet.at::<Ipv4>(L3)?).total_be) }) as u32,
+        false => {
+            let ip = packet.at::<Ipv6>(L3)?;
+            let payload = u16::from_be(unsafe { ptr::read_volatile(&raw const (*ip).length_be) });
+            size_of::<Ipv6>() as u32 + payload as u32
+        }
+    })
 }
 
 /// Notes the way to `w.to`: with an MTU of 0 where it is not by the link that the packet came by.
