@@ -235,7 +235,7 @@ impl Datapath {
             ("tcx", without(!self.ports.clsact(), "filters of clsact")),
             ("ingress_ifindex", without(self.loaded.ingress_ifindex, "connections of pods with a sidecar are dropped")),
             ("BTF", without(btf, "programs are loaded without it")),
-            ("XDP", without(self.loaded.express, "--xdp does nothing")),
+            ("XDP", without(self.loaded.xdp, "--xdp does nothing")),
         ])
     }
 

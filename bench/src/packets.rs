@@ -5,7 +5,7 @@ use sluice_ebpf::{
     addr,
     common::{CT_ANSWERED, Flow, PodAddr, TCP, TICK_SHIFT, Translation, map},
     dry_run::{Program, Verdict},
-    loader::EXPRESS,
+    loader::XDP,
     maps::{HashMap, PodMaps, pin_dir},
 };
 use std::{net::Ipv4Addr, path::Path, time::Duration};
@@ -48,7 +48,7 @@ pub fn hits(bpffs: &Path, link: u32, far: [Ipv4Addr; 2]) -> anyhow::Result<Hits>
     let floor = (0..PACKETS).map(|_| Ok(f64::from(floor.run_at(link, &unread, REPEAT)?.nanoseconds)));
     let floor = floor.collect::<anyhow::Result<_>>().context("run a packet program")?;
     let tc = known(bpffs, &flows, "from_wire", link, [VIRTUAL, BACKEND])?;
-    let xdp = known(bpffs, &flows, EXPRESS, link, far)?;
+    let xdp = known(bpffs, &flows, XDP, link, far)?;
     for pod in [VIRTUAL, BACKEND] {
         pods.addrs.remove(&addr(pod.into()))?;
     }

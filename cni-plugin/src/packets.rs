@@ -54,7 +54,7 @@ pub fn attach_device(bpffs: &Path, ifindex: u32, filters: bool) -> Result<bool> 
 /// Off a link of the node's own, which may be gone.
 pub fn detach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
     loader::detach_device(bpffs, ifindex)?;
-    loader::detach_express(bpffs, ifindex)?;
+    loader::detach_xdp(bpffs, ifindex)?;
     detach_filters(&DEVICE_PACKETS, ifindex)
 }
 

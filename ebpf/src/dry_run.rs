@@ -4,7 +4,7 @@
 use crate::{
     Error,
     error::Result,
-    loader::EXPRESS,
+    loader::XDP,
     maps::{open_pin, pin_dir},
     sys,
 };
@@ -36,7 +36,7 @@ pub struct Outcome {
 /// Room for what an ICMP answer adds.
 const SPARE: usize = 256;
 
-/// A pinned program: `from_pod`, `from_wire`, `from_host`, or `wire_express` of the hook XDP.
+/// A pinned program: `from_pod`, `from_wire`, `from_host`, or `from_wire_xdp` of the hook XDP.
 pub struct Program {
     fd: OwnedFd,
     name: String,
@@ -65,7 +65,7 @@ impl Program {
     pub fn run_at(&self, ifindex: u32, packet: &[u8], repeat: u32) -> Result<Outcome> {
         let mut after = vec![0; packet.len() + SPARE];
         let mut context = [0; SKB_WORDS];
-        let xdp = self.name == EXPRESS;
+        let xdp = self.name == XDP;
         let words = if xdp {
             (context[XDP_DATA_END], context[XDP_IFINDEX]) = (packet.len() as u32, ifindex);
             XDP_WORDS

@@ -62,8 +62,8 @@ pub const POD_PACKETS: [Packets; 2] = [Packets::at("from_pod", true), Packets::a
 pub const DEVICE_PACKETS: [Packets; 2] = [Packets::at("from_wire", true), Packets::at("from_host", false)];
 const PACKET_PROGRAMS: [&str; 3] = ["from_pod", "from_wire", "from_host"];
 /// The program ahead of `from_wire`, at XDP.
-pub const EXPRESS: &str = "wire_express";
-const EXPRESS_SUFFIX: &str = "_xdp";
+pub const XDP: &str = "from_wire_xdp";
+const XDP_SUFFIX: &str = "_xdp";
 
 /// In the driver (linux/if_link.h): what the kernel does in its place on a structure of its own is slower than
 /// `from_wire`, and shows packets whose checksums are still to be computed.
@@ -87,7 +87,7 @@ pub struct Loaded {
     /// Refused connections see ECONNREFUSED; otherwise (before Linux 5.18) EPERM.
     pub set_retval: bool,
     /// There is a program for XDP (Linux 5.18: packets of more than one part).
-    pub express: bool,
+    pub xdp: bool,
     /// Connections of meshed pods are captured; otherwise (before Linux 5.17) they are dropped.
     pub ingress_ifindex: bool,
     /// Pods whose steering program was replaced.
@@ -128,16 +128,16 @@ pub fn load_as(place: &Place, set_retval: bool, ingress_ifindex: bool) -> Result
         pin_over(program.as_fd(), &dir.join(name))?;
         current.insert(name, program);
     }
-    let express = load_express(&mut object)?;
-    if let Some(program) = &express {
-        pin_over(program.as_fd(), &dir.join(EXPRESS))?;
+    let xdp = load_xdp(&mut object)?;
+    if let Some(program) = &xdp {
+        pin_over(program.as_fd(), &dir.join(XDP))?;
     }
-    let express = express.map(|program| current.insert(EXPRESS, program)).is_some();
+    let xdp = xdp.map(|program| current.insert(XDP, program)).is_some();
     let at = |packets: [Packets; 2]| packets.map(|p| (p.suffix, p.program));
     let [ingress, egress] = at(DEVICE_PACKETS);
-    replace(&devices(&dir), &[ingress, egress, (EXPRESS_SUFFIX, EXPRESS)], &current)?;
+    replace(&devices(&dir), &[ingress, egress, (XDP_SUFFIX, XDP)], &current)?;
     let pods = replace(&pods(&dir), &at(POD_PACKETS), &current)?;
-    Ok(Loaded { set_retval, ingress_ifindex, express, pods })
+    Ok(Loaded { set_retval, ingress_ifindex, xdp, pods })
 }
 
 /// Puts back any of the cgroup links that somebody took away; true when one was missing. Programs are loaded again
@@ -233,16 +233,16 @@ pub fn detach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
     DEVICE_PACKETS.iter().try_for_each(|p| unpin(&with_suffix(&path, p.suffix)))
 }
 
-/// Puts [`EXPRESS`] on a link of the node's own; true where it was missing. Not every driver can, and none where
+/// Puts [`XDP`] on a link of the node's own; true where it was missing. Not every driver can, and none where
 /// another has a program there.
-pub fn attach_express(bpffs: &Path, ifindex: u32) -> Result<bool> {
+pub fn attach_xdp(bpffs: &Path, ifindex: u32) -> Result<bool> {
     let dir = pin_dir(bpffs);
-    let path = with_suffix(&devices(&dir).join(ifindex.to_string()), EXPRESS_SUFFIX);
+    let path = with_suffix(&devices(&dir).join(ifindex.to_string()), XDP_SUFFIX);
     if sys::pinned(&path).and_then(|l| sys::link_info(l.as_fd())).is_ok_and(|info| info.ifindex() == ifindex) {
         return Ok(false);
     }
     unpin(&path)?;
-    let program = open_pin(&dir.join(EXPRESS))?;
+    let program = open_pin(&dir.join(XDP))?;
     let link = sys::device_link_create(program.as_fd(), ifindex, Hook::Xdp, XDP_FLAGS_DRV_MODE)
         .map_err(|e| Error::syscall("attach the XDP program to link", ifindex, e))?;
     sys::pin(link.as_fd(), &path).map_err(|e| Error::syscall("pin", path.display(), e))?;
@@ -250,8 +250,8 @@ pub fn attach_express(bpffs: &Path, ifindex: u32) -> Result<bool> {
 }
 
 /// Takes it off.
-pub fn detach_express(bpffs: &Path, ifindex: u32) -> Result<()> {
-    unpin(&with_suffix(&devices(&pin_dir(bpffs)).join(ifindex.to_string()), EXPRESS_SUFFIX))
+pub fn detach_xdp(bpffs: &Path, ifindex: u32) -> Result<()> {
+    unpin(&with_suffix(&devices(&pin_dir(bpffs)).join(ifindex.to_string()), XDP_SUFFIX))
 }
 
 /// Links of the node's own, by index, that have programs; also such as are gone.
@@ -358,12 +358,12 @@ fn open_object(dir: &Path, set_retval: bool, ingress_ifindex: bool) -> Result<Eb
 }
 
 /// `None` where the kernel has no place for it.
-fn load_express(object: &mut Ebpf) -> Result<Option<OwnedFd>> {
-    let Some(Program::Xdp(p)) = object.program_mut(EXPRESS) else { return Err(Error::NoProgram(EXPRESS)) };
+fn load_xdp(object: &mut Ebpf) -> Result<Option<OwnedFd>> {
+    let Some(Program::Xdp(p)) = object.program_mut(XDP) else { return Err(Error::NoProgram(XDP)) };
     if p.load().is_err() {
         return Ok(None);
     }
-    program(object, EXPRESS).map(Some)
+    program(object, XDP).map(Some)
 }
 
 fn program(object: &mut Ebpf, name: &'static str) -> Result<OwnedFd> {

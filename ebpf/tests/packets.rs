@@ -12,7 +12,7 @@ use sluice_ebpf::{
     common::{Addr, Device, INSIDE, MASQUERADE, PodAddr, Range, Reason, Reverse, ServiceKey, TCP, UDP, WATCH_DROPS},
     dry_run::{Outcome, Verdict},
     layout::{Target, Wanted, WantedGroup},
-    loader::EXPRESS,
+    loader::XDP,
 };
 use sluice_netlink::ns::{Unshare, unshare};
 use std::{
@@ -422,9 +422,9 @@ fn wire() -> u32 {
 
 /// What XDP sends is what `from_wire` would have sent, to the router's link-layer address; the rest it leaves alone.
 #[test]
-fn known_connections_between_others_go_express() {
+fn known_connections_between_others_go_by_xdp() {
     let link = wire();
-    let mut lab = lab("packets-express");
+    let mut lab = lab("packets-xdp");
     let far = ["10.244.2.9", "fd00:2::9"];
     let mut services = vec![];
     for (f, far) in FAMILIES.into_iter().zip(far) {
@@ -440,8 +440,8 @@ fn known_connections_between_others_go_express() {
     lab.node.devices.set(&link, &Device { addr4, addr6, mac: [2, 0, 0, 0, 0, 9], pad: 0 }).expect("device");
     let macs = [[2, 0, 0, 0, 0, 8], [2, 0, 0, 0, 0, 9]].concat();
     // Each CPU lets one packet a second pass, to learn the way.
-    let express = |packet: &[u8]| -> Outcome {
-        let outcomes = (0..64).map(|_| lab.run_at(EXPRESS, link, packet));
+    let xdp = |packet: &[u8]| -> Outcome {
+        let outcomes = (0..64).map(|_| lab.run_at(XDP, link, packet));
         let passed = |o: &Outcome| assert!(o.verdict != Verdict::Next || o.packet == packet, "changed and passed");
         let mut outcomes = outcomes.inspect(passed);
         outcomes.find(|o| o.verdict == Verdict::Redirect).expect("sent within 64 packets")
@@ -453,10 +453,10 @@ fn known_connections_between_others_go_express() {
                 let frame =
                     Frame { sport: 42_000 + number * 100 + options as u16, options, checksum, ..request(f, proto) };
                 let sent = frame.bytes();
-                assert_eq!(lab.run_at(EXPRESS, link, &sent).verdict, Verdict::Next, "what begins is not its business");
+                assert_eq!(lab.run_at(XDP, link, &sent).verdict, Verdict::Next, "what begins is not its business");
                 let first = lab.run_at("from_wire", link, &sent);
                 assert_eq!(first.verdict, Verdict::Redirect);
-                let there = express(&sent);
+                let there = xdp(&sent);
                 assert_eq!(there.packet[..12], macs);
                 assert_eq!(there.packet[12..], first.packet[12..], "{frame:?}");
                 let seen = read(&there.packet).expect("whole");
@@ -469,13 +469,13 @@ fn known_connections_between_others_go_express() {
                     options: 0,
                     ..frame.clone()
                 };
-                let back = express(&answer.bytes());
+                let back = xdp(&answer.bytes());
                 assert_eq!(back.packet[12..], lab.run_at("from_wire", link, &answer.bytes()).packet[12..]);
                 let seen = read(&back.packet).expect("whole");
                 assert_eq!((seen.src, seen.sport, seen.dst, seen.dport), (frame.dst, 80, frame.src, frame.sport));
                 for length in 15..sent.len() - frame.payload.len() {
                     // The kernel itself may refuse to make a packet of it.
-                    let Some(out) = lab.try_run(EXPRESS, &sent[..length]) else { continue };
+                    let Some(out) = lab.try_run(XDP, &sent[..length]) else { continue };
                     assert_eq!((out.verdict, &out.packet[..]), (Verdict::Next, &sent[..length]), "{length} bytes");
                 }
             }
@@ -486,16 +486,16 @@ fn known_connections_between_others_go_express() {
             let small = Frame { payload: vec![], ..frame.clone() };
             assert_eq!(lab.run_at("from_wire", link, &small.bytes()).verdict, Verdict::Redirect);
             let bytes = frame.bytes();
-            let verdicts: Vec<Verdict> = (0..64).map(|_| lab.run_at(EXPRESS, link, &bytes).verdict).collect();
+            let verdicts: Vec<Verdict> = (0..64).map(|_| lab.run_at(XDP, link, &bytes).verdict).collect();
             assert_eq!(verdicts.contains(&Verdict::Redirect), sent, "{payload} bytes: {verdicts:?}");
         }
         let local = Frame { sport: 43_000, dport: 81, ..request(f, TCP) };
         assert_eq!(lab.run_at("from_wire", link, &local.bytes()).verdict, Verdict::Redirect);
         for _ in 0..8 {
-            assert_eq!(lab.run_at(EXPRESS, link, &local.bytes()).verdict, Verdict::Next, "to a pod of this node");
+            assert_eq!(lab.run_at(XDP, link, &local.bytes()).verdict, Verdict::Next, "to a pod of this node");
         }
     }
-    assert!(lab.counter(Reason::ForwardedEarly) > 0);
+    assert!(lab.counter(Reason::ForwardedXdp) > 0);
 }
 
 /// Whatever comes: an answer, and checksums that hold where they held.
@@ -520,7 +520,7 @@ fn random_packets_are_survived() {
             }
             bytes.truncate(15 + random.below(bytes.len() - 14));
         }
-        for program in ["from_wire", "from_pod", "from_host", EXPRESS] {
+        for program in ["from_wire", "from_pod", "from_host", XDP] {
             let Some(out) = lab.try_run(program, &bytes) else { continue };
             assert!(!matches!(out.verdict, Verdict::Other(_)), "{program}: {:?} of {bytes:02x?}", out.verdict);
             if read(&bytes).is_ok() && out.verdict != Verdict::Drop && out.packet.len() == bytes.len() {

@@ -144,8 +144,8 @@ impl Ports {
         for index in unasked {
             self.asked.insert(index);
             if !self.ways.xdp {
-                loader::detach_express(&self.bpffs, index).map_err(Error::Ports)?;
-            } else if let Err(why) = loader::attach_express(&self.bpffs, index) {
+                loader::detach_xdp(&self.bpffs, index).map_err(Error::Ports)?;
+            } else if let Err(why) = loader::attach_xdp(&self.bpffs, index) {
                 // `from_wire` does all that it would have done.
                 done.push(format!("link {index} goes without XDP: {}", describe(&why)));
             }

@@ -276,7 +276,7 @@ pub fn without_tcx(ground: &Ground) {
 pub fn with_xdp(ground: &Ground) {
     let early = || {
         let counters = Counters::open(&pin_dir(Path::new("/sys/fs/bpf"))).expect("counters");
-        counters.get(Reason::ForwardedEarly).expect("counter")
+        counters.get(Reason::ForwardedXdp).expect("counter")
     };
     ground.kill_agent();
     ground.xdp.set(true);

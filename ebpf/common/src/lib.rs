@@ -663,7 +663,7 @@ reasons! {
     /// An event was lost because nobody read the ring buffer in time.
     EventLost = "event_lost",
     /// Packet sent back over the link that it came by, before the kernel had a structure for it (XDP).
-    ForwardedEarly = "forwarded_early",
+    ForwardedXdp = "forwarded_xdp",
     /// Packet of a pod with a source address that is not the pod's: dropped.
     DroppedSpoofed = "dropped_spoofed",
 }

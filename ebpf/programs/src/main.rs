@@ -6,7 +6,6 @@
 mod balance;
 mod capture;
 mod connections;
-mod express;
 mod icmp;
 mod maps;
 mod neighbour;
@@ -14,6 +13,7 @@ mod packet;
 mod route;
 mod steer;
 mod work;
+mod xdp;
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
@@ -126,8 +126,8 @@ packet_programs! {
 }
 
 #[xdp(frags)]
-pub fn wire_express(ctx: XdpContext) -> u32 {
-    express::forward(packet::Raw { raw: ctx.ctx })
+pub fn from_wire_xdp(ctx: XdpContext) -> u32 {
+    xdp::forward(packet::Frame { raw: ctx.ctx })
 }
 
 const SK_DROP: u32 = 0;

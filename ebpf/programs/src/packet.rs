@@ -430,11 +430,11 @@ impl Skb {
 
 /// A packet that the driver has just received and that nobody has a structure for yet.
 #[derive(Clone, Copy)]
-pub struct Raw {
+pub struct Frame {
     pub raw: *mut xdp_md,
 }
 
-impl Bytes for Raw {
+impl Bytes for Frame {
     #[inline(always)]
     fn start(&self) -> usize {
         field!(self, data) as usize
@@ -450,7 +450,7 @@ impl Bytes for Raw {
     fn linearize(&self) {}
 }
 
-impl Raw {
+impl Frame {
     #[inline(always)]
     pub fn ifindex(&self) -> u32 {
         field!(self, ingress_ifindex)

@@ -5,7 +5,7 @@ use sluice_ebpf::{
     common::{Reason, ServiceKey},
     dry_run::{Outcome, Program},
     layout::Wanted,
-    loader::{self, EXPRESS},
+    loader::{self, XDP},
     maps::{Counters, NodeMaps, PodMaps, ServiceMaps, pin_dir},
     settings::SettingsMap,
     table::ServiceTable,
@@ -34,7 +34,7 @@ impl Lab {
             settings: SettingsMap::open(&dir).expect("map"),
             counters: Counters::open(&dir).expect("map"),
             table: ServiceTable::open(ServiceMaps::open(&dir).expect("maps")).expect("table"),
-            programs: ["from_pod", "from_wire", "from_host", EXPRESS].map(open).into(),
+            programs: ["from_pod", "from_wire", "from_host", XDP].map(open).into(),
             _ground: ground,
         }
     }

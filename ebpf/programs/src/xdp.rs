@@ -8,7 +8,7 @@
 use crate::{
     connections,
     maps::{ADDRS, HOPS, LOCALS, count},
-    packet::{Body, Bytes, Head, Ipv4, Ipv6, L3, Raw},
+    packet::{Body, Bytes, Frame, Head, Ipv4, Ipv6, L3},
     route::{FIB_SUCCESS, question},
     work::{Work, work},
 };
@@ -21,13 +21,9 @@ use core::ptr;
 use sluice_ebpf_common::*;
 
 #[inline(always)]
-pub fn forward(packet: Raw) -> u32 {
+pub fn forward(packet: Frame) -> u32 {
     let Some(w) = work() else { return XDP_PASS };
-    if packet.read(&mut w.head).is_err()
-        || w.head.body == Body::Error
-        || w.head.hops <= 1
-        || !connections::known(w)
-    {
+    if packet.read(&mut w.head).is_err() || w.head.body == Body::Error || w.head.hops <= 1 || !connections::known(w) {
         return XDP_PASS;
     }
     let Some(hop) = HOPS.get_ptr_mut(slot(&w.to.dst)) else { return XDP_PASS };
@@ -48,13 +44,13 @@ pub fn forward(packet: Raw) -> u32 {
     let Some(macs) = packet.at::<[[u16; 3]; 2]>(0) else { return XDP_DROP };
     // SAFETY: checked to be in the packet.
     unsafe { ptr::write(macs, hop.macs) };
-    count(Reason::ForwardedEarly);
+    count(Reason::ForwardedXdp);
     XDP_TX
 }
 
 /// Of the packet from its network header on, as that says: what can be looked at here is the first part of it.
 #[inline(always)]
-fn length(packet: &Raw, head: &Head) -> Option<u32> {
+fn length(packet: &Frame, head: &Head) -> Option<u32> {
     // SAFETY: checked to be in the packet, both.
     Some(match head.v4 {
         true => u16::from_be(unsafe { ptr::read_volatile(&raw const (*packet.at::<Ipv4>(L3)?).total_be) }) as u32,
@@ -68,7 +64,7 @@ fn length(packet: &Raw, head: &Head) -> Option<u32> {
 
 /// Notes the way to `w.to`: with an MTU of 0 where it is not by the link that the packet came by.
 #[inline(always)]
-fn learn(packet: &Raw, w: &mut Work, hop: &mut Hop) {
+fn learn(packet: &Frame, w: &mut Work, hop: &mut Hop) {
     (hop.to, hop.from, hop.tick, hop.mtu) = (w.to.dst, packet.ifindex(), w.tick, 0);
     // SAFETY: presence only.
     let here = unsafe { ADDRS.get(&w.to.dst).is_some() || LOCALS.get(&w.to.dst).is_some() };
