@@ -58,10 +58,20 @@ pub fn detach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
     detach_filters(&DEVICE_PACKETS, ifindex)
 }
 
-/// After new programs were loaded: on the links of pods, by index, where no pin replaces them.
+/// After new programs were loaded: on the links of pods, by index, where no pin replaces them. Pods may end meanwhile.
 pub fn renew_pods(bpffs: &Path, connection: &mut Connection, links: &[u32]) -> Result<()> {
-    links.iter().try_for_each(|ifindex| attach_pod(bpffs, connection, *ifindex))?;
+    for ifindex in links {
+        match attach_pod(bpffs, connection, *ifindex) {
+            Err(Error::Link(e)) if gone(&e) => {}
+            other => other?,
+        }
+    }
     Ok(loader::detach_pod_links(bpffs)?)
+}
+
+/// With the link went what was on it.
+fn gone(e: &sluice_netlink::Error) -> bool {
+    e.errno() == Some(rustix::io::Errno::NODEV.raw_os_error())
 }
 
 fn direction(p: &Packets) -> Direction {
@@ -87,8 +97,7 @@ fn detach_filters(programs: &[Packets], ifindex: u32) -> Result<()> {
         if ours { filter::remove_clsact(&mut connection, ifindex).map(drop) } else { Ok(()) }
     };
     match detach() {
-        // With the link went what was on it.
-        Err(e) if e.errno() == Some(rustix::io::Errno::NODEV.raw_os_error()) => Ok(()),
+        Err(e) if gone(&e) => Ok(()),
         other => Ok(other?),
     }
 }
