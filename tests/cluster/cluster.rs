@@ -84,7 +84,8 @@ impl Cluster {
             eprintln!("{}", self.try_kubectl(&["get", "events", "-A"]).unwrap_or_default());
             eprintln!("{}", self.logs());
         }
-        result
+        // Last, so that it is what the end of a log shows.
+        result.inspect_err(|e| eprintln!("{name}: {e:#}"))
     }
 
     fn logs(&self) -> String {

@@ -155,7 +155,7 @@ pub fn request_log(c: &Cluster, node: &str, namespace: &str, pod: &str) -> Resul
 /// No request failed, and the backends' own logs have each exactly once.
 pub fn prove_exactly_once(c: &Cluster, namespace: &str, name: &str, report: &Value) -> Result<()> {
     let sent = report["sent"].as_u64().context("sent")?;
-    ensure!(report["failed"] == 0, "{} of {sent} requests failed: {}", report["failed"], report["failures"]);
+    ensure!(report["failed"] == 0, "{} of {sent} requests failed: {report}", report["failed"]);
     let seen = deliveries(c, namespace, name)?;
     let twice: Vec<_> = seen.iter().filter(|(_, n)| **n > 1).take(5).collect();
     ensure!(twice.is_empty(), "delivered more than once: {twice:?}");
