@@ -15,7 +15,7 @@ use pods::{Overrides, PodTable};
 use ports::{Ports, Ways};
 use sluice_cni::{Lease, Store, packets, store::Lock};
 use sluice_ebpf::{
-    common::MASQUERADE,
+    common::{DSR, MASQUERADE},
     compile::{Compiler, DnsOverlay},
     loader::{self, Loaded, Place},
     maps::{Counters, ServiceMaps, pin_dir},
@@ -83,6 +83,8 @@ pub struct DatapathConfig {
     pub xdp: bool,
     /// Do as on a kernel without bpf_set_retval: what is refused sees EPERM.
     pub eperm: bool,
+    /// Callers from outside are answered by the nodes of their backends.
+    pub dsr: bool,
     /// Which other nodes' pods are reached through VXLAN.
     pub tunnel: Mode,
 }
@@ -205,7 +207,8 @@ impl Datapath {
     }
 
     fn reconcile_ports(&mut self, snapshot: Option<&Snapshot>) -> Result<Vec<String>, Error> {
-        self.ports.reconcile(self.wires.connection(), snapshot, &self.config.node)
+        let (connection, adjacent) = self.wires.parts();
+        self.ports.reconcile(connection, snapshot, &self.config.node, adjacent)
     }
 
     /// What following the node's flows needs of it.
@@ -312,7 +315,7 @@ fn settle(config: &DatapathConfig, bpffs: &Path, host_netns: u64) -> Result<Arc<
     let told = settings.update(|s| {
         s.host_netns = host_netns;
         // An agent that was killed may have left others on.
-        s.flags = if config.masquerade { MASQUERADE } else { 0 };
+        s.flags = if config.masquerade { MASQUERADE } else { 0 } | if config.dsr { DSR } else { 0 };
     });
     told.map_err(Error::Settings)?;
     Ok(Arc::new(settings))

@@ -100,6 +100,10 @@ pub struct Options {
     /// can
     #[arg(long)]
     pub xdp: bool,
+    /// Let callers from outside be answered by the nodes of their backends, past the node that they addressed (direct
+    /// server return); give it to all nodes
+    #[arg(long)]
+    pub dsr: bool,
     /// Do as if the kernel lacked a feature
     #[arg(long, value_enum, value_name = "FEATURE")]
     pub force_fallback: Vec<Fallback>,
@@ -279,6 +283,7 @@ async fn start_network(
         masquerade_excluded: o.masquerade_exclude.clone(),
         clsact: o.force_fallback.contains(&Fallback::Tcx),
         xdp: o.xdp,
+        dsr: o.dsr,
         eperm: o.force_fallback.contains(&Fallback::SetRetval),
         tunnel: o.tunnel.into(),
     })

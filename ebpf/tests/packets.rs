@@ -4,6 +4,7 @@
 mod frames;
 mod ground;
 mod lab;
+mod relayed;
 
 use frames::{Frame, Read, read};
 use lab::Lab;

@@ -61,6 +61,14 @@ pub struct Ways {
     pub problems: Vec<String>,
 }
 
+impl Ways {
+    /// Ranges and nodes' addresses to which the next hop is the node that has them.
+    pub fn adjacent(&self) -> impl Iterator<Item = Prefix> + '_ {
+        let native = self.native.iter().flat_map(|(node, range)| [Prefix::host(*node), *range]);
+        native.chain(self.tunnelled.iter().flat_map(|p| p.ranges.iter().copied()))
+    }
+}
+
 /// A node that is reached through VXLAN.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pair {

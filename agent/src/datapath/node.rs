@@ -12,7 +12,7 @@ use sluice_netlink::{
     plan::{Address, LO, Operation, PROTOCOL_NODE, Prefix, SERVER6, State, host_state, node_state},
     sysctl,
 };
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use tokio::sync::watch;
 
 /// Of a pod's link on a node that has no device of its own to take it from: what Ethernet has everywhere.
@@ -28,13 +28,24 @@ pub(super) struct Wires {
     /// Routes and links that nobody wants are removed only once a snapshot has said which are wanted.
     told: bool,
     mtu: watch::Sender<Option<u32>>,
+    /// Ranges and nodes' addresses to which the next hop is the node that has them.
+    adjacent: BTreeSet<Prefix>,
 }
 
 impl Wires {
     /// Opens in the calling thread's namespace and gives the node the addresses at which it serves its pods.
     pub(super) fn open(mode: Mode, serves6: bool) -> Result<Self, Error> {
         let (connection, own, others) = (Connection::open()?, between::Node::default(), Vec::new());
-        let mut wires = Self { connection, mode, serves6, own, others, told: false, mtu: watch::Sender::new(None) };
+        let mut wires = Self {
+            connection,
+            mode,
+            serves6,
+            own,
+            others,
+            told: false,
+            mtu: watch::Sender::new(None),
+            adjacent: BTreeSet::new(),
+        };
         wires.ensure_settings()?;
         wires.reconcile(&[])?;
         Ok(wires)
@@ -43,6 +54,11 @@ impl Wires {
     /// The MTU that pods are to be made with; nothing before a snapshot has said which nodes there are.
     pub(super) fn pod_mtu(&self) -> watch::Receiver<Option<u32>> {
         self.mtu.subscribe()
+    }
+
+    /// With the ranges and nodes' addresses to which the next hop is the node that has them, as last reconciled.
+    pub(super) fn parts(&mut self) -> (&mut Connection, &BTreeSet<Prefix>) {
+        (&mut self.connection, &self.adjacent)
     }
 
     pub(super) fn netns_cookie(&self) -> Result<u64, Error> {
@@ -97,6 +113,7 @@ impl Wires {
         let mtu = between::pod_mtu(self.mode, &self.own, &ways, &devices).unwrap_or(DEFAULT_MTU);
         self.mtu.send_if_modified(|now| now.replace(mtu) != Some(mtu));
         let done = done?;
+        self.adjacent = ways.adjacent().collect();
         for link in &links {
             // Loose: another node answers a pod by this link from its own address, to which the way is another.
             sysctl::ensure(&format!("ipv4/conf/{}/rp_filter", link.name), "2")?;

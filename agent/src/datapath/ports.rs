@@ -5,7 +5,7 @@ use super::{Error, describe};
 use sluice_cni::packets;
 use sluice_ebpf::{
     addr,
-    common::{Addr, Device, Range},
+    common::{Addr, CLUSTER_ADJACENT, CLUSTER_NODE, Device, Range},
     loader,
     maps::{HashMap, NodeMaps, pin_dir},
 };
@@ -24,7 +24,7 @@ use std::{
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Wanted {
     locals: BTreeSet<Addr>,
-    cluster: BTreeSet<Range>,
+    cluster: BTreeMap<Range, u32>,
     devices: BTreeMap<u32, Device>,
     announced: BTreeSet<Addr>,
 }
@@ -82,10 +82,12 @@ impl Ports {
         connection: &mut Connection,
         snapshot: Option<&Snapshot>,
         node: &str,
+        adjacent: &BTreeSet<Prefix>,
     ) -> Result<Vec<String>, Error> {
         let devices = device::devices(connection).map_err(Error::Node)?;
         let addresses = kernel::read_addresses(connection).map_err(Error::Node)?;
-        let wanted = wanted(&devices, &addresses, snapshot, node, &self.excluded);
+        let mut wanted = wanted(&devices, &addresses, snapshot, node, &self.excluded);
+        mark_adjacent(&mut wanted.cluster, adjacent);
         let mut done = Vec::new();
         let failed = Error::Ports;
         let count = bring_set(&self.maps.locals, &wanted.locals).map_err(failed)?;
@@ -93,7 +95,7 @@ impl Ports {
         let count = bring(&self.maps.devices, &wanted.devices).map_err(failed)?;
         note(&mut done, count, "links of the node");
         if snapshot.is_some() {
-            let count = bring_set(&self.maps.cluster, &wanted.cluster).map_err(failed)?;
+            let count = bring(&self.maps.cluster, &wanted.cluster).map_err(failed)?;
             note(&mut done, count, "ranges of the cluster");
             self.announce(&wanted.announced)?;
         }
@@ -181,10 +183,19 @@ fn wanted(
     }
     let ranges = nodes().flat_map(|n| n.pod_cidrs.iter().filter_map(|c| c.parse::<Prefix>().ok()));
     let addresses = nodes().flat_map(|n| n.addresses.iter().map(|a| Prefix::host(*a)));
-    out.cluster = ranges.chain(addresses).chain(excluded.iter().copied()).map(range).collect();
+    out.cluster = ranges.chain(excluded.iter().copied()).map(|r| (range(r), 1)).collect();
+    out.cluster.extend(addresses.map(|a| (range(a), 1 | CLUSTER_NODE)));
     let announced = snapshot.into_iter().flat_map(Snapshot::services).flat_map(|s| &s.announcements);
     out.announced = announced.filter(|a| a.node == node).map(|a| addr(a.address)).collect();
     out
+}
+
+fn mark_adjacent(cluster: &mut BTreeMap<Range, u32>, adjacent: &BTreeSet<Prefix>) {
+    for prefix in adjacent {
+        if let Some(flags) = cluster.get_mut(&range(*prefix)) {
+            *flags |= CLUSTER_ADJACENT;
+        }
+    }
 }
 
 fn range(p: Prefix) -> Range {
@@ -277,8 +288,11 @@ mod tests {
         assert_eq!(w.devices.keys().copied().collect::<Vec<_>>(), [2, 3], "a link without an address has no programs");
         assert_eq!(w.devices[&2].addr4, addr(ip("192.0.2.1")));
         assert_eq!((w.devices[&3].addr4, w.devices[&3].addr6), (addr(ip("192.0.2.1")), Addr::UNSET));
-        let lengths: Vec<u32> = w.cluster.iter().map(|r| r.len).collect();
-        assert_eq!(lengths, [96 + 24, 96 + 24, 96 + 24, 96 + 32, 96 + 32]);
+        let mut w = w;
+        mark_adjacent(&mut w.cluster, &[prefix("10.244.2.0/24"), prefix("198.51.100.9/32")].into());
+        let cluster: Vec<(u32, u32)> = w.cluster.iter().map(|(r, flags)| (r.len - 96, *flags)).collect();
+        let node = 1 | CLUSTER_NODE;
+        assert_eq!(cluster, [(24, 1), (24, 1), (24, 1 | CLUSTER_ADJACENT), (32, node), (32, node)]);
         assert!(wanted(&devices, &addresses, None, "n1", &[]).announced.is_empty());
     }
 }

@@ -43,6 +43,8 @@ pub struct Ground {
     pub clsact: Cell<bool>,
     /// Agents use XDP.
     pub xdp: Cell<bool>,
+    /// Agents let backends' nodes answer callers from outside.
+    pub dsr: Cell<bool>,
     /// Agents do without bpf_set_retval.
     pub eperm: Cell<bool>,
     pods: RefCell<Vec<PathBuf>>,
@@ -120,6 +122,7 @@ impl Ground {
             revision: Cell::new(0),
             clsact: Cell::new(false),
             xdp: Cell::new(false),
+            dsr: Cell::new(false),
             eperm: Cell::new(false),
             pods: RefCell::default(),
         };
@@ -168,7 +171,12 @@ impl Ground {
 
     pub fn start_agent(&self) {
         let _ = fs::remove_file(ACK);
-        let ways = [(self.clsact.get(), parts::CLSACT), (self.xdp.get(), parts::XDP), (self.eperm.get(), parts::EPERM)];
+        let ways = [
+            (self.clsact.get(), parts::CLSACT),
+            (self.xdp.get(), parts::XDP),
+            (self.dsr.get(), parts::DSR),
+            (self.eperm.get(), parts::EPERM),
+        ];
         let ways: Vec<_> = ways.into_iter().filter(|(set, _)| *set).map(|(_, name)| (name, "1")).collect();
         let child = self.child("agent", &ways).spawn().expect("agent");
         *self.agent.borrow_mut() = Some(child);

@@ -24,10 +24,11 @@ fn main() {
         return;
     }
     type Story = fn(&Ground);
-    let stories: [(&str, Story); 7] = [
+    let stories: [(&str, Story); 8] = [
         ("outside", outside::story),
         ("outside-clsact", outside::without_tcx),
         ("outside-xdp", outside::with_xdp),
+        ("outside-dsr", outside::with_dsr),
         ("balance", balance::story),
         ("refusals", refusals::story),
         ("capture", capture::story),

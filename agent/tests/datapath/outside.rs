@@ -291,6 +291,69 @@ pub fn with_xdp(ground: &Ground) {
     ground.start_agent();
 }
 
+/// Given nodes that let backends' nodes answer, when a caller dials an address of one and the backend is on another, then
+/// that one sees the caller and answers it past the first. This node is the one, then the other; it plays with a machine
+/// that has the address as servers behind a balancer have, on its loopback, and tells nobody.
+pub fn with_dsr(ground: &Ground) {
+    ground.kill_agent();
+    ground.dsr.set(true);
+    ground.start_agent();
+    forbid_forwarding();
+    let around = Around::new(ground);
+    let pod = ground.pod("o1");
+    serve(&pod.netns, "o1", ANY, 8080);
+    within(&around.other, || std::fs::write("/proc/sys/net/ipv4/conf/all/arp_ignore", "1")).expect("keep quiet");
+    for address in [EXTERNAL4, EXTERNAL6] {
+        add_address(&around.other, "lo", address, if address.contains(':') { 128 } else { 32 });
+    }
+    serve(&around.other, "far", [EXTERNAL4, EXTERNAL6], 80);
+    let announced = |node: &'static str| {
+        move |s: &mut Service| {
+            s.external_ips = vec![ip(EXTERNAL4), ip(EXTERNAL6)];
+            s.announcements = s.external_ips.iter().map(|a| Announcement { address: *a, node: node.into() }).collect();
+        }
+    };
+    let Resource::Node(own) = node() else { unreachable!("a node") };
+    let own = Resource::Node(Node { addresses: vec![ip(NODE4), ip(NODE6)], ..own });
+    ground.apply(vec![own.clone(), other_node(), shop("there", 2, announced(NODE)), far_endpoints("there")]);
+    let relayed = || {
+        let counters = Counters::open(&pin_dir(Path::new("/sys/fs/bpf"))).expect("counters");
+        counters.get(Reason::Relayed).expect("counter")
+    };
+    let before = relayed();
+    for (external, caller) in [(EXTERNAL4, CALLER4), (EXTERNAL6, CALLER6)] {
+        let said = around.call(|| (dial(at(external, 80)), ask(at(external, 80), 1)));
+        assert_eq!(said.0.expect("TCP"), format!("far {caller}"), "the backend's node sees the caller");
+        assert_eq!(said.1.expect("UDP"), format!("far {caller} 1"));
+        around.call(|| echoed(at(external, 80)));
+        let said = around.call(|| ask(at(external, 80), 9_000)).expect("fragments");
+        assert!(said.ends_with(" 9000"), "{said}");
+    }
+    assert_eq!(relayed() - before, 8, "connections");
+    // Now another node announces it, and passes on what is for the pod here.
+    ground.apply(vec![own, other_node(), shop("here", 1, announced("n2")), endpoints("here", &[&pod])]);
+    for (external, other, caller) in [(EXTERNAL4, OTHER4, CALLER4), (EXTERNAL6, OTHER6, CALLER6)] {
+        for (to, port) in [(external, 80), (other, 30_001)] {
+            add_route(
+                &around.caller,
+                &format!("{to}/{}", if to.contains(':') { 128 } else { 32 }),
+                if to.contains(':') { NODE6 } else { NODE4 },
+            );
+            let said = around.call(|| (dial(at(to, port)), ask(at(to, port), 1)));
+            assert_eq!(said.0.expect("TCP"), format!("o1 {caller}"), "{to}");
+            assert_eq!(said.1.expect("UDP"), format!("o1 {caller} 1"), "{to}");
+            around.call(|| echoed(at(to, port)));
+        }
+    }
+    ground.end_pod(pod);
+    ground.apply(vec![node()]);
+    remove_eth0();
+    let _ = Command::new("nft").args(["flush", "ruleset"]).status();
+    ground.kill_agent();
+    ground.dsr.set(false);
+    ground.start_agent();
+}
+
 pub fn story(ground: &Ground) {
     forbid_forwarding();
     let around = Around::new(ground);
@@ -483,26 +546,29 @@ fn raw_ask(from: IpAddr, to: Ipv4Addr) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&buffer[..n]).into_owned())
 }
 
+/// Four megabytes there and back.
+fn echoed(to: SocketAddr) {
+    let mut c = TcpStream::connect_timeout(&to, WAIT).expect("connect");
+    greeting(&mut c).expect("greeting");
+    let data: Vec<u8> = (0..4_000_000_u32).map(|i| (i % 251) as u8).collect();
+    let mut writer = c.try_clone().expect("clone");
+    let sent = data.clone();
+    let sending = thread::spawn(move || {
+        writer.write_all(&sent).expect("write");
+        writer.shutdown(std::net::Shutdown::Write).expect("shutdown");
+    });
+    let mut back = Vec::new();
+    c.read_to_end(&mut back).expect("read");
+    sending.join().expect("join");
+    assert!(back == data, "{to}: {} of {} bytes come back the same", back.len(), data.len());
+}
+
 /// Streams and fragments.
 fn large(around: &Around<'_>) {
     for own in [NODE4, NODE6] {
         for port in [30_001, 30_002] {
             let to = at(own, port);
-            around.call(|| {
-                let mut c = TcpStream::connect_timeout(&to, WAIT).expect("connect");
-                greeting(&mut c).expect("greeting");
-                let data: Vec<u8> = (0..4_000_000_u32).map(|i| (i % 251) as u8).collect();
-                let mut writer = c.try_clone().expect("clone");
-                let sent = data.clone();
-                let sending = thread::spawn(move || {
-                    writer.write_all(&sent).expect("write");
-                    writer.shutdown(std::net::Shutdown::Write).expect("shutdown");
-                });
-                let mut back = Vec::new();
-                c.read_to_end(&mut back).expect("read");
-                sending.join().expect("join");
-                assert!(back == data, "{to}: {} of {} bytes come back the same", back.len(), data.len());
-            });
+            around.call(|| echoed(to));
             let said = around.call(|| ask(to, 9_000)).unwrap_or_else(|e| panic!("{to}: {e}"));
             assert!(said.ends_with(" 9000"), "{to}: a datagram in fragments: {said}");
         }

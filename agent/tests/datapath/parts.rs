@@ -33,6 +33,8 @@ use std::{
 pub const CLSACT: &str = "SLUICE_TEST_CLSACT";
 /// Set for an agent that uses XDP.
 pub const XDP: &str = "SLUICE_TEST_XDP";
+/// Set for an agent that lets backends' nodes answer.
+pub const DSR: &str = "SLUICE_TEST_DSR";
 /// Set for an agent that does without bpf_set_retval.
 pub const EPERM: &str = "SLUICE_TEST_EPERM";
 pub const PART: &str = "SLUICE_TEST_PART";
@@ -63,6 +65,7 @@ fn agent() {
         masquerade: true,
         clsact: std::env::var_os(CLSACT).is_some(),
         xdp: std::env::var_os(XDP).is_some(),
+        dsr: std::env::var_os(DSR).is_some(),
         eperm: std::env::var_os(EPERM).is_some(),
         masquerade_excluded: vec!["203.0.113.0/24".parse().expect("range")],
         tunnel: Mode::default(),

@@ -289,7 +289,7 @@ pub struct Translation {
     pub to: Flow,
     /// When the last packet came, in [ticks](TICK_SHIFT) of the monotonic clock; written once a tick at most.
     pub used: u32,
-    /// [`CT_REPLY`], [`CT_ANSWERED`], [`CT_FIN`], [`CT_CLOSED`].
+    /// [`CT_REPLY`], [`CT_ANSWERED`], [`CT_FIN`], [`CT_CLOSED`], [`CT_RELAYED`].
     pub flags: u32,
 }
 
@@ -304,6 +304,9 @@ pub const CT_ANSWERED: u32 = 2;
 pub const CT_FIN: u32 = 4;
 /// Over: a RST, or FINs from both sides.
 pub const CT_CLOSED: u32 = 8;
+/// Packets stay as they are and go to the node of `to.dst`, which answers by itself: there is no other direction here.
+/// Answered is one whose caller has gone on.
+pub const CT_RELAYED: u32 = 16;
 
 /// Ticks without a packet after which a connection is forgotten: TCP that is open, that was never answered, that is
 /// over; UDP and ICMP that was answered, and that was not (RFC 5382 §5 asks for 2 h 4 min, RFC 4787 §4.3 for 2 min).
@@ -322,6 +325,8 @@ impl Translation {
         let answered = self.flags & CT_ANSWERED != 0;
         match (self.to.proto, self.flags & CT_CLOSED != 0) {
             (TCP, true) => timeout::TCP_CLOSED,
+            // The other side's FIN is not seen here; a caller that only reads goes on acknowledging.
+            (TCP, false) if self.flags & (CT_RELAYED | CT_FIN) == CT_RELAYED | CT_FIN => timeout::ANSWERED,
             (TCP, false) if answered => timeout::TCP_OPEN,
             (TCP, false) => timeout::TCP_NEW,
             _ if answered => timeout::ANSWERED,
@@ -405,6 +410,13 @@ pub const WATCH_DROPS: u32 = 1;
 pub const WATCH_FLOWS: u32 = 2;
 /// Pods' packets to addresses outside the cluster get an address of the node.
 pub const MASQUERADE: u32 = 4;
+/// Callers from outside are answered by the nodes of their backends (direct server return).
+pub const DSR: u32 = 8;
+
+/// Of an entry in the map of the cluster's ranges: the address of a node.
+pub const CLUSTER_NODE: u32 = 2;
+/// The next hop to it is the node that has it: that takes packets to services too.
+pub const CLUSTER_ADJACENT: u32 = 4;
 
 /// Settings of the programs: the only entry of its map.
 #[repr(C)]
@@ -412,7 +424,7 @@ pub const MASQUERADE: u32 = 4;
 pub struct Settings {
     /// Cookie of the node's own network namespace.
     pub host_netns: u64,
-    /// [`WATCH_DROPS`], [`WATCH_FLOWS`], [`MASQUERADE`].
+    /// [`WATCH_DROPS`], [`WATCH_FLOWS`], [`MASQUERADE`], [`DSR`].
     pub flags: u32,
     pub pad: u32,
 }
@@ -666,6 +678,8 @@ reasons! {
     ForwardedXdp = "forwarded_xdp",
     /// Packet of a pod with a source address that is not the pod's: dropped.
     DroppedSpoofed = "dropped_spoofed",
+    /// First packet of a connection that the node of its backend answers by itself.
+    Relayed = "packet_relayed",
 }
 
 impl Reason {

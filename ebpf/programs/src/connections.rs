@@ -31,25 +31,46 @@ pub fn now(w: &mut Work) -> u32 {
     w.tick
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    No,
+    /// The packet becomes `w.to`.
+    Translated,
+    /// It stays as it is and goes to the node of `w.to.dst`.
+    Relayed,
+}
+
 /// Writes to `w.to` what becomes of the packet, if it belongs to a connection that is known, and brings that forward.
 #[inline(always)]
-pub fn known(w: &mut Work) -> bool {
-    let Some(entry) = FLOWS.get_ptr_mut(&w.head.flow) else { return false };
+pub fn known(w: &mut Work) -> Known {
+    let Some(entry) = FLOWS.get_ptr_mut(&w.head.flow) else { return Known::No };
     // SAFETY: an entry of the map; two CPUs that write it at once write the same, or lose one tick.
     let t = unsafe { &mut *entry };
     let now = now(w);
     let tcp_flags = w.head.tcp_flags;
-    let again = tcp_flags & (SYN | ACK) == SYN && t.flags & (CT_CLOSED | CT_REPLY) == CT_CLOSED;
+    let begins = tcp_flags & (SYN | ACK) == SYN;
+    let again = begins && t.flags & (CT_CLOSED | CT_REPLY) == CT_CLOSED;
     if t.expired(now) || again {
-        return false;
+        return Known::No;
     }
     w.to = t.to;
+    if t.flags & CT_RELAYED != 0 {
+        // Whether the first try has come to somebody is not known here: the next one goes where all would send it now.
+        if begins {
+            return Known::No;
+        }
+        t.used = now;
+        t.flags |= CT_ANSWERED
+            | if tcp_flags & FIN != 0 { CT_FIN } else { 0 }
+            | if tcp_flags & RST != 0 { CT_CLOSED } else { 0 };
+        return Known::Relayed;
+    }
     let first_answer = t.flags & (CT_REPLY | CT_ANSWERED) == CT_REPLY;
     if t.used != now || first_answer || tcp_flags & (FIN | RST) != 0 {
         w.key = w.to.flipped();
         advance(t, &w.key, tcp_flags, now, first_answer);
     }
-    true
+    Known::Translated
 }
 
 /// Both directions: a connection lives while packets go one way.
@@ -100,6 +121,14 @@ pub fn begin(w: &mut Work, source: Source) -> Result<(), Reason> {
     }
     let _ = FLOWS.remove(&w.key);
     Err(Reason::DroppedTableFull)
+}
+
+/// Notes a new connection whose packets go as they are to the node of `w.to.dst`.
+#[inline(always)]
+pub fn relay(w: &mut Work) -> Result<(), Reason> {
+    w.entry.to = w.to;
+    (w.entry.used, w.entry.flags) = (now(w), CT_RELAYED);
+    FLOWS.insert(&w.head.flow, &w.entry, 0).map_err(|_| Reason::DroppedTableFull)
 }
 
 /// Takes the answers' key, under a source port for which it is free.

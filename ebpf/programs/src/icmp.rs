@@ -2,7 +2,7 @@
 //! and errors of our own, where the node's stack could not give them because it does not know the address.
 
 use crate::{
-    connections,
+    connections::{self, Known},
     maps::{FLOWS, count},
     packet::{Body, Bytes, Head, Icmp, Ipv4, Ipv6, L3, Skb, fold16, fold32, replaced16, replaced32},
     route::{DROP, tell},
@@ -72,21 +72,27 @@ fn quoted(skb: &Skb, w: &mut Work) -> Option<(u32, bool)> {
     Some((l4, flow.proto == ICMP || flow.proto == ICMPV6))
 }
 
-/// Whether the error is about a connection that is known, and was translated; `w.head.flow` is then as it is now.
+/// What the error is about: of a connection that was translated, it is so too, and `w.head.flow` as it is now.
 #[inline(always)]
-pub fn translate(skb: &Skb, w: &mut Work) -> bool {
-    let Some((l4, echo)) = quoted(skb, w) else { return false };
+pub fn translate(skb: &Skb, w: &mut Work) -> Known {
+    let Some((l4, echo)) = quoted(skb, w) else { return Known::No };
     w.key = w.about.flipped();
     let now = connections::now(w);
     // SAFETY: copied out; a connection does not change what it becomes.
     match unsafe { FLOWS.get(&w.key) } {
-        Some(t) if !t.expired(now) => w.before = t.to.flipped(),
-        _ => return false,
+        Some(t) if t.expired(now) => return Known::No,
+        Some(t) if t.flags & CT_RELAYED != 0 => {
+            w.to = w.head.flow;
+            w.to.dst = t.to.dst;
+            return Known::Relayed;
+        }
+        Some(t) => w.before = t.to.flipped(),
+        None => return Known::No,
     }
-    let Some(change) = requote(skb, w, l4, echo) else { return false };
+    let Some(change) = requote(skb, w, l4, echo) else { return Known::No };
     // SAFETY: helper on the hook's own context.
     if change != 0 && unsafe { bpf_l4_csum_replace(skb.raw, w.head.l4 + 2, 0, fold32(change), 0) } != 0 {
-        return false;
+        return Known::No;
     }
     w.to = w.head.flow;
     // Whoever reports is kept, unless it is the backend, which the caller does not know.
@@ -95,11 +101,11 @@ pub fn translate(skb: &Skb, w: &mut Work) -> bool {
     }
     w.to.dst = w.before.src;
     if !skb.rewrite(&w.head, &w.to, false) {
-        return false;
+        return Known::No;
     }
     w.head.flow = w.to;
     count(Reason::IcmpTranslated);
-    true
+    Known::Translated
 }
 
 /// Writes `w.before` over `w.about` in the packet; what the ICMP checksum gains.

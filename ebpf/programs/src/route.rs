@@ -6,7 +6,7 @@
 
 use crate::{
     balance::{self, Choice},
-    connections::{self, Source},
+    connections::{self, Known, Source},
     icmp::{self, Report},
     maps::{ADDRS, ANNOUNCED, CLUSTER, DEVICES, EVENTS, LOCALS, SERVICES, SETTINGS, count},
     neighbour,
@@ -40,22 +40,30 @@ enum Fate {
     Leave,
     /// What `Work::to` says.
     Become,
+    /// As it came, but on to the node of `Work::to`'s destination.
+    Relay,
     Drop(Reason),
     /// A service that has no backend: its caller is told.
     Refuse,
 }
 
-/// Where a packet goes on.
-enum Way {
+/// Where a packet goes on. The link is written whatever the kind: verifiers refuse a value moved about that nobody wrote.
+#[derive(Clone, Copy)]
+struct Way {
+    kind: Kind,
+    ifindex: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
     /// To the stack of this node.
     Stack,
-    Pod {
-        ifindex: u32,
-        shaped: bool,
-    },
+    Pod,
+    ShapedPod,
     /// By the next hop in `Work::fib`.
-    Link(u32),
-    TooBig(u16),
+    Link,
+    /// `Work::fib` has the length that would pass.
+    TooBig,
     None,
 }
 
@@ -83,7 +91,7 @@ pub fn from_host(skb: Skb) -> i32 {
         icmp::translate(&skb, w);
         return NEXT;
     }
-    if !connections::known(w) || skb.rewrite(&w.head, &w.to, false) {
+    if connections::known(w) != Known::Translated || skb.rewrite(&w.head, &w.to, false) {
         return NEXT;
     }
     dropped(&skb, w, Reason::DroppedRewrite, hook::HOST)
@@ -106,26 +114,47 @@ fn entered(skb: Skb, at: u8) -> i32 {
     if at == hook::POD && foreign(&skb, &w.head.flow.src) {
         return dropped(&skb, w, Reason::DroppedSpoofed, at);
     }
-    if w.head.body == Body::Error {
-        let translated = icmp::translate(&skb, w);
-        return deliver(&skb, w, at, translated);
-    }
-    match fate(&skb, w, at) {
-        Fate::Leave => return deliver(&skb, w, at, false),
-        Fate::Become => {}
-        Fate::Drop(reason) => return dropped(&skb, w, reason, at),
-        Fate::Refuse => return icmp::report(&skb, w, Report::PortUnreachable, Reason::DroppedNoBackend, at),
-    }
-    let way = way(&skb, &w.to, &mut w.fib);
-    let hop = match way {
-        Way::TooBig(mtu) => return icmp::report(&skb, w, Report::TooBig(mtu), Reason::DroppedTooBig, at),
-        Way::None => return dropped(&skb, w, Reason::DroppedNoRoute, at),
-        Way::Link(_) if w.head.hops <= 1 => return dropped(&skb, w, Reason::DroppedHopLimit, at),
-        Way::Link(_) => true,
-        Way::Stack | Way::Pod { .. } => false,
+    let relayed = if w.head.body == Body::Error {
+        match icmp::translate(&skb, w) {
+            Known::Relayed => true,
+            known => return deliver(&skb, w, at, known == Known::Translated),
+        }
+    } else {
+        match fate(&skb, w, at) {
+            Fate::Leave => return deliver(&skb, w, at, false),
+            Fate::Become => false,
+            Fate::Relay => true,
+            Fate::Drop(reason) => return dropped(&skb, w, reason, at),
+            Fate::Refuse => return icmp::report(&skb, w, Report::PortUnreachable, Reason::DroppedNoBackend, at),
+        }
     };
+    go(&skb, w, at, relayed)
+}
+
+/// Towards `w.to`: rewritten to it, or relayed as it is.
+#[inline(always)]
+fn go(skb: &Skb, w: &mut Work, at: u8, relayed: bool) -> i32 {
+    let way = way(skb, &w.to, &mut w.fib);
+    let hop = way.kind == Kind::Link;
+    match way.kind {
+        Kind::TooBig => {
+            // SAFETY: the kernel has written it.
+            let mtu = unsafe { w.fib.__bindgen_anon_1.mtu_result };
+            return icmp::report(skb, w, Report::TooBig(mtu), Reason::DroppedTooBig, at);
+        }
+        Kind::None => return dropped(skb, w, Reason::DroppedNoRoute, at),
+        Kind::Link if w.head.hops <= 1 => return dropped(skb, w, Reason::DroppedHopLimit, at),
+        Kind::Link | Kind::Stack | Kind::Pod | Kind::ShapedPod => {}
+    }
+    if relayed {
+        // The backend's node was another one when it was chosen.
+        if !hop {
+            return dropped(skb, w, Reason::DroppedNoRoute, at);
+        }
+        w.to = w.head.flow;
+    }
     if !skb.rewrite(&w.head, &w.to, hop) {
-        return dropped(&skb, w, Reason::DroppedRewrite, at);
+        return dropped(skb, w, Reason::DroppedRewrite, at);
     }
     send(way, w)
 }
@@ -142,10 +171,10 @@ fn foreign(skb: &Skb, src: &Addr) -> bool {
 #[inline(always)]
 fn deliver(skb: &Skb, w: &mut Work, at: u8, translated: bool) -> i32 {
     let way = way(skb, &w.head.flow, &mut w.fib);
-    match way {
-        Way::Pod { .. } => send(way, w),
+    match way.kind {
+        Kind::Pod | Kind::ShapedPod => send(way, w),
         // What only passes through this node is the stack's, and so is every answer that it can give better.
-        Way::Link(_) if at == hook::POD || translated => {
+        Kind::Link if at == hook::POD || translated => {
             if w.head.hops <= 1 || !skb.rewrite(&w.head, &w.head.flow, true) {
                 return NEXT;
             }
@@ -153,7 +182,7 @@ fn deliver(skb: &Skb, w: &mut Work, at: u8, translated: bool) -> i32 {
         }
         // An announced address on a port that is no service's: nobody further on has it either.
         // SAFETY: presence only.
-        Way::Link(_) if unsafe { ANNOUNCED.get(&w.head.flow.dst) }.is_some() => {
+        Kind::Link if unsafe { ANNOUNCED.get(&w.head.flow.dst) }.is_some() => {
             icmp::report(skb, w, Report::PortUnreachable, Reason::DroppedNoBackend, at)
         }
         _ => NEXT,
@@ -162,8 +191,10 @@ fn deliver(skb: &Skb, w: &mut Work, at: u8, translated: bool) -> i32 {
 
 #[inline(always)]
 fn fate(skb: &Skb, w: &mut Work, at: u8) -> Fate {
-    if connections::known(w) {
-        return Fate::Become;
+    match connections::known(w) {
+        Known::No => {}
+        Known::Translated => return Fate::Become,
+        Known::Relayed => return Fate::Relay,
     }
     // An answer that is the first that is seen of a connection begins none.
     if w.head.body == Body::EchoReply {
@@ -175,6 +206,9 @@ fn fate(skb: &Skb, w: &mut Work, at: u8) -> Fate {
         Choice::Backend(to) => {
             w.to = w.head.flow;
             (w.to.dst, w.to.dport_be) = (to.addr, to.port_be);
+            if at == hook::WIRE && relays(&w.head.flow.dst, &to.addr) {
+                return relayed(skb, w, at);
+            }
             return match source(skb, w, at) {
                 Ok(source) => begun(skb, w, source, at, Reason::PacketTranslated),
                 Err(reason) => Fate::Drop(reason),
@@ -201,6 +235,40 @@ fn fate(skb: &Skb, w: &mut Work, at: u8) -> Fate {
 fn called(flow: &Flow) -> bool {
     // SAFETY: presence only.
     unsafe { ADDRS.get(&flow.dst) }.is_some() && masqueraded(&flow.src)
+}
+
+#[inline(always)]
+fn relayed(skb: &Skb, w: &mut Work, at: u8) -> Fate {
+    if let Err(reason) = connections::relay(w) {
+        return Fate::Drop(reason);
+    }
+    count(Reason::Relayed);
+    tell(skb, &w.head.flow, &w.to, Reason::Relayed, at, false);
+    Fate::Relay
+}
+
+/// Whether a connection from outside is answered by its backend's node, past this one. Only the node that the caller
+/// addressed passes it on, so that no packet goes round: whoever gets one that is addressed to another node translates.
+#[inline(always)]
+fn relays(addressed: &Addr, backend: &Addr) -> bool {
+    // SAFETY: presence only.
+    direct() && cluster(backend) & CLUSTER_ADJACENT != 0 && unsafe {
+        ADDRS.get(backend).is_none()
+            && LOCALS.get(backend).is_none()
+            && (LOCALS.get(addressed).is_some() || ANNOUNCED.get(addressed).is_some())
+    }
+}
+
+/// Direct server return.
+#[inline(always)]
+fn direct() -> bool {
+    SETTINGS.get(0).is_some_and(|s| s.flags & DSR != 0)
+}
+
+/// What is known of an address of the cluster's ranges; 0 of any other.
+#[inline(always)]
+fn cluster(addr: &Addr) -> u32 {
+    CLUSTER.get(&Key::new(128, *addr)).map_or(0, |flags| *flags)
 }
 
 #[inline(always)]
@@ -237,7 +305,9 @@ fn destination(w: &mut Work, at: u8) -> Choice {
         return choice;
     }
     // SAFETY: presence only.
-    if unsafe { LOCALS.get(&w.head.flow.dst) }.is_none() {
+    let own = unsafe { LOCALS.get(&w.head.flow.dst) }.is_some();
+    // Relayed by the node that has the address.
+    if !own && !(at == hook::WIRE && direct() && cluster(&w.head.flow.dst) & CLUSTER_NODE != 0) {
         return Choice::Unknown;
     }
     if let Some(to) = balance::host_port(&w.service) {
@@ -250,7 +320,8 @@ fn destination(w: &mut Work, at: u8) -> Choice {
             return choice;
         }
     }
-    balance::host_port(&w.service).map_or(Choice::Unknown, Choice::Backend)
+    let to = if own { balance::host_port(&w.service) } else { None };
+    to.map_or(Choice::Unknown, Choice::Backend)
 }
 
 /// Of `w.service`, which is of the scope [`INSIDE`] again when it is unknown.
@@ -286,9 +357,12 @@ fn source(skb: &Skb, w: &mut Work, at: u8) -> Result<Source, Reason> {
 /// Gives `w.to` the node's address on the link by which it leaves, if it leaves and there is one.
 #[inline(always)]
 fn leaving(skb: &Skb, w: &mut Work) -> bool {
-    let Way::Link(ifindex) = way(skb, &w.to, &mut w.fib) else { return false };
+    let way = way(skb, &w.to, &mut w.fib);
+    if way.kind != Kind::Link {
+        return false;
+    }
     // SAFETY: replaced whole.
-    let Some(device) = (unsafe { DEVICES.get(&ifindex) }) else { return false };
+    let Some(device) = (unsafe { DEVICES.get(&way.ifindex) }) else { return false };
     let address = if w.to.dst.is_v4() { &device.addr4 } else { &device.addr6 };
     if address.is_unspecified() {
         return false;
@@ -343,40 +417,42 @@ pub fn question(fib: &mut FibLookup, flow: &Flow, ifindex: u32, length: u16) {
 fn way(skb: &Skb, flow: &Flow, fib: &mut FibLookup) -> Way {
     // SAFETY: replaced whole; presence decides.
     if let Some(pod) = unsafe { ADDRS.get(&flow.dst) } {
-        return Way::Pod { ifindex: pod.ifindex, shaped: pod.flags & POD_SHAPED != 0 };
+        let kind = if pod.flags & POD_SHAPED != 0 { Kind::ShapedPod } else { Kind::Pod };
+        return Way { kind, ifindex: pod.ifindex };
     }
     // SAFETY: presence only.
     if flow.dst.is_link_local() || unsafe { LOCALS.get(&flow.dst) }.is_some() {
-        return Way::Stack;
+        return Way { kind: Kind::Stack, ifindex: 0 };
     }
     question(fib, flow, skb.ifindex(), 0);
     let p: *mut FibLookup = fib;
     // SAFETY: parameters in the program's own room, their size given.
     let found = unsafe { bpf_fib_lookup(skb.raw.cast(), p, size_of::<FibLookup>() as i32, 0) };
-    match found as i64 {
-        FIB_SUCCESS | FIB_NO_NEIGH => Way::Link(fib.ifindex),
-        // SAFETY: the kernel has written the length that would pass.
-        FIB_FRAG_NEEDED => Way::TooBig(unsafe { fib.__bindgen_anon_1.mtu_result }),
-        FIB_BLACKHOLE | FIB_UNREACHABLE | FIB_PROHIBIT => Way::None,
-        _ => Way::Stack,
-    }
+    let kind = match found as i64 {
+        FIB_SUCCESS | FIB_NO_NEIGH => Kind::Link,
+        FIB_FRAG_NEEDED => Kind::TooBig,
+        FIB_BLACKHOLE | FIB_UNREACHABLE | FIB_PROHIBIT => Kind::None,
+        _ => Kind::Stack,
+    };
+    Way { kind, ifindex: fib.ifindex }
 }
 
 #[inline(always)]
 fn send(way: Way, w: &mut Work) -> i32 {
-    match way {
-        Way::Pod { ifindex, shaped: false } => {
+    let ifindex = way.ifindex;
+    match way.kind {
+        Kind::Pod => {
             count(Reason::ToPod);
             // SAFETY: helper; a link that has gone makes it a drop.
             unsafe { bpf_redirect_peer(ifindex, 0) as i32 }
         }
         // The neighbour entry of a pod is permanent: its own address on its own link.
-        Way::Pod { ifindex, shaped: true } => {
+        Kind::ShapedPod => {
             count(Reason::ToPod);
             // SAFETY: as above.
             unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
         }
-        Way::Link(ifindex) => {
+        Kind::Link => {
             count(Reason::Forwarded);
             w.hop.nh_family = w.fib.family as u32;
             // SAFETY: both are integers of the same size; of IPv4 the first word counts.
@@ -384,7 +460,7 @@ fn send(way: Way, w: &mut Work) -> i32 {
             // SAFETY: parameters in the program's own room, their size given.
             unsafe { bpf_redirect_neigh(ifindex, &raw mut w.hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32 }
         }
-        Way::Stack | Way::TooBig(_) | Way::None => NEXT,
+        Kind::Stack | Kind::TooBig | Kind::None => NEXT,
     }
 }
 

@@ -6,7 +6,7 @@
 //! is there, and a route that changed is noticed.
 
 use crate::{
-    connections,
+    connections::{self, Known},
     maps::{ADDRS, HOPS, LOCALS, count},
     packet::{Body, Bytes, Frame, Head, Ipv4, Ipv6, L3},
     route::{FIB_SUCCESS, question},
@@ -23,7 +23,11 @@ use sluice_ebpf_common::*;
 #[inline(always)]
 pub fn forward(packet: Frame) -> u32 {
     let Some(w) = work() else { return XDP_PASS };
-    if packet.read(&mut w.head).is_err() || w.head.body == Body::Error || w.head.hops <= 1 || !connections::known(w) {
+    if packet.read(&mut w.head).is_err() || w.head.body == Body::Error || w.head.hops <= 1 {
+        return XDP_PASS;
+    }
+    let known = connections::known(w);
+    if known == Known::No {
         return XDP_PASS;
     }
     let Some(hop) = HOPS.get_ptr_mut(slot(&w.to.dst)) else { return XDP_PASS };
@@ -37,7 +41,8 @@ pub fn forward(packet: Frame) -> u32 {
     if length(&packet, &w.head).is_none_or(|length| hop.mtu < length) {
         return XDP_PASS;
     }
-    if !packet.rewrite(&w.head, &w.to) {
+    let to = if known == Known::Relayed { &w.head.flow } else { &w.to };
+    if !packet.rewrite(&w.head, to) {
         count(Reason::DroppedRewrite);
         return XDP_DROP;
     }

@@ -18,7 +18,15 @@ pub struct Frame {
     pub payload: Vec<u8>,
     /// UDP over IPv4 may have none.
     pub checksum: bool,
+    /// Of TCP.
+    pub flags: u8,
+    /// It may be sent on so many times.
+    pub hops: u8,
 }
+
+pub const FIN: u8 = 1;
+pub const SYN: u8 = 2;
+pub const ACK: u8 = 16;
 
 impl Default for Frame {
     fn default() -> Self {
@@ -32,6 +40,8 @@ impl Default for Frame {
             options: 0,
             payload: b"sluice".to_vec(),
             checksum: true,
+            flags: SYN,
+            hops: 64,
         }
     }
 }
@@ -79,7 +89,7 @@ impl Frame {
     fn transport(&self) -> Vec<u8> {
         let mut bytes = [self.sport.to_be_bytes(), self.dport.to_be_bytes()].concat();
         let at = if self.proto == TCP {
-            bytes.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0]);
+            bytes.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
             16
         } else {
             bytes.extend(((8 + self.payload.len()) as u16).to_be_bytes());
@@ -118,7 +128,7 @@ impl Frame {
                 ip.extend(((length + body.len()) as u16).to_be_bytes());
                 ip.extend(id.to_be_bytes());
                 ip.extend((more << 13 | at).to_be_bytes());
-                ip.extend([64, self.proto, 0, 0]);
+                ip.extend([self.hops, self.proto, 0, 0]);
                 ip.extend([octets(self.src), octets(self.dst)].concat());
                 ip.extend(vec![1; self.options * 4]); // no operation
                 let check = sum(&[&ip]);
@@ -150,7 +160,7 @@ impl Frame {
                 let extensions = extensions.concat();
                 frame.extend([0x60, 0, 0, 0]);
                 frame.extend(((extensions.len() + body.len()) as u16).to_be_bytes());
-                frame.extend([kinds[0], 64]);
+                frame.extend([kinds[0], self.hops]);
                 frame.extend([octets(self.src), octets(self.dst)].concat());
                 frame.extend(extensions);
             }
