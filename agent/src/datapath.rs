@@ -16,7 +16,7 @@ use ports::{Ports, Ways};
 use sluice_cni::{Lease, Store, packets, store::Lock};
 use sluice_ebpf::{
     common::{DSR, MASQUERADE},
-    compile::{Compiler, DnsOverlay},
+    compile::{self, Compiler, DnsOverlay},
     loader::{self, Loaded, Place},
     maps::{Counters, ServiceMaps, pin_dir},
     settings::SettingsMap,
@@ -150,6 +150,11 @@ pub struct Datapath {
 impl Datapath {
     /// Loads what is not loaded and replaces what is; afterwards the plugin can make pods.
     pub fn open(config: &DatapathConfig) -> Result<Self, Error> {
+        Self::open_from(config, None)
+    }
+
+    /// [`Self::open`] for an agent that knows what was in force before: maps of a new shape are filled from it.
+    pub fn open_from(config: &DatapathConfig, last: Option<&Snapshot>) -> Result<Self, Error> {
         let cgroup = config.cgroup.clone().map_or_else(attest::cgroup_root, Ok).map_err(Error::Cgroup)?;
         let place = Place { bpffs: config.bpffs.clone(), cgroup };
         let state_dir = PathBuf::from(sluice_cni::STATE_DIR);
@@ -157,17 +162,20 @@ impl Datapath {
         let host_netns = wires.netns_cookie().map_err(Error::Node)?;
         let boot = sluice_cni::store::boot(host_netns).map_err(Error::Leases)?;
         let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
-        let (loaded, settings) = {
-            let _lock = Lock::take(&state_dir).map_err(Error::Leases)?;
-            let loaded = if config.eperm { loader::load_with(&place, false) } else { loader::load(&place) };
-            let loaded = loaded.map_err(Error::Load)?;
+        let (loaded, settings, prepared, lock) = {
+            let lock = Lock::take(&state_dir).map_err(Error::Leases)?;
+            let mut prepared = loader::prepare(&place, !config.eperm).map_err(Error::Load)?;
+            if prepared.unfilled() {
+                fill(config, &place.bpffs, wires.connection(), last)?;
+            }
+            let loaded = prepared.switch().map_err(Error::Load)?;
             if !loaded.ingress_ifindex {
                 tracing::warn!("connections of pods with a sidecar are dropped: capturing them needs Linux 5.17");
             }
             let settings = settle(config, &place.bpffs, host_netns)?;
             let links = pod_links(wires.connection(), &store.held().map_err(Error::Leases)?)?;
             packets::renew_pods(&place.bpffs, wires.connection(), &links).map_err(Error::Packets)?;
-            (loaded, settings)
+            (loaded, settings, prepared, lock)
         };
         let (table, pod_table, counters) = open_maps(&place.bpffs).map_err(Error::Load)?;
         let dir = pin_dir(&place.bpffs);
@@ -197,6 +205,9 @@ impl Datapath {
             overrides,
         };
         datapath.reconcile_ports(None)?;
+        // No program of another layout runs any more, neither in a link nor as a filter.
+        prepared.finish().map_err(Error::Load)?;
+        drop(lock);
         Ok(datapath)
     }
 
@@ -307,6 +318,24 @@ impl Datapath {
         let lock = Lock::take(&self.state_dir).map_err(Error::Leases)?;
         work(self, &lock)
     }
+}
+
+/// Writes into maps that no program runs on yet what the programs of another layout go by. Without a view, they begin
+/// empty: callers are not translated until control has answered.
+fn fill(
+    config: &DatapathConfig,
+    bpffs: &Path,
+    connection: &mut Connection,
+    last: Option<&Snapshot>,
+) -> Result<(), Error> {
+    let Some(snapshot) = last else {
+        tracing::warn!("the maps of services have another shape now and no view is known: they are empty until one is");
+        return Ok(());
+    };
+    let compiled = compile::compile(snapshot, &config.node, config.overlays());
+    let maps = ServiceMaps::open(&pin_dir(bpffs)).and_then(ServiceTable::open);
+    maps.and_then(|mut table| table.apply(&compiled.services)).map_err(Error::Services)?;
+    ports::fill(bpffs, connection, snapshot, &config.node, &config.masquerade_excluded)
 }
 
 /// Tells the programs what this node is.

@@ -274,7 +274,8 @@ async fn start_network(
     channel: watch::Receiver<Channel>,
 ) -> Result<Started<impl Future<Output = ()> + use<>>> {
     let Ends { views, verdicts, holders, metrics, metrics_interval } = ends;
-    let datapath = Datapath::open(&DatapathConfig {
+    let last = views.borrow().clone();
+    let config = DatapathConfig {
         bpffs: o.bpffs.clone(),
         cgroup: None,
         node: o.node_name.clone(),
@@ -286,8 +287,9 @@ async fn start_network(
         dsr: o.dsr,
         eperm: o.force_fallback.contains(&Fallback::SetRetval),
         tunnel: o.tunnel.into(),
-    })
-    .context("open the data path")?;
+    };
+    let known = (!last.epoch.is_empty()).then_some(&*last.snapshot);
+    let datapath = Datapath::open_from(&config, known).context("open the data path")?;
     let mtu = datapath.pod_mtu();
     let flows = Hub::start(o.node_name.clone(), datapath.pins()?, views.clone());
     let gate = Arc::new(Gate::new()?);

@@ -1,5 +1,6 @@
 //! What can go wrong between this process and the kernel's BPF objects.
 
+use crate::upgrade::Shape;
 use std::{io, path::PathBuf};
 
 #[derive(Debug, thiserror::Error)]
@@ -8,6 +9,16 @@ pub enum Error {
     NotBpffs(PathBuf),
     #[error("pinned object {path} is not there; the agent makes it when it starts")]
     NotPinned { path: PathBuf },
+    #[error(
+        "pinned object {path} is not there: the node's data path has layout {found}, this program is of a release with \
+         layout {layout}; install agent and plugin of one release and start the agent"
+    )]
+    OtherLayout { path: PathBuf, layout: u32, found: u32 },
+    #[error(
+        "take over map {map} in {folder}: it is {had}, this release has {wanted} and no conversion, and what the map holds \
+         cannot be had otherwise; start the release that made it, or drain the node and remove the folder"
+    )]
+    Shape { map: String, folder: PathBuf, had: Shape, wanted: Shape },
     #[error("{operation} {object}")]
     Syscall {
         operation: &'static str,
@@ -20,6 +31,8 @@ pub enum Error {
          {want_value}; drain the node and remove the folder, the agent makes a new one"
     )]
     Layout { path: PathBuf, key: u32, value: u32, want_key: u32, want_value: u32 },
+    #[error("read the eBPF object")]
+    Parse(#[source] aya_obj::ParseError),
     #[error("load the eBPF object")]
     Object(#[source] Box<aya::EbpfError>),
     #[error("load eBPF program {name}")]

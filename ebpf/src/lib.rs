@@ -1,7 +1,7 @@
 //! User side of the kernel data path: loads and pins programs and maps, and keeps the maps true.
 //!
 //! [`compile`] and [`layout`] are pure: a snapshot becomes wanted entries, wanted entries become map values.
-//! [`loader`], [`maps`], [`table`], [`settings`] and [`events`] act. This crate makes no link and no route (that is `netlink`) and decides no
+//! [`loader`], [`upgrade`], [`maps`], [`table`], [`settings`] and [`events`] act. This crate makes no link and no route (that is `netlink`) and decides no
 //! traffic: it writes down what the snapshot says.
 
 #![allow(unsafe_code)] // bpf(2) has no safe wrapper; every call is in `sys`, byte views of plain types in `maps`, and of events in `events`
@@ -18,6 +18,7 @@ pub mod settings;
 pub mod sweep;
 mod sys;
 pub mod table;
+pub mod upgrade;
 
 pub use error::Error;
 pub use sluice_ebpf_common as common;

@@ -7,8 +7,9 @@
 use crate::{
     Error,
     error::Result,
-    maps::{open_pin, pin_dir},
+    maps::{not_pinned, open_pin, other_layouts, pin_dir},
     sys::{self, Hook},
+    upgrade::{self, Rules, Step, Upgrade},
 };
 use aya::{Ebpf, EbpfLoader, programs::Program};
 use sluice_ebpf_common::map;
@@ -23,7 +24,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sluice.bpf.o"));
+pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sluice.bpf.o"));
 
 const CGROUP_PROGRAMS: [(&str, Hook); 8] = [
     ("connect4", Hook::Connect4),
@@ -95,49 +96,108 @@ pub struct Loaded {
 }
 
 /// Loads everything and puts it in force; after it, the pins are complete. Falls back where the kernel lacks a feature.
+/// Of another layout's maps, those that only an agent can fill may be empty: an agent takes the steps of [`Prepared`].
 pub fn load(place: &Place) -> Result<Loaded> {
-    match load_with(place, true) {
-        Err(Error::Program { .. }) => load_with(place, false),
-        other => other,
-    }
+    prepare(place, true)?.load()
 }
 
-/// [`load`] with the fallback for kernels before 5.18 forced or forbidden.
+/// [`load`] with the fallback for kernels before 5.18 forced.
 pub fn load_with(place: &Place, set_retval: bool) -> Result<Loaded> {
-    match load_as(place, set_retval, true) {
-        Err(Error::Program { .. }) => load_as(place, set_retval, false),
-        other => other,
-    }
+    prepare(place, set_retval)?.load()
 }
 
 /// [`load_with`] with the fallback for kernels before 5.17 forced or forbidden as well.
 pub fn load_as(place: &Place, set_retval: bool, ingress_ifindex: bool) -> Result<Loaded> {
+    prepare_as(place, set_retval, ingress_ifindex, Rules::default())?.load()
+}
+
+/// Does all that changes nothing for those who are connected: maps, and programs that are not in force. Falls back where
+/// the kernel lacks a feature.
+pub fn prepare(place: &Place, set_retval: bool) -> Result<Prepared> {
+    let ways = [(true, true), (true, false), (false, true), (false, false)];
+    let mut ways = ways.into_iter().filter(|(retval, _)| set_retval || !retval).peekable();
+    while let Some((retval, ifindex)) = ways.next() {
+        match prepare_as(place, retval, ifindex, Rules::default()) {
+            Err(Error::Program { .. }) if ways.peek().is_some() => {}
+            other => return other,
+        }
+    }
+    unreachable!("the last way returns")
+}
+
+/// [`prepare`] without falling back.
+pub fn prepare_as(place: &Place, set_retval: bool, ingress_ifindex: bool, mut rules: Rules) -> Result<Prepared> {
     check_bpffs(&place.bpffs)?;
     let dir = pin_dir(&place.bpffs);
-    for folder in [dir.clone(), links(&dir), pods(&dir), devices(&dir)] {
-        fs::create_dir_all(&folder).map_err(|e| Error::syscall("create", folder.display(), e))?;
-    }
     let cgroup = File::open(&place.cgroup).map_err(|e| Error::syscall("open cgroup", place.cgroup.display(), e))?;
+    let upgrade = Upgrade::begin(&dir, OBJECT, &mut rules)?;
+    (rules.step)("load")?;
     let mut object = open_object(&dir, set_retval, ingress_ifindex)?;
-    for (name, hook) in CGROUP_PROGRAMS {
-        attach_cgroup(&dir, program(&mut object, name)?, name, hook, &cgroup)?;
-    }
-    let mut current = BTreeMap::new();
-    for name in PACKET_PROGRAMS.into_iter().chain([STEER]) {
-        let program = program(&mut object, name)?;
-        pin_over(program.as_fd(), &dir.join(name))?;
-        current.insert(name, program);
-    }
     let xdp = load_xdp(&mut object)?;
-    if let Some(program) = &xdp {
-        pin_over(program.as_fd(), &dir.join(XDP))?;
+    upgrade.copy(&mut rules.step)?;
+    Ok(Prepared { dir, cgroup, object, xdp, set_retval, ingress_ifindex, upgrade, step: rules.step })
+}
+
+/// Maps and programs that are there, but in force nowhere.
+pub struct Prepared {
+    dir: PathBuf,
+    cgroup: File,
+    object: Ebpf,
+    xdp: Option<OwnedFd>,
+    set_retval: bool,
+    ingress_ifindex: bool,
+    upgrade: Upgrade,
+    step: Step,
+}
+
+impl Prepared {
+    /// Programs of another layout are in force, and of the new ones' maps some are empty that the agent fills.
+    pub fn unfilled(&self) -> bool {
+        self.upgrade.unfilled
     }
-    let xdp = xdp.map(|program| current.insert(XDP, program)).is_some();
-    let at = |packets: [Packets; 2]| packets.map(|p| (p.suffix, p.program));
-    let [ingress, egress] = at(DEVICE_PACKETS);
-    replace(&devices(&dir), &[ingress, egress, (XDP_SUFFIX, XDP)], &current)?;
-    let pods = replace(&pods(&dir), &at(POD_PACKETS), &current)?;
-    Ok(Loaded { set_retval, ingress_ifindex, xdp, pods })
+
+    /// Puts the programs into the links that there are, and where there is none.
+    pub fn switch(&mut self) -> Result<Loaded> {
+        let (dir, step, object) = (&self.dir, &mut self.step, &mut self.object);
+        self.upgrade.take_links("links", |name| CGROUP_PROGRAMS.iter().any(|(n, _)| *n == name), step)?;
+        self.upgrade.take_links("devices", |_| true, step)?;
+        self.upgrade.take_links("pods", |_| true, step)?;
+        for (name, hook) in CGROUP_PROGRAMS {
+            step(name)?;
+            attach_cgroup(dir, program(object, name)?, name, hook, &self.cgroup)?;
+        }
+        let mut current = BTreeMap::new();
+        for name in PACKET_PROGRAMS.into_iter().chain([STEER]) {
+            step(name)?;
+            let program = program(object, name)?;
+            pin_over(program.as_fd(), &dir.join(name))?;
+            current.insert(name, program);
+        }
+        let xdp = self.xdp.take();
+        if let Some(program) = &xdp {
+            pin_over(program.as_fd(), &dir.join(XDP))?;
+        }
+        let xdp = xdp.map(|program| current.insert(XDP, program)).is_some();
+        let at = |packets: [Packets; 2]| packets.map(|p| (p.suffix, p.program));
+        let [ingress, egress] = at(DEVICE_PACKETS);
+        step("devices")?;
+        replace(&devices(dir), &[ingress, egress, (XDP_SUFFIX, XDP)], &current)?;
+        step("pods")?;
+        let pods = replace(&pods(dir), &at(POD_PACKETS), &current)?;
+        Ok(Loaded { set_retval: self.set_retval, ingress_ifindex: self.ingress_ifindex, xdp, pods })
+    }
+
+    /// Once no old program runs any more, also none of those that have no link: what other layouts have left goes.
+    pub fn finish(mut self) -> Result<()> {
+        self.upgrade.finish(&mut self.step)
+    }
+
+    /// All of it, for where nobody has anything to do in between.
+    pub fn load(mut self) -> Result<Loaded> {
+        let loaded = self.switch()?;
+        self.finish()?;
+        Ok(loaded)
+    }
 }
 
 /// Puts back any of the cgroup links that somebody took away; true when one was missing. Programs are loaded again
@@ -163,24 +223,31 @@ pub fn complete(bpffs: &Path) -> Result<()> {
     let dir = pin_dir(bpffs);
     let links = CGROUP_PROGRAMS.iter().map(|(name, _)| links(&dir).join(name));
     let pins = map::ALL.iter().chain(&PACKET_PROGRAMS).chain([&STEER]).map(|name| dir.join(name));
-    pins.chain(links).find(|path| !path.exists()).map_or(Ok(()), |path| Err(Error::NotPinned { path }))
+    pins.chain(links).find(|path| !path.exists()).map_or(Ok(()), |path| Err(not_pinned(&path)))
 }
 
-/// Removes every pin: the programs detach and the maps go. For uninstalling and for tests.
+/// Removes every pin, of every layout: the programs detach and the maps go. For uninstalling and for tests.
 pub fn unload(bpffs: &Path) -> Result<()> {
     let dir = pin_dir(bpffs);
-    for folder in [pods(&dir), devices(&dir), links(&dir), dir] {
-        let entries = match fs::read_dir(&folder) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            other => other.map_err(|e| Error::syscall("list", folder.display(), e))?,
-        };
-        for entry in entries.flatten() {
-            let path = entry.path();
-            fs::remove_file(&path).map_err(|e| Error::syscall("unpin", path.display(), e))?;
+    let others = other_layouts(&dir)?.into_iter().map(|(_, other)| other);
+    let mut nobody = Rules::default().step;
+    others.chain([dir]).try_for_each(|dir| upgrade::remove(&dir, &mut nobody))
+}
+
+/// Each pinned link, by its name with its folder: its id, and that of the program in it.
+pub fn pinned_links(bpffs: &Path) -> Result<BTreeMap<String, (u32, u32)>> {
+    let dir = pin_dir(bpffs);
+    let mut all = BTreeMap::new();
+    for folder in [links(&dir), devices(&dir), pods(&dir)] {
+        let entries = fs::read_dir(&folder).map_err(|e| Error::syscall("list", folder.display(), e))?;
+        for path in entries.flatten().map(|e| e.path()) {
+            let info =
+                sys::link_info(open_pin(&path)?.as_fd()).map_err(|e| Error::syscall("inspect", path.display(), e))?;
+            let name = path.strip_prefix(&dir).unwrap_or(&path).to_string_lossy().into_owned();
+            all.insert(name, (info.id, info.program));
         }
-        fs::remove_dir(&folder).map_err(|e| Error::syscall("remove", folder.display(), e))?;
     }
-    Ok(())
+    Ok(all)
 }
 
 /// The id of a cgroup2 folder as programs see it: its inode number.

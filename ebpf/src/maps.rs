@@ -209,7 +209,7 @@ impl Counters {
 }
 
 /// The kernel gives per-CPU values for every CPU that could exist: `0-3` or `0,2-5`.
-fn possible_cpus() -> Result<usize> {
+pub(crate) fn possible_cpus() -> Result<usize> {
     const FILE: &str = "/sys/devices/system/cpu/possible";
     let text = std::fs::read_to_string(FILE).map_err(|e| Error::syscall("read", FILE, e))?;
     let last = text.trim().rsplit([',', '-']).next().and_then(|n| n.parse::<usize>().ok());
@@ -218,9 +218,38 @@ fn possible_cpus() -> Result<usize> {
 
 pub(crate) fn open_pin(path: &Path) -> Result<OwnedFd> {
     sys::pinned(path).map_err(|e| match e.raw_os_error() {
-        Some(libc::ENOENT) => Error::NotPinned { path: path.to_owned() },
+        Some(libc::ENOENT) => not_pinned(path),
         _ => Error::syscall("open pinned", path.display(), e),
     })
+}
+
+/// Why there is no such pin: nothing was loaded yet, or only by another release.
+pub(crate) fn not_pinned(path: &Path) -> Error {
+    let path = path.to_owned();
+    let Some((dir, layout)) = path.ancestors().find_map(|a| Some((a, layout_of(a)?))) else {
+        return Error::NotPinned { path };
+    };
+    match other_layouts(dir).as_deref() {
+        Ok([.., (found, _)]) if !dir.exists() => Error::OtherLayout { path, layout, found: *found },
+        _ => Error::NotPinned { path },
+    }
+}
+
+/// Folders of other layouts beside the folder of one, lowest first.
+pub(crate) fn other_layouts(dir: &Path) -> Result<Vec<(u32, PathBuf)>> {
+    let Some(parent) = dir.parent() else { return Ok(vec![]) };
+    let entries = match std::fs::read_dir(parent) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+        other => other.map_err(|e| Error::syscall("list", parent.display(), e))?,
+    };
+    let paths = entries.flatten().map(|e| e.path()).filter(|p| p != dir);
+    let mut all: Vec<_> = paths.filter_map(|p| Some((layout_of(&p)?, p))).collect();
+    all.sort();
+    Ok(all)
+}
+
+fn layout_of(dir: &Path) -> Option<u32> {
+    dir.file_name()?.to_str()?.strip_prefix('v')?.parse().ok()
 }
 
 /// The maps that say which pods there are.

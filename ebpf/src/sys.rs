@@ -165,14 +165,20 @@ fn info<const N: usize>(fd: BorrowedFd<'_>) -> io::Result<[u32; N]> {
     Ok(words)
 }
 
-/// (key size, value size) of a map: `struct bpf_map_info` begins with type, id, key_size, value_size.
+/// (key size, value size) of a map.
 pub(crate) fn map_sizes(map: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
-    info::<4>(map).map(|w| (w[2], w[3]))
+    map_info(map).map(|w| (w[2], w[3]))
+}
+
+/// `struct bpf_map_info` begins with type, id, key_size, value_size, max_entries, map_flags.
+pub(crate) fn map_info(map: BorrowedFd<'_>) -> io::Result<[u32; 6]> {
+    info(map)
 }
 
 /// What a link is on: `struct bpf_link_info` begins with type, id, prog_id, padding, then for a cgroup its 64-bit id
 /// and the hook, for a namespace its inode number and the hook. A link whose target is gone says 0.
 pub(crate) struct LinkInfo {
+    pub(crate) id: u32,
     pub(crate) program: u32,
     words: [u32; 2],
 }
@@ -189,7 +195,7 @@ impl LinkInfo {
 }
 
 pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
-    info::<8>(link).map(|w| LinkInfo { program: w[2], words: [w[4], w[5]] })
+    info::<8>(link).map(|w| LinkInfo { id: w[1], program: w[2], words: [w[4], w[5]] })
 }
 
 /// `struct bpf_prog_info` begins with type, id.
@@ -206,6 +212,17 @@ pub(crate) fn map_lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> i
 pub(crate) fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
     let mut attr = Elem { map: raw(map), key: key.as_ptr() as u64, value: value.as_ptr() as u64, ..Elem::default() };
     bpf(MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Writes an entry that is not there yet, of a hash map; false where it is.
+pub(crate) fn map_add(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<bool> {
+    const NOEXIST: u64 = 1;
+    let (key, value) = (key.as_ptr() as u64, value.as_ptr() as u64);
+    match bpf(MAP_UPDATE_ELEM, &mut Elem { map: raw(map), key, value, flags: NOEXIST, ..Elem::default() }) {
+        Ok(_) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(e) => Err(e),
+    }
 }
 
 /// Runs a packet program `repeat` times on one packet; (verdict, bytes of the packet afterwards, nanoseconds per run).

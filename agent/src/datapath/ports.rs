@@ -88,15 +88,8 @@ impl Ports {
         let addresses = kernel::read_addresses(connection).map_err(Error::Node)?;
         let mut wanted = wanted(&devices, &addresses, snapshot, node, &self.excluded);
         mark_adjacent(&mut wanted.cluster, adjacent);
-        let mut done = Vec::new();
-        let failed = Error::Ports;
-        let count = bring_set(&self.maps.locals, &wanted.locals).map_err(failed)?;
-        note(&mut done, count, "addresses of the node");
-        let count = bring(&self.maps.devices, &wanted.devices).map_err(failed)?;
-        note(&mut done, count, "links of the node");
+        let mut done = bring_maps(&self.maps, &wanted, snapshot.is_some()).map_err(Error::Ports)?;
         if snapshot.is_some() {
-            let count = bring(&self.maps.cluster, &wanted.cluster).map_err(failed)?;
-            note(&mut done, count, "ranges of the cluster");
             self.announce(&wanted.announced)?;
         }
         self.attach(&wanted, &mut done)?;
@@ -154,6 +147,35 @@ impl Ports {
         }
         Ok(())
     }
+}
+
+/// The maps alone, before programs run on them. What was announced before is no news to the network.
+pub(super) fn fill(
+    bpffs: &Path,
+    connection: &mut Connection,
+    snapshot: &Snapshot,
+    node: &str,
+    excluded: &[Prefix],
+) -> Result<(), Error> {
+    let devices = device::devices(connection).map_err(Error::Node)?;
+    let addresses = kernel::read_addresses(connection).map_err(Error::Node)?;
+    let wanted = wanted(&devices, &addresses, Some(snapshot), node, excluded);
+    let bring = |maps: NodeMaps| {
+        bring_maps(&maps, &wanted, true)?;
+        bring_set(&maps.announced, &wanted.announced).map(drop)
+    };
+    NodeMaps::open(&pin_dir(bpffs)).and_then(bring).map_err(Error::Ports)
+}
+
+/// All but the announced addresses; what had to be done.
+fn bring_maps(maps: &NodeMaps, wanted: &Wanted, told: bool) -> Result<Vec<String>, sluice_ebpf::Error> {
+    let mut done = Vec::new();
+    note(&mut done, bring_set(&maps.locals, &wanted.locals)?, "addresses of the node");
+    note(&mut done, bring(&maps.devices, &wanted.devices)?, "links of the node");
+    if told {
+        note(&mut done, bring(&maps.cluster, &wanted.cluster)?, "ranges of the cluster");
+    }
+    Ok(done)
 }
 
 fn note(done: &mut Vec<String>, count: usize, what: &str) {
