@@ -165,7 +165,10 @@ impl Reach {
     fn dials(self, service: &Service) -> impl Iterator<Item = (&ServicePort, IpAddr, u16)> {
         let addresses: Vec<IpAddr> = match self {
             Self::Own => service.virtual_ips.clone(),
-            Self::External => service.external_ips.clone(),
+            // What is its own is written as such.
+            Self::External => {
+                service.external_ips.iter().copied().filter(|ip| !service.virtual_ips.contains(ip)).collect()
+            }
             Self::Node => {
                 let any = |v4| if v4 { IpAddr::from(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
                 let families: BTreeSet<bool> = service.virtual_ips.iter().map(IpAddr::is_ipv4).collect();
@@ -224,7 +227,8 @@ struct View<'a> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Callers {
     Inside,
-    Outside,
+    /// With the policy of the service that they dial, which also holds for the backends of its routes.
+    Outside(ExternalPolicy),
 }
 
 impl View<'_> {
@@ -238,16 +242,21 @@ impl View<'_> {
         entries: &mut BTreeMap<ServiceKey, Arc<Wanted>>,
         problems: &mut Vec<Problem>,
     ) {
-        let maglev = self.reach != Reach::Own;
-        let outside = maglev && service.external_policy == ExternalPolicy::Local;
         let wanted = self.wanted(routes, service, port, problems);
-        let wanted = if maglev { wanted.by_maglev() } else { wanted };
-        entries.insert(key, Arc::new(Wanted { outside, ..wanted }));
-        if outside {
-            let view = View { callers: Callers::Outside, ..self };
-            let wanted = view.wanted(routes, service, port, &mut vec![]);
-            entries.insert(ServiceKey { scope: OUTSIDE, ..key }, Arc::new(wanted.by_maglev()));
+        let outside_key = ServiceKey { scope: OUTSIDE, ..key };
+        if self.reach == Reach::Own {
+            entries.insert(key, Arc::new(wanted));
+            return;
         }
+        let wanted = wanted.by_maglev();
+        let view = View { callers: Callers::Outside(service.external_policy), ..self };
+        let for_outside = view.wanted(routes, service, port, &mut vec![]).by_maglev();
+        let outside = service.external_policy == ExternalPolicy::Local || for_outside != wanted;
+        entries.insert(key, Arc::new(Wanted { outside, ..wanted }));
+        match outside {
+            true => entries.insert(outside_key, Arc::new(for_outside)),
+            false => entries.remove(&outside_key), // endpoints that have changed may have made it needless
+        };
     }
 
     fn wanted(self, routes: &[&Route], service: &Service, port: &ServicePort, problems: &mut Vec<Problem>) -> Wanted {
@@ -274,10 +283,14 @@ impl View<'_> {
 
     fn ready_targets(self, service: &Service, port: &ServicePort) -> Vec<Target> {
         let Some(set) = self.snapshot.endpoint_set(&service.name) else { return vec![] };
-        // First the family: what is near in the other one is of no use.
+        // First family and port: what is near and has them not is of no use.
         let set = set.of_family(self.v4);
+        let set = set.with_port(&port.name, port.protocol);
         let seen = match self.callers {
-            Callers::Outside => set.seen_from_outside(service, self.place),
+            Callers::Outside(external_policy) => {
+                let service = Service { external_policy, distribution: service.distribution, ..Service::default() };
+                set.seen_from_outside(&service, self.place)
+            }
             Callers::Inside => set.seen_from(service, self.place),
         };
         seen.ready_on(&port.name, port.protocol)
@@ -298,3 +311,7 @@ fn catch_all<'a>(routes: &[&'a Route], port: &ServicePort) -> Option<(&'a Route,
 #[cfg(test)]
 #[path = "compile_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "compile_reference_tests.rs"]
+mod reference_tests;

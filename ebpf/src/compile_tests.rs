@@ -153,8 +153,11 @@ fn each_address_leads_to_endpoints_of_its_family() {
             let found: Vec<String> = groups(&c, vip).into_iter().flat_map(|(_, targets)| targets).collect();
             assert_eq!(found, want, "{vip} {distribution:?} {policy:?}");
         }
-        let node_ports = c.services.keys().filter(|key| u16::from_be(key.port_be) == 30_080).count();
-        assert_eq!(node_ports, 2, "one of each family");
+        let node_ports =
+            |scope| c.services.keys().filter(|key| u16::from_be(key.port_be) == 30_080 && key.scope == scope).count();
+        // The internal policy is not that of callers from outside.
+        let of_their_own = if policy == InternalPolicy::Local { 2 } else { 0 };
+        assert_eq!((node_ports(INSIDE), node_ports(OUTSIDE)), (2, of_their_own), "one of each family");
     }
     let six = changed(service("web", "fd00:96::1", Protocol::Tcp), |s| s.ports[0].node_port = Some(30_080));
     let c = compile(&Snapshot::new(Revision(1), [six, set()]), "n1", None);

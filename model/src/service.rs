@@ -184,11 +184,19 @@ pub struct EndpointSet {
 impl EndpointSet {
     /// The endpoints of one family.
     pub fn of_family(&self, v4: bool) -> Cow<'_, Self> {
-        let of = |e: &&Endpoint| e.address.is_ipv4() == v4;
-        if self.endpoints.iter().all(|e| of(&e)) {
+        self.only(|e| e.address.is_ipv4() == v4)
+    }
+
+    /// The endpoints that have a port of that name.
+    pub fn with_port(&self, name: &str, protocol: Protocol) -> Cow<'_, Self> {
+        self.only(|e| e.ports.iter().any(|p| p.protocol == protocol && p.name == name))
+    }
+
+    fn only(&self, of: impl Fn(&Endpoint) -> bool) -> Cow<'_, Self> {
+        if self.endpoints.iter().all(&of) {
             return Cow::Borrowed(self);
         }
-        let endpoints = self.endpoints.iter().filter(of).cloned().collect();
+        let endpoints = self.endpoints.iter().filter(|e| of(e)).cloned().collect();
         Cow::Owned(Self { name: self.name.clone(), endpoints })
     }
 
@@ -210,13 +218,14 @@ impl EndpointSet {
         }
     }
 
-    /// The set as callers from outside the cluster may use it who have reached the node at `place`.
+    /// The set as callers from outside the cluster may use it who have reached the node at `place`. The internal policy is
+    /// not theirs.
     pub fn seen_from_outside(&self, service: &Service, place: Place<'_>) -> Cow<'_, Self> {
-        let internal_policy = match service.external_policy {
-            ExternalPolicy::Cluster => return Cow::Borrowed(self),
-            ExternalPolicy::Local => InternalPolicy::Local,
+        let (internal_policy, distribution) = match service.external_policy {
+            ExternalPolicy::Cluster => (InternalPolicy::Cluster, service.distribution),
+            ExternalPolicy::Local => (InternalPolicy::Local, Distribution::Even),
         };
-        self.seen_from(&Service { internal_policy, ..Service::default() }, place)
+        self.seen_from(&Service { internal_policy, distribution, ..Service::default() }, place)
     }
 
     /// Ready endpoints and the port number each serves `port_name` on.
