@@ -298,9 +298,12 @@ fn agent_dies_under_load(ground: &Ground, client: &TestPod) {
             };
             client.netns.run(load).expect("run");
         });
-        for _ in 0..5 {
+        for round in 0..5 {
             let before = made.load(Ordering::Relaxed);
             ground.kill_agent();
+            if round % 2 == 1 {
+                leave_another_layout();
+            }
             until("connections go on without an agent", || made.load(Ordering::Relaxed) > before + 200);
             ground.start_agent();
             until("the agent is back", || std::path::Path::new(crate::ground::ACK).exists());
@@ -309,6 +312,16 @@ fn agent_dies_under_load(ground: &Ground, client: &TestPod) {
     });
     println!("agent killed 5 times: {made:?} connections, {failed:?} failed");
     assert_eq!(failed.load(Ordering::Relaxed), 0);
+}
+
+/// As if the agent before had been of a release whose services had another shape.
+fn leave_another_layout() {
+    let dir = sluice_ebpf::maps::pin_dir(std::path::Path::new("/sys/fs/bpf"));
+    let other = dir.with_file_name("v0");
+    std::fs::rename(dir, &other).expect("rename");
+    for map in ["SERVICES", "LOCALS"] {
+        std::fs::remove_file(other.join(map)).expect("unpin");
+    }
 }
 
 fn drift_is_repaired(client: &TestPod) {

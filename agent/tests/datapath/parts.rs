@@ -70,7 +70,8 @@ fn agent() {
         masquerade_excluded: vec!["203.0.113.0/24".parse().expect("range")],
         tunnel: Mode::default(),
     };
-    let datapath = Datapath::open(&config).expect("open");
+    let last: Option<Snapshot> = fs::read(SNAPSHOT).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let datapath = Datapath::open_from(&config, last.as_ref()).expect("open");
     let gate = Arc::new(Gate::new().expect("gate"));
     let handover = Handover::new(&config.bpffs, Some(gate.clone())).expect("handover");
     let (mut source, ends) = uplink::channels(View::default());

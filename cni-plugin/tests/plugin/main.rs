@@ -169,6 +169,26 @@ fn without_the_agents_pins_the_runtime_is_told_to_come_back() {
     assert!(wrong.is_err(), "a map of other sizes is refused");
 }
 
+/// A plugin that was installed before the agent was started anew, or one that an upgrade has left behind.
+#[test]
+fn a_data_path_of_another_layout_is_named_and_pods_still_end() {
+    let node = Node::new("layout", true);
+    let (a, b) = (node.pod("a"), node.pod("b"));
+    node.ok("ADD", "a", Some(a.path()));
+    let dir = pin_dir(&node.place.bpffs);
+    let other = dir.with_file_name("v7");
+    std::fs::rename(&dir, &other).expect("rename");
+    let (ok, answer) = node.verb("ADD", "b", Some(b.path()));
+    let details = answer["details"].as_str().unwrap_or_default();
+    assert!(!ok && answer["code"] == 11 && details.contains("layout 7"), "{answer}");
+    node.ok("DEL", "a", None);
+    assert!(!dir.exists(), "the agent's to make");
+    loader::load(&node.place).expect("the agent starts");
+    node.ok("ADD", "b", Some(b.path()));
+    node.ok("CHECK", "b", Some(b.path()));
+    assert!(!other.exists());
+}
+
 #[test]
 fn status_says_what_add_would_find() {
     let node = Node::new("truth", false);

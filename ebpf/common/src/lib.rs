@@ -7,7 +7,8 @@
 #![no_std]
 #![allow(unsafe_code)] // `unsafe impl Plain` only: each type below is padding-free plain data
 
-/// Version of everything pinned: maps live under `/sys/fs/bpf/sluice/v<LAYOUT>/`.
+/// Version of everything pinned: maps live under `/sys/fs/bpf/sluice/v<LAYOUT>/`. What a new one asks for: ARCHITECTURE.md,
+/// "Hooks and pins".
 pub const LAYOUT: u32 = 1;
 
 /// Types whose bytes are all initialized and all valid.
