@@ -8,7 +8,7 @@ mod routes;
 pub use routes::{ParentStatus, RouteStatus, Unmeshed, Verdict};
 
 use crate::{
-    api::validate::special,
+    api::{services::SOURCE_RANGES, validate::special},
     inject,
     pool::{self, Pool},
 };
@@ -118,6 +118,7 @@ fn service(s: &Service) -> Option<m::Service> {
             name,
         })
     });
+    let sources = sources(s);
     Some(m::Service {
         name: name_of(&s.metadata)?,
         virtual_ips: ips.into_iter().filter_map(|i| i.parse().ok()).collect(),
@@ -140,6 +141,8 @@ fn service(s: &Service) -> Option<m::Service> {
         health_check_node_port: spec.health_check_node_port.and_then(port),
         announcements: vec![],
         external_name: None,
+        restricted_ips: sources.as_ref().map(|_| balancer_ips(s)).unwrap_or_default(),
+        source_ranges: sources.unwrap_or_default(),
     })
 }
 
@@ -147,12 +150,35 @@ fn service(s: &Service) -> Option<m::Service> {
 fn external_ips(s: &Service) -> Vec<IpAddr> {
     let own = s.spec.iter().flat_map(|spec| spec.external_ips.iter().flatten());
     let own = own.filter_map(|ip| ip.parse::<IpAddr>().ok()).map(|ip| ip.to_canonical());
-    let all = own.chain(pool::ingress(s));
-    // A status is not checked as a spec is, and loopback is nobody's to take.
-    let mut all: Vec<IpAddr> = all.filter(|ip| special(*ip).is_none()).collect();
+    usable(own.chain(pool::ingress(s)))
+}
+
+/// Those of them that are its load balancer's.
+fn balancer_ips(s: &Service) -> Vec<IpAddr> {
+    usable(pool::ingress(s))
+}
+
+/// A status is not checked as a spec is, and loopback is nobody's to take.
+fn usable(ips: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {
+    let mut all: Vec<IpAddr> = ips.filter(|ip| special(*ip).is_none()).collect();
     all.sort();
     all.dedup();
     all
+}
+
+/// The clients that may use its load balancer; `None`: everybody. What is no range, as an API server of another kind may
+/// let pass, lets nobody in.
+fn sources(s: &Service) -> Option<Vec<m::SourceRange>> {
+    let spec = s.spec.as_ref().filter(|spec| spec.type_.as_deref() == Some("LoadBalancer"))?;
+    let annotation = || s.metadata.annotations.as_ref()?.get(SOURCE_RANGES).filter(|text| !text.trim().is_empty());
+    let texts: Vec<&str> = match spec.load_balancer_source_ranges.as_deref() {
+        Some(ranges) if !ranges.is_empty() => ranges.iter().map(String::as_str).collect(),
+        _ => annotation()?.split(',').collect(),
+    };
+    let mut ranges: Vec<m::SourceRange> = texts.into_iter().filter_map(|text| text.trim().parse().ok()).collect();
+    ranges.sort();
+    ranges.dedup();
+    Some(ranges)
 }
 
 fn affinity_s(spec: &ServiceSpec) -> Option<u32> {

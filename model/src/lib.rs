@@ -8,6 +8,7 @@ mod identity;
 mod name;
 mod node;
 mod policy;
+mod range;
 mod resource;
 mod route;
 mod service;
@@ -18,6 +19,7 @@ pub use identity::{Identity, IdentityError};
 pub use name::{Name, NameError, Revision};
 pub use node::Node;
 pub use policy::{InboundMode, Policy};
+pub use range::{SourceRange, SourceRangeError};
 pub use resource::{Kind, Resource, ResourceKey};
 pub use route::{Backend, HeaderMatch, Match, PathMatch, Route, RouteKind, Rule, StringMatch};
 pub use service::{

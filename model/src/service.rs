@@ -1,6 +1,6 @@
 //! Services and the endpoints behind them.
 
-use crate::{Identity, Name};
+use crate::{Identity, Name, SourceRange};
 use serde::{Deserialize, Serialize};
 use std::{borrow::Cow, net::IpAddr};
 
@@ -108,6 +108,12 @@ pub struct Service {
     /// service has neither addresses nor ports.
     #[serde(default)]
     pub external_name: Option<String>,
+    /// Those of `external_ips` that only clients in `source_ranges` may use.
+    #[serde(default)]
+    pub restricted_ips: Vec<IpAddr>,
+    /// Of both families; without one of a family, nobody of it may.
+    #[serde(default)]
+    pub source_ranges: Vec<SourceRange>,
 }
 
 impl Service {

@@ -192,6 +192,8 @@ impl From<&m::Service> for v1::Service {
             health_check_node_port: s.health_check_node_port.unwrap_or(0).into(),
             announcements: s.announcements.iter().map(Into::into).collect(),
             external_name: s.external_name.clone().unwrap_or_default(),
+            restricted_ips: s.restricted_ips.iter().map(|a| address_to_wire(*a)).collect(),
+            source_ranges: s.source_ranges.iter().map(Into::into).collect(),
         }
     }
 }
@@ -240,6 +242,8 @@ impl TryFrom<v1::Service> for m::Service {
             health_check_node_port: some_port("health check node port", s.health_check_node_port)?,
             announcements: s.announcements.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             external_name: Some(s.external_name).filter(|n| !n.is_empty()),
+            restricted_ips: addresses_from_wire(&s.restricted_ips)?,
+            source_ranges: s.source_ranges.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
         })
     }
 }
@@ -255,6 +259,21 @@ impl TryFrom<v1::Announcement> for m::Announcement {
 
     fn try_from(a: v1::Announcement) -> Result<Self, Malformed> {
         Ok(Self { address: address_from_wire(&a.address)?, node: a.node })
+    }
+}
+
+impl From<&m::SourceRange> for v1::SourceRange {
+    fn from(r: &m::SourceRange) -> Self {
+        Self { address: address_to_wire(r.address()), len: r.prefix_len().into() }
+    }
+}
+
+impl TryFrom<v1::SourceRange> for m::SourceRange {
+    type Error = Malformed;
+
+    fn try_from(r: v1::SourceRange) -> Result<Self, Malformed> {
+        let range = |len| m::SourceRange::new(address_from_wire(&r.address).ok()?, len);
+        u8::try_from(r.len).ok().and_then(range).ok_or_else(|| invalid("source range", &r))
     }
 }
 
@@ -558,6 +577,8 @@ mod tests {
                 health_check_node_port: Some(30_081),
                 announcements: vec![m::Announcement { address, node: "n1".into() }],
                 external_name: Some("web.example.org".into()),
+                restricted_ips: vec!["192.0.2.1".parse().expect("an address")],
+                source_ranges: ["203.0.113.0/24", "2001:db8::/32"].map(|r| r.parse().expect("a range")).to_vec(),
             }),
             m::Resource::EndpointSet(m::EndpointSet {
                 name: name.clone(),
@@ -639,5 +660,9 @@ mod tests {
         };
         assert!(matches!(m::Backend::try_from(bad_port), Err(Malformed::Invalid { field: "backend port", .. })));
         assert!(address_from_wire(&[1, 2, 3]).is_err());
+        for (address, len) in [(vec![10, 0, 0, 0], 33), (vec![0; 16], 129), (vec![0; 16], 256), (vec![10], 8)] {
+            let range = m::SourceRange::try_from(v1::SourceRange { address, len });
+            assert!(matches!(range, Err(Malformed::Invalid { field: "source range", .. })), "{range:?}");
+        }
     }
 }

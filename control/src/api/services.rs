@@ -6,11 +6,15 @@
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
+use sluice_model::SourceRange;
 
 use super::status::Invalid;
 use super::value::{at, fields, list, number, text};
 
 pub(super) const NO_ADDRESS: &str = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)";
+const NO_RANGE: &str = "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)";
+/// Where source ranges were before they had a field: a list with commas, which counts only without the field.
+pub(crate) const SOURCE_RANGES: &str = "service.beta.kubernetes.io/load-balancer-source-ranges";
 const BALANCER_ONLY: &str = "may only be used when `spec.type` is 'LoadBalancer'";
 
 fn is_balancer(service: &Value) -> bool {
@@ -76,6 +80,7 @@ pub fn validate(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
         let value = class(new).unwrap_or_default();
         errors.push(Invalid::value("spec.loadBalancerClass", &value, "may not change once set"));
     }
+    errors.extend(source_ranges(new));
     let kind = text(new, "spec.type");
     if matches!(kind, "NodePort" | "LoadBalancer") && text(new, "spec.clusterIP") == "None" {
         let detail = format!("may not be set to 'None' for {kind} services");
@@ -102,6 +107,32 @@ fn external_policy(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
         errors.push(Invalid::forbidden(path, "field is immutable"));
     }
     errors
+}
+
+/// Spaces around a range are left out.
+fn source_ranges(service: &Value) -> Vec<Invalid> {
+    let path = "spec.loadBalancerSourceRanges";
+    let ranges = list(service, path);
+    let annotation = at(service, "metadata.annotations").and_then(|all| all.get(SOURCE_RANGES)).and_then(Value::as_str);
+    let is_none = |text: &str| text.trim().parse::<SourceRange>().is_err();
+    match annotation.filter(|_| ranges.is_empty()) {
+        None if ranges.is_empty() => vec![],
+        None if !is_balancer(service) => vec![Invalid::forbidden(path, BALANCER_ONLY)],
+        None => {
+            let wrong = ranges.iter().enumerate().filter(|(_, range)| range.as_str().is_none_or(is_none));
+            wrong.map(|(index, range)| Invalid::value(format!("{path}[{index}]"), range, NO_RANGE)).collect()
+        }
+        Some(_) if !is_balancer(service) => vec![Invalid::forbidden(annotated(), BALANCER_ONLY)],
+        Some(text) if text.trim().is_empty() => vec![],
+        Some(text) => {
+            let wrong = text.split(',').filter(|range| is_none(range));
+            wrong.map(|range| Invalid::value(annotated(), &json!(range.trim()), NO_RANGE)).collect()
+        }
+    }
+}
+
+fn annotated() -> String {
+    format!("metadata.annotations[{SOURCE_RANGES}]")
 }
 
 /// Checks of a status that somebody writes.
@@ -206,6 +237,45 @@ mod tests {
         let on_purpose = changed(json!({"type": "ClusterIP", "loadBalancerClass": "c/d"}));
         assert_eq!(on_purpose["spec"]["loadBalancerClass"], "c/d");
         assert_eq!(changed(json!({})), old);
+    }
+
+    #[test]
+    fn source_ranges() {
+        let told = |kind: &str, ranges: Value, annotation: Option<&str>| {
+            let mut service = json!({"spec": {"type": kind, "loadBalancerSourceRanges": ranges}});
+            if let Some(text) = annotation {
+                service["metadata"]["annotations"][SOURCE_RANGES] = json!(text);
+            }
+            validate(&service, None).into_iter().map(|e| format!("{}: {}", e.field, e.message)).collect::<Vec<_>>()
+        };
+        for (ranges, annotation) in [
+            (json!(["10.0.0.0/8", "2001:db8::/32", " 192.0.2.7/32 ", "10.1.2.3/8", "0.0.0.0/0"]), None),
+            (json!([]), Some("10.0.0.0/8, 2001:db8::/32")),
+            (json!(null), Some(" ")),
+            (json!(["10.0.0.0/8"]), Some("the field counts")),
+        ] {
+            assert_eq!(told("LoadBalancer", ranges.clone(), annotation), [""; 0], "{ranges} {annotation:?}");
+        }
+        let invalid = |path: &str, value: &str| {
+            format!(
+                "{path}: Invalid value: \"{value}\": must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)"
+            )
+        };
+        let annotated = "metadata.annotations[service.beta.kubernetes.io/load-balancer-source-ranges]";
+        let wrong = told("LoadBalancer", json!(["10.0.0.0", "10.0.0.0/8", "10.0.0.0/33", "", "web/8"]), None);
+        let fields = [(0, "10.0.0.0"), (2, "10.0.0.0/33"), (3, ""), (4, "web/8")];
+        assert_eq!(wrong, fields.map(|(n, value)| invalid(&format!("spec.loadBalancerSourceRanges[{n}]"), value)));
+        assert_eq!(
+            told("LoadBalancer", json!([]), Some("10.0.0.0/8,x, ")),
+            [invalid(annotated, "x"), invalid(annotated, "")]
+        );
+        for kind in ["ClusterIP", "NodePort"] {
+            let forbidden =
+                |path: &str| [format!("{path}: Forbidden: may only be used when `spec.type` is 'LoadBalancer'")];
+            assert_eq!(told(kind, json!(["10.0.0.0/8"]), None), forbidden("spec.loadBalancerSourceRanges"));
+            assert_eq!(told(kind, json!([]), Some("10.0.0.0/8")), forbidden(annotated));
+            assert_eq!(told(kind, json!([]), None), [""; 0]);
+        }
     }
 
     #[test]

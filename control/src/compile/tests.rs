@@ -131,6 +131,44 @@ fn how_callers_from_outside_reach_a_service() {
 }
 
 #[test]
+fn who_may_use_the_load_balancers_addresses() {
+    const OLD: &str = "service.beta.kubernetes.io/load-balancer-source-ranges";
+    let table = [
+        ("LoadBalancer", json!(null), None, None),
+        ("LoadBalancer", json!([]), Some(" "), None),
+        (
+            "LoadBalancer",
+            json!(["2001:db8::/32", " 10.1.2.3/8 ", "10.0.0.0/8"]),
+            None,
+            Some(vec!["10.0.0.0/8", "2001:db8::/32"]),
+        ),
+        ("LoadBalancer", json!(["10.0.0.0/8"]), Some("192.0.2.0/24"), Some(vec!["10.0.0.0/8"])),
+        ("LoadBalancer", json!([]), Some("192.0.2.0/24, 10.0.0.0/8"), Some(vec!["10.0.0.0/8", "192.0.2.0/24"])),
+        ("LoadBalancer", json!(["010.0.0.0/8"]), None, Some(vec![])),
+        ("ClusterIP", json!(["10.0.0.0/8"]), None, None),
+    ];
+    for (kind, ranges, annotation, want) in table {
+        let mut object = json!({
+            "spec": {"type": kind, "clusterIP": "10.96.0.5", "ports": [{"name": "http", "port": 80}],
+                "externalIPs": ["192.0.2.7"], "loadBalancerSourceRanges": ranges},
+            "status": {"loadBalancer": {"ingress": [
+                {"ip": "192.0.2.8"}, {"ip": "2001:db8::8"}, {"ip": "192.0.2.9", "ipMode": "Proxy"}, {"ip": "127.0.0.1"}]}}});
+        if let Some(text) = annotation {
+            object["metadata"]["annotations"][OLD] = json!(text);
+        }
+        let mut o = objects();
+        put(&mut o.services, "web", object);
+        let (s, _) = snapshot(&o);
+        let web = s.service(&m::Name::new("shop", "web")).expect("a service");
+        let restricted: Vec<String> = web.restricted_ips.iter().map(ToString::to_string).collect();
+        let of_the_balancer: &[&str] = if want.is_some() { &["192.0.2.8", "2001:db8::8"] } else { &[] };
+        assert_eq!(restricted, of_the_balancer, "{kind} {ranges} {annotation:?}");
+        let found: Vec<String> = web.source_ranges.iter().map(ToString::to_string).collect();
+        assert_eq!(found, want.unwrap_or_default(), "{kind} {ranges} {annotation:?}");
+    }
+}
+
+#[test]
 fn an_external_name_is_an_alias_and_nothing_else() {
     let mut o = objects();
     let spec = json!({"type": "ExternalName", "externalName": "DB.Example.org.", "ports": [{"port": 80}],
