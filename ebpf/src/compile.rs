@@ -6,11 +6,12 @@
 
 use crate::{
     addr,
-    layout::{Target, Wanted, WantedGroup},
+    layout::{Sources, Target, Wanted, WantedGroup},
 };
-use sluice_ebpf_common::{INSIDE, MAX_GROUPS, OUTSIDE, ServiceKey, TCP, UDP};
+use sluice_ebpf_common::{INSIDE, MAX_GROUPS, OUTSIDE, Range, ServiceKey, TCP, UDP, bound};
 use sluice_model::{
-    ExternalPolicy, Kind, Name, Place, Policy, Protocol, Route, Rule, Service, ServicePort, Snapshot, Workload,
+    ExternalPolicy, Kind, Name, Place, Policy, Protocol, Route, Rule, Service, ServicePort, Snapshot, SourceRange,
+    Workload,
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -51,7 +52,15 @@ pub enum Problem {
     AddressTaken { winner: Name, loser: Name, vip: IpAddr, port: u16 },
     #[error("route {route}: only the first {MAX_GROUPS} of {backends} backends take connections of unmeshed callers")]
     TooManyBackends { route: Name, backends: usize },
+    #[error(
+        "service {service} port {port}: the {ranges} source ranges of {vip} do not fit beside those of other services \
+         ({SOURCES} on a node, each once per address and port), so that nobody may use it; name fewer and wider ranges"
+    )]
+    TooManySources { service: Name, vip: IpAddr, port: u16, ranges: usize },
 }
+
+/// Ranges of clients that are wanted at a time: the map has room for the old and the new state.
+const SOURCES: usize = bound::SOURCES / 2;
 
 /// Compiles one snapshot after the other for one node. Where only endpoints changed, only what leads to them is decided
 /// anew; the outcome is that of [`compile`].
@@ -102,6 +111,8 @@ pub fn compile(snapshot: &Snapshot, node: &str, dns: impl IntoIterator<Item = Dn
     let mut out = Compiled::default();
     let routes = routes_by_parent(snapshot);
     let place = snapshot.place(node);
+    let addresses = snapshot.node(&Name::cluster(node)).map_or(&[][..], |n| &n.addresses);
+    let mut room = Room(SOURCES);
     // No service takes another's own address by naming it as an external one.
     for reach in [Reach::Own, Reach::External, Reach::Node] {
         for service in snapshot.services() {
@@ -114,7 +125,22 @@ pub fn compile(snapshot: &Snapshot, node: &str, dns: impl IntoIterator<Item = Dn
                     continue;
                 }
                 out.owners.insert(key, service.name.clone());
-                let view = View { snapshot, place, v4: vip.is_ipv4(), reach, callers: Callers::Inside };
+                let sources = reach.sources(service, vip, addresses).map(|wanted| room.grant(wanted, service));
+                let sources = sources.map(|granted| {
+                    Arc::new(granted.unwrap_or_else(|ranges| {
+                        let service = service.name.clone();
+                        out.problems.push(Problem::TooManySources { service, vip, port: number, ranges });
+                        Sources::default()
+                    }))
+                });
+                let view = View {
+                    snapshot,
+                    place,
+                    v4: vip.is_ipv4(),
+                    reach,
+                    callers: Callers::Inside,
+                    sources: sources.as_ref(),
+                };
                 view.write(key, attached, service, port, &mut out.services, &mut out.problems);
             }
         }
@@ -142,7 +168,15 @@ impl Compiled {
                 for (port, vip, number) in reach.dials(service) {
                     let key = key(vip, number, port.protocol);
                     if self.owners.get(&key) == Some(&service.name) {
-                        let view = View { snapshot, place, v4: vip.is_ipv4(), reach, callers: Callers::Inside };
+                        let sources = self.services.get(&key).and_then(|wanted| wanted.sources.clone());
+                        let view = View {
+                            snapshot,
+                            place,
+                            v4: vip.is_ipv4(),
+                            reach,
+                            callers: Callers::Inside,
+                            sources: sources.as_ref(),
+                        };
                         view.write(key, attached, service, port, &mut self.services, &mut vec![]);
                     }
                 }
@@ -178,6 +212,37 @@ impl Reach {
         let number = move |p: &ServicePort| if self == Self::Node { p.node_port } else { Some(p.port) };
         let ports = service.ports.iter().filter_map(move |p| Some((p, number(p)?)));
         ports.flat_map(move |(p, number)| addresses.clone().into_iter().map(move |a| (p, a, number)))
+    }
+
+    /// Who may use the service by an address of its; `None`: everybody. `node`: the node's own addresses.
+    fn sources(self, service: &Service, vip: IpAddr, node: &[IpAddr]) -> Option<Sources> {
+        if self != Self::External || !service.restricted_ips.contains(&vip) {
+            return None;
+        }
+        let of_family = service.source_ranges.iter().filter(|range| range.address().is_ipv4() == vip.is_ipv4());
+        let all: BTreeSet<SourceRange> = of_family.copied().collect();
+        if all.iter().any(|range| range.is_all()) {
+            return None;
+        }
+        let node = node.iter().any(|ip| all.iter().any(|range| range.contains(*ip)));
+        let mapped = if vip.is_ipv4() { 96 } else { 0 };
+        let range = |r: &SourceRange| Range { len: mapped + u32::from(r.prefix_len()), addr: addr(r.address()) };
+        let mut ranges: Vec<Range> = all.iter().map(range).collect();
+        ranges.sort_unstable();
+        Some(Sources { ranges, node })
+    }
+}
+
+/// How many ranges of clients may still be wanted.
+struct Room(usize);
+
+impl Room {
+    /// What one of the service's addresses may have for one of its ports; else how many ranges do not fit.
+    fn grant(&mut self, sources: Sources, service: &Service) -> Result<Sources, usize> {
+        // Callers from outside have an entry of their own.
+        let entries = if service.external_policy == ExternalPolicy::Local { 2 } else { 1 };
+        self.0 = self.0.checked_sub(sources.ranges.len() * entries).ok_or(sources.ranges.len())?;
+        Ok(sources)
     }
 }
 
@@ -222,6 +287,8 @@ struct View<'a> {
     v4: bool,
     reach: Reach,
     callers: Callers,
+    /// Who may use the service that is looked at.
+    sources: Option<&'a Arc<Sources>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -248,15 +315,16 @@ impl View<'_> {
             entries.insert(key, Arc::new(wanted));
             return;
         }
-        let wanted = wanted.by_maglev();
+        let restricted = |wanted: Wanted| Wanted { sources: self.sources.cloned(), ..wanted.by_maglev() };
+        let wanted = restricted(wanted);
         let view = View { callers: Callers::Outside(service.external_policy), ..self };
-        let for_outside = view.wanted(routes, service, port, &mut vec![]).by_maglev();
+        let for_outside = restricted(view.wanted(routes, service, port, &mut vec![]));
         let outside = service.external_policy == ExternalPolicy::Local || for_outside != wanted;
         entries.insert(key, Arc::new(Wanted { outside, ..wanted }));
         match outside {
             true => entries.insert(outside_key, Arc::new(for_outside)),
             false => entries.remove(&outside_key), // endpoints that have changed may have made it needless
-        };
+      };
     }
 
     fn wanted(self, routes: &[&Route], service: &Service, port: &ServicePort, problems: &mut Vec<Problem>) -> Wanted {

@@ -273,6 +273,8 @@ fn snapshots() -> impl Strategy<Value = Snapshot> {
                     s.ports[0].node_port = Some(30_000 + i as u16);
                     s.external_ips = vec![IpAddr::from([192, 0, 2, i as u8])];
                     s.external_policy = if i == 0 { ExternalPolicy::Local } else { ExternalPolicy::Cluster };
+                    s.restricted_ips = if list.len() % 2 == 0 { s.external_ips.clone() } else { vec![] };
+                    s.source_ranges = vec![format!("203.0.{i}.0/24").parse().expect("range")];
                 }
             }));
             let texts: Vec<_> = list.iter().map(|(n, r)| (format!("10.244.{i}.{n}"), *r)).collect();
@@ -402,4 +404,89 @@ fn node_ports_and_external_addresses_by_the_policy_for_who_calls() {
     }
     assert!(!local.services[&only_v4("10.96.0.1")].maglev, "virtual addresses are for sockets");
     assert_eq!(local.services.len(), 1 + 2 * 2);
+}
+
+fn restricted(ips: &[&str], ranges: &[&str]) -> impl Fn(&mut Service) {
+    let ips: Vec<IpAddr> = ips.iter().map(|ip| ip.parse().expect("address")).collect();
+    let ranges: Vec<SourceRange> = ranges.iter().map(|r| r.parse().expect("range")).collect();
+    move |s| {
+        s.external_ips = ["192.0.2.1", "192.0.2.2", "2001:db8::1"].map(|ip| ip.parse().expect("address")).to_vec();
+        s.ports[0].node_port = Some(30_080);
+        (s.restricted_ips, s.source_ranges) = (ips.clone(), ranges.clone());
+    }
+}
+
+#[test]
+fn who_may_use_which_address() {
+    let node = |address: &str| {
+        let addresses = vec![address.parse().expect("address"), "fd00:9::1".parse().expect("address")];
+        let (name, pod_cidrs, zone) = (Name::cluster("n1"), vec![], String::new());
+        Resource::Node(sluice_model::Node { name, addresses, pod_cidrs, zone, ready: true })
+    };
+    const ALL: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
+    type Want<'a> = Option<(&'a [&'a str], bool)>;
+    let table: [(&[&str], &[&str], Want, Want); 8] = [
+        (&[], &["203.0.113.0/24"], None, None),
+        (&ALL, &["203.0.113.0/24"], Some((&["203.0.113.0/120"], false)), Some((&[], false))),
+        (&ALL, &["2001:db8:1::/48"], Some((&[], false)), Some((&["2001:db8:1::/48"], false))),
+        (&ALL, &[], Some((&[], false)), Some((&[], false))),
+        (&ALL, &["0.0.0.0/0", "203.0.113.0/24"], None, Some((&[], false))),
+        (&ALL, &["::/0", "192.168.0.0/16"], Some((&["192.168.0.0/112"], true)), None),
+        (&ALL, &["fd00:9::/64", "fd00:9::/64"], Some((&[], false)), Some((&["fd00:9::/64"], true))),
+        (&ALL[..1], &["203.0.113.7/32", "10.0.0.0/8"], Some((&["10.0.0.0/104", "203.0.113.7/128"], false)), None),
+    ];
+    for (ips, ranges, v4, v6) in table {
+        let web = changed(service("web", "10.96.0.1", Protocol::Tcp), restricted(ips, ranges));
+        let c = compile(&Snapshot::new(Revision(1), [node("192.168.7.1"), web]), "n1", None);
+        let of = |vip| {
+            let sources = c.services[&only_v4(vip)].sources.as_deref()?;
+            let text = |r: &Range| format!("{}/{}", crate::ip(r.addr), r.len);
+            Some((sources.ranges.iter().map(text).collect::<Vec<_>>(), sources.node))
+        };
+        let want = |w: Want| w.map(|(list, node)| (list.iter().map(|r| (*r).to_owned()).collect::<Vec<_>>(), node));
+        assert_eq!((of("192.0.2.1"), of("2001:db8::1")), (want(v4), want(v6)), "{ips:?} {ranges:?}");
+        assert_eq!((of("192.0.2.2"), of("10.96.0.1")), (None, None), "an externalIP and the cluster's own address");
+        let node_port = ServiceKey { port_be: 30_080_u16.to_be(), ..only_v4("0.0.0.0") };
+        assert_eq!(c.services[&node_port].sources, None, "a node port");
+    }
+    let local = |s: &mut Service| {
+        restricted(&ALL, &["203.0.113.0/24"])(s);
+        s.external_policy = ExternalPolicy::Local;
+    };
+    let web = changed(service("web", "10.96.0.1", Protocol::Tcp), local);
+    let c = compile(&Snapshot::new(Revision(1), [web]), "n1", None);
+    let outside = &c.services[&ServiceKey { scope: OUTSIDE, ..only_v4("192.0.2.1") }];
+    assert_eq!(outside.sources, c.services[&only_v4("192.0.2.1")].sources, "the entry of callers from outside");
+    assert!(outside.sources.is_some());
+}
+
+#[test]
+fn ranges_beyond_the_room_let_nobody_in_and_are_named() {
+    let many = |count: u32| {
+        move |s: &mut Service| {
+            restricted(&["192.0.2.1"], &[])(s);
+            let range = |n: u32| SourceRange::new(Ipv4Addr::from(0x0a00_0000 + n).into(), 32).expect("range");
+            s.source_ranges = (0..count).map(range).collect();
+        }
+    };
+    let half = SOURCES as u32 / 2;
+    let at = |n: &str, vip: &str, external: &'static str, count: u32| {
+        changed(service(n, vip, Protocol::Tcp), |s| {
+            many(count)(s);
+            s.ports[0].node_port = None;
+            (s.external_ips, s.restricted_ips) =
+                (vec![external.parse().expect("ip")], vec![external.parse().expect("ip")]);
+        })
+    };
+    let all = [
+        at("a", "10.96.0.1", "192.0.2.1", half),
+        at("b", "10.96.0.2", "192.0.2.2", half + 1),
+        at("c", "10.96.0.3", "192.0.2.3", half),
+    ];
+    let c = compile(&Snapshot::new(Revision(1), all), "n1", None);
+    let ranges = |vip| c.services[&only_v4(vip)].sources.as_ref().expect("restricted").ranges.len() as u32;
+    assert_eq!(["192.0.2.1", "192.0.2.2", "192.0.2.3"].map(ranges), [half, 0, half]);
+    assert_eq!(c.problems.len(), 1);
+    let text = c.problems[0].to_string();
+    assert!(text.contains("shop/b") && text.contains("16385") && text.contains("192.0.2.2"), "{text}");
 }

@@ -4,9 +4,11 @@
 
 use crate::maglev;
 use sluice_ebpf_common::{
-    Addr, Backend, BackendKey, Group, MAGLEV_BLOCK, MAGLEV_SHIFT, MAX_GROUPS, MaglevBlock, MaglevKey, MemberKey,
-    SERVICE_NODE_LOCAL, SERVICE_OUTSIDE, Service, ServiceKey,
+    Addr, Backend, BackendKey, Group, MAGLEV_BLOCK, MAGLEV_SHIFT, MAX_GROUPS, MaglevBlock, MaglevKey, MemberKey, Range,
+    SERVICE_NODE_ADMITTED, SERVICE_NODE_LOCAL, SERVICE_OUTSIDE, SERVICE_RESTRICTED, Service, ServiceKey, Source,
+    SourceRange,
 };
+use std::sync::Arc;
 
 /// Where a connection may go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,6 +25,15 @@ pub struct WantedGroup {
     pub targets: Vec<Target>,
 }
 
+/// Who may use a service that not all may; by default nobody.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sources {
+    /// Ranges of clients' addresses, in order and each once.
+    pub ranges: Vec<Range>,
+    /// The node's own processes may.
+    pub node: bool,
+}
+
 /// What one service port should do. No group: connections are refused.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
@@ -33,6 +44,8 @@ pub struct Wanted {
     pub maglev: bool,
     /// Callers from outside have an entry of their own.
     pub outside: bool,
+    /// `None`: everybody may use it.
+    pub sources: Option<Arc<Sources>>,
     pub groups: Vec<WantedGroup>,
 }
 
@@ -75,6 +88,12 @@ impl Wanted {
         })
     }
 
+    /// Who may use it, while `set` is its state.
+    pub fn source_ranges(&self, set: u32) -> impl Iterator<Item = SourceRange> + '_ {
+        let ranges = self.sources.iter().flat_map(|sources| &sources.ranges);
+        ranges.map(move |r| SourceRange { len: SET_BITS + r.len, source: Source { set, addr: r.addr } })
+    }
+
     /// Slots of the Maglev table, a power of two.
     fn slots(&self) -> Option<usize> {
         self.maglev.then(|| maglev::slots(&self.groups)).flatten()
@@ -100,10 +119,16 @@ impl Wanted {
     }
 }
 
+/// Bits of a set's number, before those of an address.
+const SET_BITS: u32 = u32::BITS;
+
 /// The values for one service under the set id `set`.
 pub fn lay_out(key: &ServiceKey, wanted: &Wanted, set: u32) -> (Service, Vec<(BackendKey, Backend)>) {
     let mut flags = if wanted.node_local { SERVICE_NODE_LOCAL } else { 0 };
     flags |= if wanted.outside { SERVICE_OUTSIDE } else { 0 };
+    if let Some(sources) = &wanted.sources {
+        flags |= SERVICE_RESTRICTED | if sources.node { SERVICE_NODE_ADMITTED } else { 0 };
+    }
     if let Some(slots) = wanted.slots() {
         flags |= slots.trailing_zeros() << MAGLEV_SHIFT;
     }
@@ -126,10 +151,12 @@ pub fn lay_out(key: &ServiceKey, wanted: &Wanted, set: u32) -> (Service, Vec<(Ba
     (service, backends)
 }
 
-/// What entries found in the maps say; `None` when they are not what [`lay_out`] makes.
+/// What entries found in the maps say, with the ranges found under the service's set; `None` when they are not what
+/// [`lay_out`] makes.
 pub fn read_back(
     key: &ServiceKey,
     service: &Service,
+    found: &[SourceRange],
     mut get: impl FnMut(BackendKey) -> Option<Backend>,
 ) -> Option<Wanted> {
     let mut groups = Vec::new();
@@ -147,8 +174,14 @@ pub fn read_back(
     let node_local = service.flags & SERVICE_NODE_LOCAL != 0;
     let outside = service.flags & SERVICE_OUTSIDE != 0;
     let maglev = service.flags >> MAGLEV_SHIFT != 0;
-    let wanted = Wanted { node_local, affinity_s: service.affinity_s, maglev, outside, groups };
-    let canonical = lay_out(key, &wanted, service.set).0 == *service;
+    let sources = (service.flags & SERVICE_RESTRICTED != 0).then(|| {
+        let range = |r: &SourceRange| Some(Range { len: r.len.checked_sub(SET_BITS)?, addr: r.source.addr });
+        let mut ranges: Vec<Range> = found.iter().filter_map(range).collect();
+        ranges.sort_unstable();
+        Arc::new(Sources { ranges, node: service.flags & SERVICE_NODE_ADMITTED != 0 })
+    });
+    let wanted = Wanted { node_local, affinity_s: service.affinity_s, maglev, outside, sources, groups };
+    let canonical = lay_out(key, &wanted, service.set).0 == *service && wanted.source_ranges(0).count() == found.len();
     canonical.then_some(wanted)
 }
 
@@ -177,6 +210,11 @@ mod tests {
         WantedGroup { weight, targets }
     }
 
+    fn sources(node: bool) -> Option<Arc<Sources>> {
+        let range = |len| Range { len, addr: Addr::from_v4(7) };
+        Some(Arc::new(Sources { ranges: vec![range(120), range(128)], node }))
+    }
+
     #[test]
     fn values_read_back_as_what_was_wanted() {
         let key = ServiceKey { addr: Addr::from_v4(9), port_be: 80, proto: 6, scope: INSIDE };
@@ -186,14 +224,20 @@ mod tests {
             Wanted::new(false, vec![group(90, &[1, 2, 3]), group(10, &[4])]),
             Wanted::new(false, vec![group(90, &[]), group(10, &[4])]),
             Wanted::new(false, vec![group(1, &[1, 2])]).affine(Some(10_800)),
+            Wanted { sources: Some(Arc::default()), ..Wanted::default() },
+            Wanted { sources: sources(true), ..Wanted::new(false, vec![group(1, &[1, 2])]) },
         ] {
             let (service, backends) = lay_out(&key, &wanted, 7);
             let get = |k| backends.iter().find(|(x, _)| *x == k).map(|(_, b)| *b);
-            assert_eq!(read_back(&key, &service, get), Some(wanted.clone()));
+            let sources: Vec<SourceRange> = wanted.source_ranges(7).collect();
+            assert_eq!(read_back(&key, &service, &sources, get), Some(wanted.clone()));
+            if let Some((_, fewer)) = sources.split_first() {
+                assert_ne!(read_back(&key, &service, fewer, get), Some(wanted.clone()), "a range missing");
+            }
             let other = ServiceKey { port_be: 81, ..key };
             if !backends.is_empty() {
-                assert_eq!(read_back(&other, &service, get), None, "entries written for another service");
-                assert_eq!(read_back(&key, &service, |_| None), None, "backends missing");
+                assert_eq!(read_back(&other, &service, &sources, get), None, "entries written for another service");
+                assert_eq!(read_back(&key, &service, &sources, |_| None), None, "backends missing");
             }
         }
     }
@@ -212,9 +256,9 @@ mod tests {
     fn damaged_values_are_noticed_and_harmless() {
         let key = ServiceKey::default();
         let bad = Service { groups: 99, ..Service::default() };
-        assert_eq!(read_back(&key, &bad, |_| None), None);
+        assert_eq!(read_back(&key, &bad, &[], |_| None), None);
         let falling = Service { groups: 2, group: [Group { upto: 5, first: 0, count: 0 }; MAX_GROUPS], ..bad };
-        assert_eq!(read_back(&key, &falling, |_| None), None);
+        assert_eq!(read_back(&key, &falling, &[], |_| None), None);
     }
 
     #[test]

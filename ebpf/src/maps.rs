@@ -3,7 +3,7 @@
 use crate::{Error, error::Result, sys};
 use sluice_ebpf_common::{
     Addr, Backend, BackendKey, Device, LAYOUT, ListenKey, MAX_REASONS, MaglevBlock, MaglevKey, MemberKey, Plain, Pod,
-    PodAddr, PortKey, Range, Reason, Reverse, ReverseKey, Service, ServiceKey, Uid, map,
+    PodAddr, PortKey, Range, Reason, Reverse, ReverseKey, Service, ServiceKey, SourceRange, Uid, map,
 };
 use std::{
     marker::PhantomData,
@@ -299,6 +299,7 @@ pub struct ServiceMaps {
     pub members: HashMap<MemberKey, u32>,
     pub maglev: HashMap<MaglevKey, MaglevBlock>,
     pub reverse: HashMap<ReverseKey, Reverse>,
+    pub sources: HashMap<SourceRange, u32>,
 }
 
 impl ServiceMaps {
@@ -309,6 +310,7 @@ impl ServiceMaps {
             members: HashMap::open(dir, map::MEMBERS)?,
             maglev: HashMap::open(dir, map::MAGLEV)?,
             reverse: HashMap::open(dir, map::REVERSE)?,
+            sources: HashMap::open(dir, map::SOURCES)?,
         })
     }
 }

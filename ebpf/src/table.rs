@@ -1,6 +1,6 @@
 //! Keeps the service maps at what is wanted: only differences are written, and each service changes at one instant.
 //!
-//! A new state is written as backends under a set id of its own; then the service's entry is replaced; only then the
+//! A new state is written as backends, and ranges of clients, under a set id of its own; then the service's entry is replaced; only then the
 //! old backends go. A process that is killed in between leaves backends that no service names, which the next one
 //! removes.
 
@@ -9,7 +9,7 @@ use crate::{
     layout::{Target, Wanted, lay_out, read_back},
     maps::ServiceMaps,
 };
-use sluice_ebpf_common::{Backend, BackendKey, INSIDE, MaglevKey, MemberKey, Service, ServiceKey};
+use sluice_ebpf_common::{Backend, BackendKey, INSIDE, MaglevKey, MemberKey, Service, ServiceKey, SourceRange};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
@@ -35,6 +35,7 @@ struct Entries {
     set: u32,
     backends: u32,
     members: Vec<MemberKey>,
+    sources: Vec<SourceRange>,
     /// Blocks of its Maglev table.
     blocks: u32,
 }
@@ -73,6 +74,13 @@ impl ServiceTable {
                 false => drop(self.maps.members.remove(&key)?),
             }
         }
+        let mut sources = HashMap::<u32, Vec<SourceRange>>::new();
+        for key in self.maps.sources.keys()? {
+            match sets.contains(&key.source.set) {
+                true => sources.entry(key.source.set).or_default().push(key),
+                false => drop(self.maps.sources.remove(&key)?),
+            }
+        }
         let blocks = self.blocks(&sets)?;
         let highest = sets.iter().chain(backends.keys().map(|k| &k.set)).max().copied().unwrap_or(0);
         self.next_set = self.next_set.max(highest.wrapping_add(1).max(1));
@@ -86,13 +94,14 @@ impl ServiceTable {
             let there: HashSet<&MemberKey> = members.iter().collect();
             let all_there = |w: &Wanted| w.members(s.set).all(|m| there.contains(&m));
             let blocks = blocks.get(&s.set).copied().unwrap_or(0);
-            let wanted = read_back(&key, &s, |k| backends.get(&k).copied()).filter(all_there);
+            let sources = sources.remove(&s.set).unwrap_or_default();
+            let wanted = read_back(&key, &s, &sources, |k| backends.get(&k).copied()).filter(all_there);
             let mut wanted = wanted.filter(|w| w.blocks() == blocks);
             if let Some(wanted) = wanted.as_mut().filter(|_| self.untabled.contains(&key)) {
                 wanted.maglev = true;
             }
             let backends = sizes.get(&s.set).copied().unwrap_or(0);
-            let entries = Entries { set: s.set, backends, members, blocks };
+            let entries = Entries { set: s.set, backends, members, sources, blocks };
             (key, Present { entries, wanted: wanted.map(Arc::new) })
         };
         self.present = services.into_iter().map(present).collect();
@@ -182,11 +191,13 @@ impl ServiceTable {
             _ => lay_out(key, wanted, set),
         };
         let count = backends.len() as u32;
-        let entries = Entries { set, backends: count, members: wanted.members(set).collect(), blocks };
+        let (members, sources) = (wanted.members(set).collect(), wanted.source_ranges(set).collect());
+        let entries = Entries { set, backends: count, members, sources, blocks };
         let written = backends
             .iter()
             .try_for_each(|(k, b)| self.maps.backends.set(k, b))
             .and_then(|()| entries.members.iter().try_for_each(|m| self.maps.members.set(m, &1)))
+            .and_then(|()| entries.sources.iter().try_for_each(|s| self.maps.sources.set(s, &1)))
             .and_then(|()| self.maps.services.set(key, &service));
         if let Err(e) = written {
             let _ = self.remove(&entries); // the error that counts is the one below
@@ -229,6 +240,7 @@ impl ServiceTable {
         for block in 0..entries.blocks {
             self.maps.maglev.remove(&MaglevKey { set, block })?;
         }
-        entries.members.iter().try_for_each(|m| self.maps.members.remove(m).map(drop))
+        entries.members.iter().try_for_each(|m| self.maps.members.remove(m).map(drop))?;
+        entries.sources.iter().try_for_each(|s| self.maps.sources.remove(s).map(drop))
     }
 }

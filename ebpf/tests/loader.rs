@@ -7,9 +7,9 @@ use ground::Ground;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sluice_ebpf::{
     Error,
-    common::{MASQUERADE, Reason, ServiceKey, Settings, WATCH_DROPS, WATCH_FLOWS, map},
+    common::{Addr, MASQUERADE, Range, Reason, ServiceKey, Settings, WATCH_DROPS, WATCH_FLOWS, map},
     events::{EventReader, since_boot},
-    layout::{Target, Wanted, WantedGroup},
+    layout::{Sources, Target, Wanted, WantedGroup},
     loader::{self, Place},
     maps::{Counters, Listeners, PodMaps, ServiceMaps, pin_dir},
     settings::SettingsMap,
@@ -147,4 +147,51 @@ fn members_and_withdrawals_follow_the_services() {
     table.apply(&BTreeMap::new()).expect("apply");
     assert_eq!(table.take_withdrawn().len(), 1);
     assert_eq!(maps().members.entries().expect("entries").len(), 0);
+}
+
+/// Ranges come and go with their service's state, and an agent that has a new map starts over the pins of one without.
+#[test]
+fn source_ranges_follow_the_services() {
+    let ground = Ground::new("sources");
+    loader::load(&ground.place).expect("load");
+    let dir = pin_dir(&ground.place.bpffs);
+    fs::remove_file(dir.join(map::SOURCES)).expect("as an agent before this one left it");
+    assert!(loader::complete(&ground.place.bpffs).is_err());
+    loader::load(&ground.place).expect("load over the pins of an agent without the map");
+    let maps = || ServiceMaps::open(&dir).expect("maps");
+    let ranges = || maps().sources.keys().expect("keys").len();
+    let only_for = |count: u32, node| -> BTreeMap<_, _> {
+        let range = |n| Range { len: 128, addr: Addr::from_v4(n) };
+        let sources = Some(Arc::new(Sources { ranges: (0..count).map(range).collect(), node }));
+        let restricted = |w: Arc<Wanted>| Arc::new(Wanted { sources: sources.clone(), ..(*w).clone() });
+        one_service(80, 3).into_iter().map(|(key, w)| (key, restricted(w))).collect()
+    };
+    let mut table = ServiceTable::open(maps()).expect("open");
+    for (wanted, written) in
+        [(only_for(3, false), 1), (only_for(3, false), 0), (only_for(3, true), 1), (only_for(0, true), 1)]
+    {
+        assert_eq!(table.apply(&wanted).expect("apply").written, written);
+        let count = wanted.values().flat_map(|w| w.source_ranges(0)).count();
+        assert_eq!(ranges(), count);
+        table = ServiceTable::open(maps()).expect("reopen");
+        assert_eq!(table.apply(&wanted).expect("apply").unchanged, 1);
+    }
+    table.apply(&only_for(300, false)).expect("apply");
+    // A range that somebody removes comes back, and with it what else the set had.
+    let victim = maps().sources.keys().expect("keys")[0];
+    maps().sources.remove(&victim).expect("remove");
+    table.reread().expect("reread");
+    assert_eq!(table.apply(&only_for(300, false)).expect("apply").written, 1);
+    assert_eq!(ranges(), 300);
+    table.apply(&one_service(80, 3)).expect("everybody may use it");
+    assert_eq!(ranges(), 0);
+    table.apply(&only_for(2, false)).expect("apply");
+    // Killed before it removed a set's ranges: the next one does.
+    let mut left = maps().sources.keys().expect("keys")[0];
+    left.source.set += 1;
+    maps().sources.set(&left, &1).expect("left behind");
+    let mut table = ServiceTable::open(maps()).expect("reopen");
+    assert_eq!(ranges(), 2);
+    table.apply(&BTreeMap::new()).expect("apply");
+    assert_eq!(ranges(), 0);
 }

@@ -10,15 +10,18 @@ use frames::{Frame, Read, read};
 use lab::Lab;
 use sluice_ebpf::{
     addr,
-    common::{Addr, Device, INSIDE, MASQUERADE, PodAddr, Range, Reason, Reverse, ServiceKey, TCP, UDP, WATCH_DROPS},
+    common::{
+        Addr, Device, INSIDE, MASQUERADE, OUTSIDE, PodAddr, Range, Reason, Reverse, ServiceKey, TCP, UDP, WATCH_DROPS,
+    },
     dry_run::{Outcome, Verdict},
-    layout::{Target, Wanted, WantedGroup},
+    layout::{Sources, Target, Wanted, WantedGroup},
     loader::XDP,
 };
 use sluice_netlink::ns::{Unshare, unshare};
 use std::{
     net::{IpAddr, Ipv4Addr, UdpSocket},
     process::Command,
+    sync::Arc,
 };
 
 fn ip(text: &str) -> IpAddr {
@@ -395,6 +398,85 @@ fn the_clusters_own_is_never_masqueraded() {
         }
     }
     assert_eq!(lab.counter(Reason::Masqueraded), 0);
+}
+
+/// New connections are judged by their source; what is known goes on, and who is no such service's client is not asked.
+#[test]
+fn a_restricted_service_is_for_its_source_ranges_alone() {
+    let mut lab = Lab::new("packets-sources");
+    let ranges = |f: Family, outsider: &str| {
+        let range = |text: &str, len: u32| Range { len, addr: addr(ip(text)) };
+        // Two of the family, one of them a single address; the caller in none of them is next to it.
+        let wide = if f.caller.contains('.') { range("203.0.113.0", 96 + 24) } else { range("2001:db8:113::", 48) };
+        let mut all = vec![wide, range(outsider, 128)];
+        all.sort_unstable();
+        Some(Arc::new(Sources { ranges: all, node: false }))
+    };
+    let key = |f: Family, port: u16, scope: u8, proto: u8| ServiceKey {
+        addr: addr(ip(f.vip)),
+        port_be: port.to_be(),
+        proto,
+        scope,
+    };
+    let inside = [
+        ["203.0.113.9", "203.0.113.255", "198.51.100.8"],
+        ["2001:db8:113::9", "2001:db8:113:ffff::1", "2001:db8:7::8"],
+    ];
+    let services = |grant: [&str; 2]| {
+        let mut all = vec![];
+        for (f, grant) in FAMILIES.into_iter().zip(grant) {
+            for proto in [TCP, UDP] {
+                let target = Target { addr: addr(ip(f.pod)), port_be: 8080_u16.to_be() };
+                let open = Wanted::new(false, vec![WantedGroup { weight: 1, targets: vec![target] }]).by_maglev();
+                let restricted = Wanted { sources: ranges(f, grant), ..open.clone() };
+                // 80: restricted, 81: not, 82: to nobody, 83: restricted with an entry for callers from outside.
+                all.push((key(f, 80, INSIDE, proto), restricted.clone()));
+                all.push((key(f, 81, INSIDE, proto), open.clone()));
+                all.push((key(f, 82, INSIDE, proto), Wanted { sources: Some(Arc::default()), ..open.clone() }));
+                all.push((key(f, 83, INSIDE, proto), Wanted { outside: true, ..restricted.clone() }));
+                all.push((key(f, 83, OUTSIDE, proto), restricted));
+            }
+        }
+        all
+    };
+    for f in FAMILIES {
+        for pod in [f.pod, f.second] {
+            lab.pods.addrs.set(&addr(ip(pod)), &PodAddr { netns: 7, flags: 0, ifindex: 1 }).expect("pod");
+        }
+    }
+    let [first, second] = [["198.51.100.8", "2001:db8:7::8"], ["198.51.100.7", "2001:db8:7::7"]];
+    lab.serve(services(first));
+    let mut dropped = 0;
+    let mut judged = |lab: &Lab, program: &str, frame: &Frame, passes: bool| {
+        let out = lab.run(program, &frame.bytes());
+        let want = if passes { Verdict::Redirect } else { Verdict::Drop };
+        assert_eq!(out.verdict, want, "{program}: {frame:?}");
+        dropped += u64::from(!passes);
+        assert_eq!(lab.counter(Reason::DroppedSourceRange), dropped, "{program}: {frame:?}");
+    };
+    for (f, inside) in FAMILIES.into_iter().zip(inside) {
+        for (proto, sport) in [(TCP, 40_000), (UDP, 40_000)] {
+            let to = |src: &str, dport: u16, sport: u16| Frame { src: ip(src), dport, sport, ..request(f, proto) };
+            for src in inside {
+                judged(&lab, "from_wire", &to(src, 80, sport), true);
+                judged(&lab, "from_wire", &to(src, 83, sport + 3), true);
+                judged(&lab, "from_wire", &to(src, 82, sport), false);
+            }
+            judged(&lab, "from_wire", &to(f.caller, 80, sport), false);
+            judged(&lab, "from_wire", &to(f.caller, 83, sport + 3), false);
+            judged(&lab, "from_wire", &to(f.caller, 81, sport + 1), true);
+            judged(&lab, "from_pod", &to(f.second, 80, sport + 4), false);
+            judged(&lab, "from_pod", &to(f.second, 81, sport + 5), true);
+        }
+    }
+    // The single addresses change places: who was let in goes on, and comes in no more.
+    lab.serve(services(second));
+    for (f, [.., was]) in FAMILIES.into_iter().zip(inside) {
+        let to = |src: &str, sport: u16| Frame { src: ip(src), sport, ..request(f, UDP) };
+        judged(&lab, "from_wire", &to(was, 40_000), true);
+        judged(&lab, "from_wire", &to(was, 40_010), false);
+        judged(&lab, "from_wire", &to(f.caller, 40_011), true);
+    }
 }
 
 /// A network namespace of this thread's own with a link to a router, which knows the ways to all others; the link.

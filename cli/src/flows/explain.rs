@@ -79,6 +79,14 @@ fn of(reason: Reason) -> Option<&'static str> {
             "the pod sends under an address that is not its own, as routers and VPNs inside pods do; let them translate \
              to the pod's address"
         }
+        Reason::RefusedSourceRange => {
+            "the pod, or the node, is in none of the ranges that may use the service's load balancer; add it to \
+             `spec.loadBalancerSourceRanges`, or dial the service's cluster address"
+        }
+        Reason::DroppedSourceRange => {
+            "the client is in none of the ranges that may use the service's load balancer; add it to \
+             `spec.loadBalancerSourceRanges`, or look at what translated its address on the way"
+        }
         _ => return None,
     })
 }

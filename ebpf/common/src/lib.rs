@@ -162,6 +162,10 @@ pub struct Group {
 pub const SERVICE_NODE_LOCAL: u32 = 1;
 /// Callers from outside have an entry of their own ([`OUTSIDE`]).
 pub const SERVICE_OUTSIDE: u32 = 2;
+/// Only clients in the ranges of its set may use it ([`SourceRange`]).
+pub const SERVICE_RESTRICTED: u32 = 4;
+/// The node's own processes may too.
+pub const SERVICE_NODE_ADMITTED: u32 = 8;
 
 /// Where flags keep the binary logarithm of the length of the service's Maglev table; 0 there: it has none.
 pub const MAGLEV_SHIFT: u32 = 8;
@@ -221,6 +225,27 @@ pub struct MemberKey {
     pub port_be: u16,
     pub pad: u16,
     pub addr: Addr,
+}
+
+/// A client of a service that not all may use.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Source {
+    pub set: u32,
+    pub addr: Addr,
+}
+
+impl Source {
+    /// Of the set and of the address.
+    pub const BITS: u32 = 32 + 128;
+}
+
+/// Clients that may use it, for longest-prefix lookup: `len` counts the bits of the set, then of the 128 of the address.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SourceRange {
+    pub len: u32,
+    pub source: Source,
 }
 
 /// A client of a service: all sockets of one network namespace.
@@ -568,7 +593,7 @@ plain! {
     Addr = 16, ServiceKey = 20, Group = 12, Service = 208, BackendKey = 8, Backend = 24, ReverseKey = 32, Reverse = 20,
     MemberKey = 24, AffinityKey = 32, Affinity = 24, Pod = 408, PodAddr = 16, PortKey = 20, ListenKey = 20, Uid = 40, u8 = 1, u32 = 4, u64 = 8,
     MaglevKey = 8, MaglevBlock = 512, ClientKey = 36, Flow = 40, Translation = 48, FragmentKey = 40, FragmentPorts = 4,
-    Range = 20, Device = 40, Settings = 16, Event = 112, Hop = 40,
+    Range = 20, Device = 40, Settings = 16, Event = 112, Hop = 40, Source = 20, SourceRange = 24,
 }
 
 /// Why a program decided as it did: index into the per-CPU counters.
@@ -681,6 +706,10 @@ reasons! {
     DroppedSpoofed = "dropped_spoofed",
     /// First packet of a connection that the node of its backend answers by itself.
     Relayed = "packet_relayed",
+    /// connect, sendmsg: the caller is in none of the service's source ranges: refused.
+    RefusedSourceRange = "refused_source_range",
+    /// Packet to a service from a client that is in none of its source ranges: dropped.
+    DroppedSourceRange = "dropped_source_range",
 }
 
 impl Reason {
@@ -706,6 +735,8 @@ impl Reason {
                 | Self::DroppedTooBig
                 | Self::DroppedRewrite
                 | Self::DroppedSpoofed
+                | Self::RefusedSourceRange
+                | Self::DroppedSourceRange
         )
     }
 }
@@ -738,9 +769,11 @@ pub mod map {
     pub const ANNOUNCED: &str = "ANNOUNCED";
     pub const SETTINGS: &str = "SETTINGS";
     pub const EVENTS: &str = "EVENTS";
-    pub const ALL: [&str; 22] = [
+    pub const SOURCES: &str = "SOURCES";
+    pub const ALL: [&str; 23] = [
         SERVICES, BACKENDS, REVERSE, PODS, ADDRS, INTENTS, PORTS, LISTENERS, COUNTERS, MEMBERS, AFFINITY, MAGLEV,
         CLIENTS, HOST_PORTS, FLOWS, FRAGMENTS, LOCALS, CLUSTER, DEVICES, ANNOUNCED, SETTINGS, EVENTS,
+        SOURCES,
     ];
 }
 
@@ -768,6 +801,8 @@ pub mod bound {
     pub const CLUSTER: usize = 16_384;
     pub const DEVICES: usize = 256;
     pub const ANNOUNCED: usize = 4_096;
+    /// Ranges of clients; what is wanted at a time is half of it, for the old and the new state are there together.
+    pub const SOURCES: usize = 65_536;
     /// Bytes of the ring buffer: some thousand events.
     pub const EVENTS: usize = 512 * 1024;
 }

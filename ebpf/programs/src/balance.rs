@@ -3,10 +3,12 @@
 //! client with its backend where the service asks for that; both may forget.
 
 use crate::maps::{
-    AFFINITY, BACKENDS, CLIENTS, HOST_PORTS, LOCALS, MAGLEV, MEMBERS, REVERSE, SERVICES, SETTINGS, count,
+    AFFINITY, BACKENDS, CLIENTS, HOST_PORTS, LOCALS, MAGLEV, MEMBERS, PODS, REVERSE, SERVICES, SETTINGS, SOURCES,
+    count,
 };
 use crate::work::Work;
 use aya_ebpf::{
+    btf_maps::lpm_trie::Key,
     helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_boot_ns},
     programs::SockAddrContext,
 };
@@ -91,14 +93,75 @@ pub enum Choice {
     /// Not a service address.
     Unknown,
     None,
+    /// A service that is not for this client.
+    Denied,
     Backend(Dial),
 }
 
+/// Flags of the service that is dialled; none where it is no service.
 #[inline(always)]
-pub fn is_node_local(dial: &Dial, proto: u8) -> bool {
+pub fn flags(dial: &Dial, proto: u8) -> u32 {
     let key = ServiceKey { addr: dial.addr, port_be: dial.port_be, proto, scope: INSIDE };
     // SAFETY: read once; a stale value decides as the moment before would have.
-    unsafe { SERVICES.get(&key) }.is_some_and(|s| s.flags & SERVICE_NODE_LOCAL != 0)
+    unsafe { SERVICES.get(&key) }.map_or(0, |s| s.flags)
+}
+
+/// Whether the service that is dialled is none for a pod with this address.
+#[inline(always)]
+pub fn denied(dial: &Dial, proto: u8, client: &Addr) -> bool {
+    let key = ServiceKey { addr: dial.addr, port_be: dial.port_be, proto, scope: INSIDE };
+    for _ in 0..ATTEMPTS {
+        // SAFETY: as in `choose`.
+        let Some(service) = (unsafe { SERVICES.get(&key) }) else { return false };
+        if service.flags & SERVICE_RESTRICTED == 0 {
+            return false;
+        }
+        match admission(&key, service, client) {
+            Admission::Granted => return false,
+            Admission::Denied => return true,
+            _ => count(Reason::Raced),
+        }
+    }
+    true
+}
+
+enum Admission {
+    Granted,
+    Denied,
+    /// The service was replaced while it was looked at.
+    Raced,
+    /// A socket of which it is not known what its packets come from: they are asked themselves.
+    Unknown,
+}
+
+/// Whether a client may use a service that not all may.
+#[inline(always)]
+fn admission(key: &ServiceKey, service: &Service, client: &Addr) -> Admission {
+    let set = service.set;
+    if SOURCES.get(&Key::new(Source::BITS, Source { set, addr: *client })).is_some() {
+        return Admission::Granted;
+    }
+    // The ranges of a set that is no more are gone.
+    // SAFETY: as in `choose`.
+    match unsafe { SERVICES.get(key) } {
+        Some(now) if now.set == set => Admission::Denied,
+        _ => Admission::Raced,
+    }
+}
+
+/// The same for a socket: a pod's has the pod's address, one of the node's own any of the node's.
+#[inline(always)]
+fn admission_of(ctx: &SockAddrContext, key: &ServiceKey, service: &Service) -> Admission {
+    // SAFETY: helper on the hook's own context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) };
+    if SETTINGS.get(0).is_some_and(|s| s.host_netns == netns) {
+        let admitted = service.flags & SERVICE_NODE_ADMITTED != 0;
+        return if admitted { Admission::Granted } else { Admission::Denied };
+    }
+    // SAFETY: addresses of a live pod, written with it.
+    let Some(pod) = (unsafe { PODS.get(netns) }) else { return Admission::Unknown };
+    let client = if key.addr.is_v4() { &pod.addr4 } else { &pod.addr6 };
+    admission(key, service, client)
 }
 
 /// Two even numbers choose: one the group by weight, one the backend in it; unless the client has a backend already.
@@ -124,6 +187,17 @@ pub fn choose(ctx: &SockAddrContext, dial: &Dial, proto: u8, by_weight: u32, in_
     for _ in 0..ATTEMPTS {
         // SAFETY: entries may be replaced while read; `Backend` says for whom it was written and is checked.
         let Some(service) = (unsafe { SERVICES.get(&key) }) else { return Choice::Unknown };
+        if service.flags & SERVICE_RESTRICTED != 0 {
+            match admission_of(ctx, &key, service) {
+                Admission::Granted => {}
+                Admission::Denied => return Choice::Denied,
+                Admission::Unknown => return Choice::Unknown,
+                Admission::Raced => {
+                    count(Reason::Raced);
+                    continue;
+                }
+            }
+        }
         if service.affinity_s > 0
             && let Some(to) = affine(ctx, &key, service)
         {
@@ -180,6 +254,16 @@ pub fn choose_for(w: &mut Work) -> Choice {
     for _ in 0..ATTEMPTS {
         // SAFETY: as in `choose`.
         let Some(service) = (unsafe { SERVICES.get(&w.service) }) else { return Choice::Unknown };
+        if service.flags & SERVICE_RESTRICTED != 0 {
+            match admission(&w.service, service, &w.head.flow.src) {
+                Admission::Denied => return Choice::Denied,
+                Admission::Raced => {
+                    count(Reason::Raced);
+                    continue;
+                }
+                _ => {}
+            }
+        }
         let affine = service.affinity_s > 0;
         if affine {
             (w.client.client, w.client.service) = (w.head.flow.src, w.service);
@@ -302,6 +386,13 @@ fn group(service: &Service, by_weight: u32) -> Option<&Group> {
     None
 }
 
+/// For a caller in none of the service's source ranges.
+#[inline(always)]
+pub fn deny() -> Verdict {
+    count(Reason::RefusedSourceRange);
+    Verdict::DENY
+}
+
 /// connect of a socket that is not captured.
 #[inline(always)]
 pub fn connect(ctx: &SockAddrContext, dial: Dial, proto: u8) -> Verdict {
@@ -311,6 +402,7 @@ pub fn connect(ctx: &SockAddrContext, dial: Dial, proto: u8) -> Verdict {
             count(Reason::NoBackend);
             Verdict::REFUSE
         }
+        Choice::Denied => deny(),
         Choice::Backend(to) => {
             count(Reason::Translated);
             remember(socket(ctx), dial, to, proto);
@@ -332,6 +424,7 @@ pub fn sendmsg(ctx: &SockAddrContext, dial: Dial) -> Verdict {
             count(Reason::NoBackend);
             Verdict::REFUSE
         }
+        Choice::Denied => deny(),
         Choice::Backend(to) => {
             count(Reason::TranslatedDatagram);
             remember(cookie, dial, to, proto);

@@ -21,18 +21,22 @@ const SO_MARK: i32 = 36;
 
 enum Path {
     Balance,
+    /// To a service that is none for the pod: the sidecar would go to its endpoints past the socket's check.
+    Deny,
     Capture(ListenKey),
 }
 
 #[inline(always)]
 pub fn connect(ctx: &SockAddrContext, dial: Dial) -> Verdict {
     let Some(proto) = balance::protocol(ctx) else { return Verdict::LEAVE };
-    if proto == TCP
-        && let Path::Capture(listener) = path(ctx, &dial)
-    {
-        return hand_over(ctx, listener);
+    if proto != TCP {
+        return balance::connect(ctx, dial, proto);
     }
-    balance::connect(ctx, dial, proto)
+    match path(ctx, &dial) {
+        Path::Balance => balance::connect(ctx, dial, proto),
+        Path::Deny => balance::deny(),
+        Path::Capture(listener) => hand_over(ctx, listener),
+    }
 }
 
 /// Whose connection this is. A namespace that no pod is known for (the host, an unknown sandbox) is never captured.
@@ -50,17 +54,20 @@ fn path(ctx: &SockAddrContext, dial: &Dial) -> Path {
         count(Reason::SidecarConnect);
         return Path::Balance;
     }
-    if dial.addr.is_loopback()
+    let near = dial.addr.is_loopback()
         || dial.addr.is_link_local()
         || dial.addr.is_unspecified()
         || dial.addr.same(&pod.addr4)
-        || dial.addr.same(&pod.addr6)
-        || balance::is_node_local(dial, TCP)
-    {
+        || dial.addr.same(&pod.addr6);
+    let service = if near { 0 } else { balance::flags(dial, TCP) };
+    if near || service & SERVICE_NODE_LOCAL != 0 {
         count(Reason::LocalConnect);
         return Path::Balance;
     }
     let addr = if dial.addr.is_v4() { pod.addr4 } else { pod.addr6 };
+    if service & SERVICE_RESTRICTED != 0 && balance::denied(dial, TCP, &addr) {
+        return Path::Deny;
+    }
     Path::Capture(ListenKey { addr, direction: OUTBOUND })
 }
 

@@ -59,6 +59,9 @@ pub static DEVICES: HashMap<u32, Device, { bound::DEVICES }, LAZY> = HashMap::ne
 /// Addresses that this node answers for in its network.
 #[btf_map]
 pub static ANNOUNCED: HashMap<Addr, u32, { bound::ANNOUNCED }, LAZY> = HashMap::new();
+/// Clients of services that not all may use.
+#[btf_map]
+pub static SOURCES: LpmTrie<Source, u32, { bound::SOURCES }, LAZY> = LpmTrie::new();
 #[btf_map]
 pub static SETTINGS: Array<Settings, 1> = Array::new();
 #[btf_map]

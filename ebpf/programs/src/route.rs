@@ -203,6 +203,7 @@ fn fate(skb: &Skb, w: &mut Work, at: u8) -> Fate {
     match destination(w, at) {
         Choice::Unknown => {}
         Choice::None => return nobody(w),
+        Choice::Denied => return Fate::Drop(Reason::DroppedSourceRange),
         Choice::Backend(to) => {
             w.to = w.head.flow;
             (w.to.dst, w.to.dport_be) = (to.addr, to.port_be);
