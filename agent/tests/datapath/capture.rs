@@ -6,7 +6,7 @@ use crate::{
     balance::{ask, endpoints, name, node, serve, service},
     ground::{EARLY, Ground, NODE, TestPod, said, sidecar_cgroup, until},
 };
-use sluice_model::{InboundMode, Policy, Resource, Workload};
+use sluice_model::{InboundMode, Policy, Resource, Service, Workload};
 use sluice_wire::{
     DISCOVERY_SOCKET,
     handover::{KEEP_S, Message, SOCKET, recv, send},
@@ -56,6 +56,9 @@ pub fn story(ground: &Ground) {
     let [backend, plain] = ["backend", "plain"].map(|n| ground.pod(n));
     serve(&backend);
     let mut all = vec![node(), service("web", &["10.96.0.1", "fd00:96::1"]), endpoints("web", &[&backend])];
+    all.push(balancer("closed", CLOSED, "203.0.113.0/24"));
+    all.push(balancer("open", OPEN, &format!("{}/32", apps[0].ip())));
+    all.push(endpoints("open", &[&backend]));
     all.extend(apps.iter().flat_map(meshed));
     ground.apply(all.clone());
     refused_without_sidecar(&apps[0], &plain);
@@ -74,6 +77,15 @@ pub fn story(ground: &Ground) {
     stays_away(ground, &apps[0], &plain, sidecars[0]);
     sidecars[1..].iter().for_each(|pid| ground.kill_sidecar(*pid));
     apps.into_iter().chain([backend, plain]).for_each(|p| ground.end_pod(p));
+}
+
+const CLOSED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 80);
+const OPEN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 81);
+
+fn balancer(n: &str, external: Ipv4Addr, range: &str) -> Resource {
+    let Resource::Service(s) = service(n, &[]) else { unreachable!("a service") };
+    let (external_ips, restricted_ips) = (vec![external.into()], vec![external.into()]);
+    Resource::Service(Service { external_ips, restricted_ips, source_ranges: vec![range.parse().expect(range)], ..s })
 }
 
 fn refused_without_sidecar(app: &TestPod, plain: &TestPod) {
@@ -98,6 +110,12 @@ fn directions(apps: &[TestPod; 3], plain: &TestPod) {
         let to = vip(dial);
         assert_eq!(inside(app, to).expect(dial), format!("out {}", crate::parts::canonical(to)), "{dial}");
     }
+    // The sidecar would go to a load balancer's endpoints itself, past who may use its address.
+    let denied = inside(app, at(CLOSED.into(), 80)).expect_err("in none of its source ranges");
+    assert_eq!(denied.kind(), io::ErrorKind::PermissionDenied);
+    assert_eq!(inside(app, at(OPEN.into(), 80)).expect("in one"), "relayed backend");
+    let denied = inside(&apps[1], at(OPEN.into(), 80)).expect_err("it is another's");
+    assert_eq!(denied.kind(), io::ErrorKind::PermissionDenied);
     // The sidecar's own connection to a service is balanced.
     assert_eq!(inside(app, vip("10.96.0.1:80")).expect("relayed"), "relayed backend");
     assert_eq!(inside(app, vip("[fd00:96::1]:80")).expect("relayed"), "relayed backend");

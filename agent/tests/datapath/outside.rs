@@ -237,6 +237,8 @@ fn other_node() -> Resource {
 
 const EXTERNAL4: &str = "192.168.50.100";
 const EXTERNAL6: &str = "fd00:50::100";
+/// Not for all.
+const RANGED: [&str; 2] = ["192.168.50.102", "fd00:50::102"];
 
 fn local(s: &mut Service) {
     s.external_policy = ExternalPolicy::Local;
@@ -393,6 +395,7 @@ pub fn story(ground: &Ground) {
     node_ports(&around, &pod);
     external_addresses(&around, &pod);
     policies(&around, &pod);
+    source_ranges(ground, &around, &pod, &b1, &all);
     nobody(&around);
     pods_reach_the_world(&around, &pod);
     escaped(&pod, &b1);
@@ -468,6 +471,74 @@ fn policies(around: &Around<'_>, pod: &TestPod) {
         let inside = within(&pod.netns, || dial(at(own, 30_005)));
         assert!(inside.expect("the policy is for callers from outside").starts_with("far "));
     }
+}
+
+/// Addresses of a load balancer are for clients in its ranges; its node port and the cluster's own address for everybody.
+fn source_ranges(ground: &Ground, around: &Around<'_>, pod: &TestPod, backend: &TestPod, all: &[Resource]) {
+    let counters = Counters::open(&pin_dir(Path::new("/sys/fs/bpf"))).expect("counters");
+    let count = |reason| counters.get(reason).expect("counter");
+    let only_for = |ranges: &[String]| {
+        let ranged = shop("ranged", 10, |s| {
+            s.external_ips = RANGED.map(ip).to_vec();
+            s.announcements = s.external_ips.iter().map(|a| Announcement { address: *a, node: NODE.into() }).collect();
+            s.restricted_ips = s.external_ips.clone();
+            s.source_ranges = ranges.iter().map(|r| r.parse().expect(r)).collect();
+        });
+        ground.apply(all.iter().cloned().chain([ranged, endpoints("ranged", &[backend])]).collect());
+    };
+    let outsiders = [format!("{CALLER4}/32"), format!("{CALLER6}/128")];
+    let insiders = [format!("{NODE4}/32"), format!("{NODE6}/128"), "10.244.1.0/24".into(), "fd00:1::/64".into()];
+    // Both ways over TCP, and as connected datagrams.
+    let both = |to: SocketAddr| (dial(to).map(drop), ask(to, 1).map(drop));
+    let refused = |(tcp, udp): (io::Result<()>, io::Result<()>)| {
+        let kind = |said: io::Result<()>| said.expect_err("in no range").kind();
+        (kind(tcp), kind(udp)) == (ErrorKind::PermissionDenied, ErrorKind::PermissionDenied)
+    };
+    let reached = |(tcp, udp): (io::Result<()>, io::Result<()>)| {
+        tcp.expect("TCP");
+        udp.expect("UDP");
+    };
+
+    only_for(&outsiders);
+    let mut held = vec![];
+    for to in RANGED.map(|a| at(a, 80)) {
+        reached(around.call(|| both(to)));
+        let mut c = around.call(|| TcpStream::connect_timeout(&to, WAIT)).expect("connect");
+        greeting(&mut c).expect("greeting");
+        held.push(c);
+        let before = count(Reason::RefusedSourceRange);
+        assert!(refused(within(&pod.netns, || both(to))), "{to} from a pod");
+        assert!(refused(both(to)), "{to} from the node");
+        assert_eq!(count(Reason::RefusedSourceRange), before + 4);
+    }
+    only_for(&insiders);
+    for (n, to) in RANGED.map(|a| at(a, 80)).into_iter().enumerate() {
+        reached(within(&pod.netns, || both(to)));
+        reached(both(to));
+        let before = count(Reason::DroppedSourceRange);
+        let quick = Duration::from_millis(300);
+        let silent = around.call(|| TcpStream::connect_timeout(&to, quick)).expect_err("in no range");
+        assert!(matches!(silent.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{to}: {silent}");
+        assert!(count(Reason::DroppedSourceRange) > before, "{to}: counted");
+        let (own, node) = [("10.96.1.10", NODE4), ("fd00:96::1:10", NODE6)][n];
+        reached(around.call(|| both(at(node, 30_010))));
+        reached(within(&pod.netns, || both(at(own, 80))));
+    }
+    for c in &mut held {
+        c.write_all(b"still").expect("write");
+        let mut back = [0; 5];
+        c.read_exact(&mut back).expect("what was let in goes on");
+        assert_eq!(&back, b"still");
+    }
+    only_for(&outsiders);
+    for to in RANGED.map(|a| at(a, 80)) {
+        reached(around.call(|| both(to)));
+    }
+    ground.apply(all.to_vec());
+    println!(
+        "source ranges: v4 and v6, from outside, a pod and the node; {} dropped",
+        count(Reason::DroppedSourceRange)
+    );
 }
 
 fn nobody(around: &Around<'_>) {
