@@ -54,7 +54,7 @@ pub enum Problem {
     TooManyBackends { route: Name, backends: usize },
     #[error(
         "service {service} port {port}: the {ranges} source ranges of {vip} do not fit beside those of other services \
-         ({SOURCES} on a node, each once per address and port), so that nobody may use it; name fewer and wider ranges"
+         ({SOURCES} on a node, each twice per address and port), so that nobody may use it; name fewer and wider ranges"
     )]
     TooManySources { service: Name, vip: IpAddr, port: u16, ranges: usize },
 }
@@ -125,7 +125,7 @@ pub fn compile(snapshot: &Snapshot, node: &str, dns: impl IntoIterator<Item = Dn
                     continue;
                 }
                 out.owners.insert(key, service.name.clone());
-                let sources = reach.sources(service, vip, addresses).map(|wanted| room.grant(wanted, service));
+                let sources = reach.sources(service, vip, addresses).map(|wanted| room.grant(wanted));
                 let sources = sources.map(|granted| {
                     Arc::new(granted.unwrap_or_else(|ranges| {
                         let service = service.name.clone();
@@ -237,11 +237,11 @@ impl Reach {
 struct Room(usize);
 
 impl Room {
-    /// What one of the service's addresses may have for one of its ports; else how many ranges do not fit.
-    fn grant(&mut self, sources: Sources, service: &Service) -> Result<Sources, usize> {
-        // Callers from outside have an entry of their own.
-        let entries = if service.external_policy == ExternalPolicy::Local { 2 } else { 1 };
-        self.0 = self.0.checked_sub(sources.ranges.len() * entries).ok_or(sources.ranges.len())?;
+    /// What one of a service's addresses may have for one of its ports; else how many ranges do not fit.
+    fn grant(&mut self, sources: Sources) -> Result<Sources, usize> {
+        // Callers from outside may have an entry of their own.
+        let entries = 2 * sources.ranges.len();
+        self.0 = self.0.checked_sub(entries).ok_or(sources.ranges.len())?;
         Ok(sources)
     }
 }

@@ -89,13 +89,35 @@ fn scale(number: u32, below: u32) -> u32 {
     ((number as u64 * below as u64) >> 32) as u32
 }
 
-pub enum Choice {
+/// Where a service leads. As in [`Verdict`] there is an address whatever was found: here it is 5.15 that refuses it else.
+pub struct Choice {
+    pub found: Found,
+    pub to: Dial,
+}
+
+#[derive(Clone, Copy)]
+pub enum Found {
     /// Not a service address.
     Unknown,
     None,
     /// A service that is not for this client.
     Denied,
-    Backend(Dial),
+    Backend,
+}
+
+impl Choice {
+    pub const UNKNOWN: Self = Self::without(Found::Unknown);
+    pub const NONE: Self = Self::without(Found::None);
+    pub const DENIED: Self = Self::without(Found::Denied);
+
+    const fn without(found: Found) -> Self {
+        Self { found, to: Dial { addr: Addr::UNSET, port_be: 0 } }
+    }
+
+    #[inline(always)]
+    pub fn backend(to: Dial) -> Self {
+        Self { found: Found::Backend, to }
+    }
 }
 
 /// Flags of the service that is dialled; none where it is no service.
@@ -171,27 +193,27 @@ pub fn choose(ctx: &SockAddrContext, dial: &Dial, proto: u8, by_weight: u32, in_
     // SAFETY: presence only; the loop below reads it.
     if unsafe { SERVICES.get(&key) }.is_none() {
         if !is_own(ctx, dial) {
-            return Choice::Unknown;
+            return Choice::UNKNOWN;
         }
         if let Some(to) = host_port(&key) {
-            return Choice::Backend(to);
+            return Choice::backend(to);
         }
         key.addr = dial.addr.unspecified();
         if let Some(to) = host_port(&key) {
-            return Choice::Backend(to);
+            return Choice::backend(to);
         }
         if !NODE_PORTS.contains(&u16::from_be(dial.port_be)) {
-            return Choice::Unknown;
+            return Choice::UNKNOWN;
         }
     }
     for _ in 0..ATTEMPTS {
         // SAFETY: entries may be replaced while read; `Backend` says for whom it was written and is checked.
-        let Some(service) = (unsafe { SERVICES.get(&key) }) else { return Choice::Unknown };
+        let Some(service) = (unsafe { SERVICES.get(&key) }) else { return Choice::UNKNOWN };
         if service.flags & SERVICE_RESTRICTED != 0 {
             match admission_of(ctx, &key, service) {
                 Admission::Granted => {}
-                Admission::Denied => return Choice::Denied,
-                Admission::Unknown => return Choice::Unknown,
+                Admission::Denied => return Choice::DENIED,
+                Admission::Unknown => return Choice::UNKNOWN,
                 Admission::Raced => {
                     count(Reason::Raced);
                     continue;
@@ -201,20 +223,20 @@ pub fn choose(ctx: &SockAddrContext, dial: &Dial, proto: u8, by_weight: u32, in_
         if service.affinity_s > 0
             && let Some(to) = affine(ctx, &key, service)
         {
-            return Choice::Backend(to);
+            return Choice::backend(to);
         }
-        let Some(group) = group(service, by_weight) else { return Choice::None };
+        let Some(group) = group(service, by_weight) else { return Choice::NONE };
         let index = group.first + scale(in_group, group.count);
         if let Some(to) = backend(service, &key, index) {
             if service.affinity_s > 0 {
                 keep_affine(ctx, &key, to);
             }
-            return Choice::Backend(to);
+            return Choice::backend(to);
         }
         count(Reason::Raced);
     }
     count(Reason::RaceLost);
-    Choice::None
+    Choice::NONE
 }
 
 /// An address of the node, on which node ports and host ports are; loopback is that for its own processes alone.
@@ -253,10 +275,10 @@ pub fn choose_for(w: &mut Work) -> Choice {
     let hash = spread(&w.head.flow);
     for _ in 0..ATTEMPTS {
         // SAFETY: as in `choose`.
-        let Some(service) = (unsafe { SERVICES.get(&w.service) }) else { return Choice::Unknown };
+        let Some(service) = (unsafe { SERVICES.get(&w.service) }) else { return Choice::UNKNOWN };
         if service.flags & SERVICE_RESTRICTED != 0 {
             match admission(&w.service, service, &w.head.flow.src) {
-                Admission::Denied => return Choice::Denied,
+                Admission::Denied => return Choice::DENIED,
                 Admission::Raced => {
                     count(Reason::Raced);
                     continue;
@@ -268,20 +290,20 @@ pub fn choose_for(w: &mut Work) -> Choice {
         if affine {
             (w.client.client, w.client.service) = (w.head.flow.src, w.service);
             if let Some(to) = kept(&w.client, service) {
-                return Choice::Backend(to);
+                return Choice::backend(to);
             }
         }
-        let Some(index) = slot(service, hash) else { return Choice::None };
+        let Some(index) = slot(service, hash) else { return Choice::NONE };
         if let Some(to) = backend(service, &w.service, index) {
             if affine {
                 keep(&w.client, to);
             }
-            return Choice::Backend(to);
+            return Choice::backend(to);
         }
         count(Reason::Raced);
     }
     count(Reason::RaceLost);
-    Choice::None
+    Choice::NONE
 }
 
 #[inline(always)]
@@ -396,14 +418,16 @@ pub fn deny() -> Verdict {
 /// connect of a socket that is not captured.
 #[inline(always)]
 pub fn connect(ctx: &SockAddrContext, dial: Dial, proto: u8) -> Verdict {
-    match choose(ctx, &dial, proto, random(), random()) {
-        Choice::Unknown => Verdict::LEAVE,
-        Choice::None => {
+    let choice = choose(ctx, &dial, proto, random(), random());
+    match choice.found {
+        Found::Unknown => Verdict::LEAVE,
+        Found::None => {
             count(Reason::NoBackend);
             Verdict::REFUSE
         }
-        Choice::Denied => deny(),
-        Choice::Backend(to) => {
+        Found::Denied => deny(),
+        Found::Backend => {
+            let to = choice.to;
             count(Reason::Translated);
             remember(socket(ctx), dial, to, proto);
             Verdict::replace(to)
@@ -418,14 +442,16 @@ pub fn sendmsg(ctx: &SockAddrContext, dial: Dial) -> Verdict {
     let Some(proto) = protocol(ctx) else { return Verdict::LEAVE };
     let cookie = socket(ctx);
     let number = mix(cookie ^ ((dial.port_be as u64) << 48) ^ ((dial.addr.words[3] as u64) << 16));
-    match choose(ctx, &dial, proto, (number >> 32) as u32, number as u32) {
-        Choice::Unknown => Verdict::LEAVE,
-        Choice::None => {
+    let choice = choose(ctx, &dial, proto, (number >> 32) as u32, number as u32);
+    match choice.found {
+        Found::Unknown => Verdict::LEAVE,
+        Found::None => {
             count(Reason::NoBackend);
             Verdict::REFUSE
         }
-        Choice::Denied => deny(),
-        Choice::Backend(to) => {
+        Found::Denied => deny(),
+        Found::Backend => {
+            let to = choice.to;
             count(Reason::TranslatedDatagram);
             remember(cookie, dial, to, proto);
             Verdict::replace(to)

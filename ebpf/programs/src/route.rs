@@ -5,7 +5,7 @@
 //! else, for pods, whether the destination is outside the cluster. Then the packet is rewritten and sent on.
 
 use crate::{
-    balance::{self, Choice},
+    balance::{self, Choice, Found},
     connections::{self, Known, Source},
     icmp::{self, Report},
     maps::{ADDRS, ANNOUNCED, CLUSTER, DEVICES, EVENTS, LOCALS, SERVICES, SETTINGS, count},
@@ -200,14 +200,15 @@ fn fate(skb: &Skb, w: &mut Work, at: u8) -> Fate {
     if w.head.body == Body::EchoReply {
         return Fate::Leave;
     }
-    match destination(w, at) {
-        Choice::Unknown => {}
-        Choice::None => return nobody(w),
-        Choice::Denied => return Fate::Drop(Reason::DroppedSourceRange),
-        Choice::Backend(to) => {
+    let choice = destination(w, at);
+    match choice.found {
+        Found::Unknown => {}
+        Found::None => return nobody(w),
+        Found::Denied => return Fate::Drop(Reason::DroppedSourceRange),
+        Found::Backend => {
             w.to = w.head.flow;
-            (w.to.dst, w.to.dport_be) = (to.addr, to.port_be);
-            if at == hook::WIRE && relays(&w.head.flow.dst, &to.addr) {
+            (w.to.dst, w.to.dport_be) = (choice.to.addr, choice.to.port_be);
+            if at == hook::WIRE && relays(&w.head.flow.dst, &choice.to.addr) {
                 return relayed(skb, w, at);
             }
             return match source(skb, w, at) {
@@ -298,38 +299,38 @@ fn nobody(w: &Work) -> Fate {
 fn destination(w: &mut Work, at: u8) -> Choice {
     let flow = &w.head.flow;
     if flow.proto != TCP && flow.proto != UDP {
-        return Choice::Unknown;
+        return Choice::UNKNOWN;
     }
     w.service = ServiceKey { addr: flow.dst, port_be: flow.dport_be, proto: flow.proto, scope: INSIDE };
     let choice = chosen(w, at);
-    if !matches!(choice, Choice::Unknown) {
+    if !matches!(choice.found, Found::Unknown) {
         return choice;
     }
     // SAFETY: presence only.
     let own = unsafe { LOCALS.get(&w.head.flow.dst) }.is_some();
     // Relayed by the node that has the address.
     if !own && !(at == hook::WIRE && direct() && cluster(&w.head.flow.dst) & CLUSTER_NODE != 0) {
-        return Choice::Unknown;
+        return Choice::UNKNOWN;
     }
     if let Some(to) = balance::host_port(&w.service) {
-        return Choice::Backend(to);
+        return Choice::backend(to);
     }
     w.service.addr = w.service.addr.unspecified();
     if NODE_PORTS.contains(&u16::from_be(w.service.port_be)) {
         let choice = chosen(w, at);
-        if !matches!(choice, Choice::Unknown) {
+        if !matches!(choice.found, Found::Unknown) {
             return choice;
         }
     }
     let to = if own { balance::host_port(&w.service) } else { None };
-    to.map_or(Choice::Unknown, Choice::Backend)
+    to.map_or(Choice::UNKNOWN, Choice::backend)
 }
 
 /// Of `w.service`, which is of the scope [`INSIDE`] again when it is unknown.
 #[inline(always)]
 fn chosen(w: &mut Work, at: u8) -> Choice {
     // SAFETY: flags only; a stale one decides as the moment before would have.
-    let Some(service) = (unsafe { SERVICES.get(&w.service) }) else { return Choice::Unknown };
+    let Some(service) = (unsafe { SERVICES.get(&w.service) }) else { return Choice::UNKNOWN };
     if at == hook::WIRE && service.flags & SERVICE_OUTSIDE != 0 {
         w.service.scope = OUTSIDE;
     }
