@@ -8,5 +8,7 @@ pub mod echo;
 pub mod echo_state;
 pub mod load;
 pub mod load_report;
+pub mod outside;
 pub mod packets;
 pub mod stats;
+pub mod stream;

@@ -4,14 +4,21 @@
 //! One connection is connect, one byte there, one byte back, reset. Blocks of connections are interleaved and each is
 //! compared with the direct block of its round; the interval is that of the median of those ratios (95 %, by order
 //! statistics). CPU is the client thread's own, with what the kernel does in its name.
+//!
+//! The same for one long stream, whose CPU is that of both ends and of the kernel's packet threads; also from outside, to
+//! a pod behind a node that forwards, where each packet is translated.
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use rustix::{
     mount::{MountFlags, UnmountFlags, mount, unmount},
-    thread::{CpuSet, sched_setaffinity},
+    thread::{CpuSet, gettid, sched_setaffinity},
 };
-use sluice_bench::stats::interval;
+use sluice_bench::{
+    outside::{self, Outside},
+    stats::interval,
+    stream::{self, Tasks},
+};
 use sluice_ebpf::{
     common::{INSIDE, ServiceKey, TCP},
     compile::Compiler,
@@ -30,7 +37,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{Arc, mpsc},
     time::Instant,
 };
 
@@ -46,10 +53,13 @@ struct Cli {
 struct Plan {
     /// Connections per block
     #[arg(long, default_value_t = 2000)]
-    connections: u32,
+    connections: usize,
     /// Rounds, one block of every arm each
     #[arg(long, default_value_t = 24)]
     rounds: usize,
+    /// Millions of bytes of a stream
+    #[arg(long, default_value_t = 500)]
+    megabytes: usize,
     /// One part only
     #[arg(long, value_enum)]
     only: Option<Part>,
@@ -58,6 +68,7 @@ struct Plan {
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
     Connections,
+    Throughput,
     Following,
     Packets,
 }
@@ -67,6 +78,9 @@ enum Role {
     /// Makes one block of connections and prints what it cost (used by this program)
     #[command(hide = true)]
     Client(Client),
+    /// Sends one stream and prints what it cost (used by this program)
+    #[command(hide = true)]
+    Sender(Client),
 }
 
 #[derive(Args)]
@@ -74,7 +88,8 @@ struct Client {
     netns: PathBuf,
     cgroup: PathBuf,
     to: SocketAddr,
-    connections: u32,
+    /// Connections, or bytes
+    amount: usize,
 }
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
@@ -85,11 +100,16 @@ fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     match cli.client {
         Some(Role::Client(c)) => client(&c),
+        Some(Role::Sender(c)) => sender(&c),
         None => {
             let ground = Ground::new()?;
+            let served_by = server_at(&ground.server, SERVER)?;
             let asked = |part| cli.args.only.is_none_or(|only| only == part);
             if asked(Part::Connections) {
                 connections(&ground, &cli.args)?;
+            }
+            if asked(Part::Throughput) {
+                throughput(&ground, &served_by, &cli.args)?;
             }
             if asked(Part::Following) {
                 following(&ground)?;
@@ -133,8 +153,6 @@ impl Ground {
             // Service addresses need a way out, also where it is taken only to find a rule.
             ip(netns, &["route", "add", "default", "via", &SERVER.to_string()])?;
         }
-        let listener = ground.server.run(|| TcpListener::bind((SERVER, PORT)))??;
-        std::thread::spawn(move || serve(&listener));
         loader::load(&ground.place)?;
         Ok(ground)
     }
@@ -164,6 +182,18 @@ fn ip(netns: &Netns, args: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Returns who serves.
+fn server_at(netns: &Netns, address: Ipv4Addr) -> anyhow::Result<Tasks> {
+    let listener = netns.run(|| TcpListener::bind((address, PORT)))??;
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        // Whoever asked waits for it.
+        let _ = tell.send(gettid().as_raw_nonzero().get());
+        serve(&listener);
+    });
+    Tasks::with_kernel(told.recv().context("the server's thread")?)
+}
+
 /// On the other core than the client, one connection at a time.
 fn serve(listener: &TcpListener) {
     pin(1);
@@ -171,6 +201,10 @@ fn serve(listener: &TcpListener) {
         let mut byte = [0];
         // How a connection ends is the client's affair.
         let _ = stream.set_nodelay(true).and_then(|()| stream.read_exact(&mut byte));
+        if byte == [stream::MARK] {
+            let _ = stream::take(&mut stream);
+            continue;
+        }
         let _ = stream.write_all(&byte).and_then(|()| stream.read(&mut byte));
     }
 }
@@ -183,20 +217,39 @@ fn pin(cpu: usize) {
 }
 
 fn client(c: &Client) -> anyhow::Result<()> {
-    fs::write(c.cgroup.join("cgroup.procs"), std::process::id().to_string()).context("join the cgroup")?;
-    let (mut times, cpu) = Netns::open(&c.netns)?.run(|| {
-        pin(0);
-        block(c.to, c.connections / 10)?; // warm
+    let (mut times, cpu) = c.measured(|| {
+        block(c.to, c.amount / 10)?; // warm
         let before = cpu_ns()?;
-        let times = block(c.to, c.connections)?;
-        anyhow::Ok((times, cpu_ns()? - before))
-    })??;
+        let times = block(c.to, c.amount)?;
+        Ok((times, cpu_ns()? - before))
+    })?;
     times.sort_unstable();
-    println!("{} {}", times[times.len() / 2], cpu / u64::from(c.connections));
+    println!("{} {}", times[times.len() / 2], cpu / c.amount as u64);
     Ok(())
 }
 
-fn block(to: SocketAddr, connections: u32) -> anyhow::Result<Vec<u64>> {
+fn sender(c: &Client) -> anyhow::Result<()> {
+    let (took, cpu) = c.measured(|| {
+        let before = cpu_ns()?;
+        let took = stream::send(c.to, c.amount)?;
+        Ok((took, cpu_ns()? - before))
+    })?;
+    println!("{} {cpu}", took.as_nanos());
+    Ok(())
+}
+
+impl Client {
+    /// Where and as whom it is meant to run.
+    fn measured<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+        fs::write(self.cgroup.join("cgroup.procs"), std::process::id().to_string()).context("join the cgroup")?;
+        Netns::open(&self.netns)?.run(|| {
+            pin(0);
+            work()
+        })?
+    }
+}
+
+fn block(to: SocketAddr, connections: usize) -> anyhow::Result<Vec<u64>> {
     (0..connections)
         .map(|_| {
             let began = Instant::now();
@@ -213,11 +266,10 @@ fn block(to: SocketAddr, connections: u32) -> anyhow::Result<Vec<u64>> {
 
 /// Of this thread, from the scheduler's own clock.
 fn cpu_ns() -> anyhow::Result<u64> {
-    let text = fs::read_to_string("/proc/thread-self/schedstat")?;
-    text.split(' ').next().and_then(|n| n.parse().ok()).context("schedstat")
+    stream::cpu_ns(Path::new("/proc/thread-self/schedstat"))
 }
 
-/// One way of reaching the server, and what its blocks cost: p50 and CPU, ns.
+/// One way of reaching the server, and what its blocks cost: p50 and CPU, ns; of streams Gbit/s, and CPU us per MB.
 struct Arm<'a> {
     name: &'static str,
     services: usize,
@@ -229,23 +281,10 @@ struct Arm<'a> {
 
 fn connections(ground: &Ground, plan: &Plan) -> anyhow::Result<()> {
     for services in SIZES {
-        let mut table = ground.table()?;
-        table.apply(&wanted(services))?;
-        let direct = SocketAddr::new(SERVER.into(), PORT);
-        let vip = SocketAddr::new(address(services - 1).into(), 80);
-        let arm = |name, netns, cgroup, to| Arm { name, services, netns, cgroup, to, blocks: vec![] };
-        let with = ground.place.cgroup.as_path();
-        let mut arms = vec![
-            arm("direct", &ground.plain, with, direct),
-            arm("no programs", &ground.plain, &ground.bare, direct),
-            arm("vip", &ground.plain, with, vip),
-        ];
-        if rules(&ground.nft, services)? {
-            arms.push(arm("nftables", &ground.nft, &ground.bare, vip));
-        }
+        let mut arms = at_sockets(ground, services)?;
         for _ in 0..plan.rounds {
             for a in &mut arms {
-                a.blocks.push(measure(a, plan.connections).with_context(|| a.name)?);
+                a.blocks.push(measure(a, "client", plan.connections).with_context(|| a.name)?);
             }
         }
         report(&arms);
@@ -253,12 +292,29 @@ fn connections(ground: &Ground, plan: &Plan) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure(arm: &Arm<'_>, connections: u32) -> anyhow::Result<(f64, f64)> {
+fn at_sockets(ground: &Ground, services: usize) -> anyhow::Result<Vec<Arm<'_>>> {
+    ground.table()?.apply(&wanted(services, SERVER))?;
+    let direct = SocketAddr::new(SERVER.into(), PORT);
+    let vip = SocketAddr::new(address(services - 1).into(), 80);
+    let arm = |name, netns, cgroup, to| Arm { name, services, netns, cgroup, to, blocks: vec![] };
+    let with = ground.place.cgroup.as_path();
+    let mut arms = vec![
+        arm("direct", &ground.plain, with, direct),
+        arm("no programs", &ground.plain, &ground.bare, direct),
+        arm("vip", &ground.plain, with, vip),
+    ];
+    if rules(&ground.nft, services, SERVER)? {
+        arms.push(arm("nftables", &ground.nft, &ground.bare, vip));
+    }
+    Ok(arms)
+}
+
+fn measure(arm: &Arm<'_>, role: &str, amount: usize) -> anyhow::Result<(f64, f64)> {
     let output = Command::new(std::env::current_exe()?)
-        .arg("client")
+        .arg(role)
         .arg(arm.netns.path())
         .arg(arm.cgroup)
-        .args([arm.to.to_string(), connections.to_string()])
+        .args([arm.to.to_string(), amount.to_string()])
         .stderr(Stdio::inherit())
         .output()?;
     ensure!(output.status.success(), "the client ended with {}", output.status);
@@ -271,9 +327,9 @@ fn address(index: usize) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 96, 0, 1)) + index as u32)
 }
 
-/// Every service leads to the server: the one that is dialled is the last.
-fn wanted(services: usize) -> BTreeMap<ServiceKey, Arc<Wanted>> {
-    let target = Target { addr: sluice_ebpf::addr(SERVER.into()), port_be: PORT.to_be() };
+/// Every service leads to one server: the one that is dialled is the last.
+fn wanted(services: usize, server: Ipv4Addr) -> BTreeMap<ServiceKey, Arc<Wanted>> {
+    let target = Target { addr: sluice_ebpf::addr(server.into()), port_be: PORT.to_be() };
     let service = |index: usize| {
         let addr = sluice_ebpf::addr(IpAddr::V4(address(index)));
         let key = ServiceKey { addr, port_be: 80_u16.to_be(), proto: TCP, scope: INSIDE };
@@ -284,7 +340,7 @@ fn wanted(services: usize) -> BTreeMap<ServiceKey, Arc<Wanted>> {
 
 /// As kube-proxy in its nftables mode: one verdict map from address, protocol and port to a chain per service, which
 /// chooses a chain per endpoint, which translates. False when there is no nft.
-fn rules(netns: &Netns, services: usize) -> anyhow::Result<bool> {
+fn rules(netns: &Netns, services: usize, server: Ipv4Addr) -> anyhow::Result<bool> {
     let Some(nft) = ["/usr/sbin/nft", "/sbin/nft"].iter().find(|p| Path::new(p).exists()) else {
         println!("nft is not installed (Debian package nftables); measured without it");
         return Ok(false);
@@ -292,8 +348,8 @@ fn rules(netns: &Netns, services: usize) -> anyhow::Result<bool> {
     let mut text = String::from("add table ip kube-proxy\ndelete table ip kube-proxy\ntable ip kube-proxy {\n");
     for index in 0..services {
         let vip = address(index);
-        writeln!(text, " chain endpoint-{index} {{\n  ip saddr {SERVER} jump mark-for-masquerade")?;
-        writeln!(text, "  meta l4proto tcp dnat to {SERVER}:{PORT}\n }}\n chain service-{index} {{")?;
+        writeln!(text, " chain endpoint-{index} {{\n  ip saddr {server} jump mark-for-masquerade")?;
+        writeln!(text, "  meta l4proto tcp dnat to {server}:{PORT}\n }}\n chain service-{index} {{")?;
         writeln!(text, "  ip daddr {vip} tcp dport 80 ip saddr != 10.9.0.0/16 jump mark-for-masquerade")?;
         writeln!(text, "  numgen random mod 1 vmap {{ 0 : goto endpoint-{index} }}\n }}")?;
     }
@@ -303,6 +359,7 @@ fn rules(netns: &Netns, services: usize) -> anyhow::Result<bool> {
         writeln!(text, "   {} . tcp . 80 : goto service-{index},", address(index))?;
     }
     text.push_str("  }\n }\n chain services {\n  ip daddr . meta l4proto . th dport vmap @service-ips\n }\n");
+    text.push_str(" chain nat-prerouting {\n  type nat hook prerouting priority -100\n  jump services\n }\n");
     text.push_str(" chain nat-output {\n  type nat hook output priority -100\n  jump services\n }\n");
     text.push_str(" chain nat-postrouting {\n  type nat hook postrouting priority 100\n");
     text.push_str("  mark and 0x4000 != 0 masquerade fully-random\n }\n}\n");
@@ -333,6 +390,73 @@ fn report(arms: &[Arm<'_>]) {
     println!("RESULT vip_connect_p50_{size} ours={vip:.2} peer={direct:.2} unit=us");
     if let Some(nft) = p50("nftables") {
         println!("RESULT vip_connect_p50_{size}_vs_nftables ours={vip:.2} peer={nft:.2} unit=us");
+    }
+}
+
+/// Streams, from the two namespaces of the connections, and from outside.
+fn throughput(ground: &Ground, served_by: &Tasks, plan: &Plan) -> anyhow::Result<()> {
+    for services in SIZES {
+        let mut arms = at_sockets(ground, services)?;
+        streams(&mut arms.iter_mut().map(|a| (a, served_by)).collect::<Vec<_>>(), plan)?;
+        report_streams("from a socket of the node", &arms, "vip_throughput_gbps", "direct");
+    }
+    let [plain, ours, nft] = ["out-plain", "out-ours", "out-nft"].map(|name| Outside::new(&ground.base, name));
+    let (plain, ours, nft) = (plain?, ours?, nft?);
+    let [by_plain, by_ours, by_nft] = [&plain, &ours, &nft].map(|o| server_at(&o.pod, outside::POD));
+    let (by_plain, by_ours, by_nft) = (by_plain?, by_ours?, by_nft?);
+    ours.attach(&ground.place.bpffs)?;
+    for services in SIZES {
+        ground.table()?.apply(&wanted(services, outside::POD))?;
+        let direct = SocketAddr::new(outside::POD.into(), PORT);
+        let vip = SocketAddr::new(address(services - 1).into(), 80);
+        let cgroup = ground.bare.as_path();
+        let arm = |name, netns, to| Arm { name, services, netns, cgroup, to, blocks: vec![] };
+        let mut arms = vec![
+            arm("direct", &ours.caller, direct),
+            arm("no programs", &plain.caller, direct),
+            arm("vip", &ours.caller, vip),
+        ];
+        let mut served_by = vec![&by_ours, &by_plain, &by_ours];
+        if rules(&nft.node, services, outside::POD)? {
+            arms.push(arm("nftables", &nft.caller, vip));
+            served_by.push(&by_nft);
+        }
+        streams(&mut arms.iter_mut().zip(served_by).collect::<Vec<_>>(), plan)?;
+        report_streams("from outside", &arms, "outside_throughput_gbps", "nftables");
+    }
+    Ok(())
+}
+
+fn streams(arms: &mut [(&mut Arm<'_>, &Tasks)], plan: &Plan) -> anyhow::Result<()> {
+    let bytes = plan.megabytes * 1_000_000;
+    for _ in 0..plan.rounds {
+        for (arm, served_by) in arms.iter_mut() {
+            let before = served_by.cpu_ns()?;
+            let (took_ns, cpu_ns) = measure(arm, "sender", bytes).with_context(|| arm.name)?;
+            let all_ns = cpu_ns + (served_by.cpu_ns()? - before) as f64;
+            arm.blocks.push((8.0 * bytes as f64 / took_ns, all_ns / 1000.0 / plan.megabytes as f64));
+        }
+    }
+    Ok(())
+}
+
+fn report_streams(from: &str, arms: &[Arm<'_>], result: &str, peer: &str) {
+    let services = arms[0].services;
+    println!("{services} services, streams {from}: Gbit/s, CPU us per MB; ratios to the direct block of each round");
+    for a in arms {
+        let of = |pick: fn(&(f64, f64)) -> f64| interval(a.blocks.iter().map(pick)).1;
+        let (gbps, cpu) = (of(|b| b.0), of(|b| b.1));
+        let ratios = a.blocks.iter().zip(&arms[0].blocks);
+        let of = |pick: fn(&(f64, f64)) -> f64| interval(ratios.clone().map(|(x, y)| pick(x) / pick(y)));
+        let ((l, r, h), (cl, c, ch)) = (of(|b| b.0), of(|b| b.1));
+        println!("  {:12} {gbps:>7.2} {cpu:>7.1}   rate {r:.3} ({l:.3}-{h:.3})   CPU {c:.3} ({cl:.3}-{ch:.3})", a.name);
+    }
+    let median = |name| arms.iter().find(|a| a.name == name).map(|a| interval(a.blocks.iter().map(|b| b.0)).1);
+    // One figure of each: with the most services.
+    if let (Some(ours), Some(peer)) = (median("vip"), median(peer))
+        && Some(&services) == SIZES.last()
+    {
+        println!("RESULT {result} ours={ours:.2} peer={peer:.2} unit=Gbit/s");
     }
 }
 
@@ -411,7 +535,7 @@ fn following(ground: &Ground) -> anyhow::Result<()> {
 fn passing(ground: &Ground) -> anyhow::Result<()> {
     const BESIDE: usize = 10_000;
     const FAR: [Ipv4Addr; 2] = [Ipv4Addr::new(203, 0, 113, 1), Ipv4Addr::new(203, 0, 113, 2)];
-    ground.table()?.apply(&wanted(BESIDE))?;
+    ground.table()?.apply(&wanted(BESIDE, SERVER))?;
     let router = Ipv4Addr::new(10, 9, 0, 200).to_string();
     ip(&ground.plain, &["neigh", "replace", &router, "lladdr", "02:00:00:00:00:08", "dev", "eth0"])?;
     ip(&ground.plain, &["route", "replace", "203.0.113.0/24", "via", &router])?;
