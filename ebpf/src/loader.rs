@@ -411,7 +411,8 @@ fn open_object(dir: &Path, set_retval: bool, ingress_ifindex: bool) -> Result<Eb
         loader.map_pin_path(name, dir.join(name));
     }
     let mut object = loader.load(OBJECT).map_err(|e| Error::Object(Box::new(e)))?;
-    for name in CGROUP_PROGRAMS.iter().map(|(n, _)| *n).chain(PACKET_PROGRAMS).chain([STEER]) {
+    // First what an old kernel may refuse: the packet programs take it seconds to verify.
+    for name in CGROUP_PROGRAMS.iter().map(|(n, _)| *n).chain([STEER]).chain(PACKET_PROGRAMS) {
         let program = object.program_mut(name).ok_or(Error::NoProgram(name))?;
         let loaded = match program {
             Program::CgroupSockAddr(p) => p.load(),

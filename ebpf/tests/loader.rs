@@ -3,7 +3,7 @@
 
 mod ground;
 
-use ground::Ground;
+use ground::{Ground, since};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sluice_ebpf::{
     Error,
@@ -81,7 +81,9 @@ fn the_events_ring_buffer_opens_from_its_pin() {
 #[test]
 fn the_fallback_for_old_kernels_loads_over_the_other() {
     let ground = Ground::new("fallback");
-    assert!(loader::load(&ground.place).expect("load").set_retval);
+    let newest = loader::load(&ground.place).expect("load");
+    assert_eq!((newest.set_retval, newest.xdp), (since(5, 18), since(5, 18)));
+    assert_eq!(newest.ingress_ifindex, since(5, 17));
     assert!(!loader::load_with(&ground.place, false).expect("load the fallback").set_retval);
     let oldest = loader::load_as(&ground.place, false, false).expect("load all fallbacks");
     assert!(!oldest.set_retval && !oldest.ingress_ifindex);

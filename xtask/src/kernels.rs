@@ -88,6 +88,8 @@ fn guest(modules: &Path, built: &str, bin: &Path) -> Result<Image> {
     }
     image.program(&bin.join("sluice-cni"), "tests/sluice-cni")?;
     image.program(Path::new("/usr/sbin/nft"), "usr/sbin/nft")?;
+    // The shell's own makes no veth pair by the names asked for, and no neighbours.
+    image.program(Path::new("/bin/ip"), "usr/sbin/ip").context("Debian package iproute2")?;
     let table = modules.join("modules.dep");
     let table = fs::read_to_string(&table).with_context(|| format!("read {} (made by depmod)", table.display()))?;
     let files = in_order(&table, &MODULES);
@@ -160,7 +162,7 @@ mount -t tmpfs tmpfs /tmp
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 {}ip link set lo up
-export PATH=/bin:/usr/sbin SLUICE_TEST_PLUGIN=/tests/sluice-cni RUST_BACKTRACE=0
+export PATH=/usr/sbin:/bin SLUICE_TEST_PLUGIN=/tests/sluice-cni RUST_BACKTRACE=0
 echo \"{MARK} kernel $(uname -r)\"
 {steps}echo '{MARK} done'
 poweroff -f

@@ -1,6 +1,6 @@
 //! Programs and maps of a node that has no network: loaded and pinned in a file system of their own.
 
-use crate::ground::Ground;
+use crate::ground::{Ground, since};
 use sluice_ebpf::{
     common::{Reason, ServiceKey},
     dry_run::{Outcome, Program},
@@ -25,7 +25,8 @@ pub struct Lab {
 impl Lab {
     pub fn new(name: &str) -> Self {
         let ground = Ground::new(name);
-        loader::load(&ground.place).expect("load");
+        let loaded = loader::load(&ground.place).expect("load");
+        assert_eq!(loaded.xdp, since(5, 18), "a program for XDP");
         let dir = pin_dir(&ground.place.bpffs);
         let open = |name| (name, Program::open(&ground.place.bpffs, name).expect("program"));
         Self {
@@ -34,7 +35,11 @@ impl Lab {
             settings: SettingsMap::open(&dir).expect("map"),
             counters: Counters::open(&dir).expect("map"),
             table: ServiceTable::open(ServiceMaps::open(&dir).expect("maps")).expect("table"),
-            programs: ["from_pod", "from_wire", "from_host", XDP].map(open).into(),
+            programs: ["from_pod", "from_wire", "from_host"]
+                .into_iter()
+                .chain(loaded.xdp.then_some(XDP))
+                .map(open)
+                .collect(),
             _ground: ground,
         }
     }
@@ -42,6 +47,11 @@ impl Lab {
     pub fn serve(&mut self, services: Vec<(ServiceKey, Wanted)>) {
         let wanted = services.into_iter().map(|(k, w)| (k, Arc::new(w))).collect();
         self.table.apply(&wanted).expect("services");
+    }
+
+    /// Of all programs that this kernel takes.
+    pub fn programs(&self) -> impl Iterator<Item = &'static str> {
+        self.programs.keys().copied()
     }
 
     pub fn run(&self, program: &str, packet: &[u8]) -> Outcome {
