@@ -58,7 +58,7 @@ struct Plan {
     #[arg(long, default_value_t = 24)]
     rounds: usize,
     /// Millions of bytes of a stream
-    #[arg(long, default_value_t = 500)]
+    #[arg(long, default_value_t = 100)]
     megabytes: usize,
     /// One part only
     #[arg(long, value_enum)]
