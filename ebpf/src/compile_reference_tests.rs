@@ -267,7 +267,7 @@ fn route(at: usize) -> impl Strategy<Value = Resource> {
                 backends: backends.into_iter().map(backend).collect(),
             };
             Resource::Route(Route {
-                name: Name::new("shop", &format!("r{at}")),
+                name: Name::new("shop", format!("r{at}")),
                 kind: RouteKind::Http,
                 parent: Name::new("shop", NAMES[parent]),
                 parent_port,
