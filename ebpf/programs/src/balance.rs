@@ -3,8 +3,7 @@
 //! client with its backend where the service asks for that; both may forget.
 
 use crate::maps::{
-    AFFINITY, BACKENDS, CLIENTS, HOST_PORTS, LOCALS, MAGLEV, MEMBERS, PODS, REVERSE, SERVICES, SETTINGS, SOURCES,
-    count,
+    AFFINITY, BACKENDS, CLIENTS, HOST_PORTS, LOCALS, MAGLEV, MEMBERS, PODS, REVERSE, SERVICES, SETTINGS, SOURCES, count,
 };
 use crate::work::Work;
 use aya_ebpf::{
