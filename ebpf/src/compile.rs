@@ -324,7 +324,7 @@ impl View<'_> {
         match outside {
             true => entries.insert(outside_key, Arc::new(for_outside)),
             false => entries.remove(&outside_key), // endpoints that have changed may have made it needless
-      };
+        };
     }
 
     fn wanted(self, routes: &[&Route], service: &Service, port: &ServicePort, problems: &mut Vec<Problem>) -> Wanted {

@@ -75,7 +75,7 @@ pub const CHANGES: &[Change] = &[];
 /// Maps that the agent fills from its view and from the node: they may begin empty, but programs do not run on them before.
 /// Those of a line name each other's entries, so that they change together.
 const DERIVED: [&[&str]; 5] = [
-    &[map::SERVICES, map::BACKENDS, map::MEMBERS, map::MAGLEV],
+    &[map::SERVICES, map::BACKENDS, map::MEMBERS, map::MAGLEV, map::SOURCES],
     &[map::LOCALS],
     &[map::CLUSTER],
     &[map::DEVICES],
