@@ -2,8 +2,10 @@
 //! uses a BPF file system and a cgroup of its own, so it can run beside anything.
 
 mod ground;
+mod kernel;
 
-use ground::{Ground, since};
+use ground::Ground;
+use kernel::since;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sluice_ebpf::{
     Error,

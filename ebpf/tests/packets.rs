@@ -3,6 +3,7 @@
 
 mod frames;
 mod ground;
+mod kernel;
 mod lab;
 mod relayed;
 

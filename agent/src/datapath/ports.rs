@@ -314,7 +314,7 @@ mod tests {
         mark_adjacent(&mut w.cluster, &[prefix("10.244.2.0/24"), prefix("198.51.100.9/32")].into());
         let cluster: Vec<(u32, u32)> = w.cluster.iter().map(|(r, flags)| (r.len - 96, *flags)).collect();
         let node = 1 | CLUSTER_NODE;
-        assert_eq!(cluster, [(24, 1), (24, 1), (24, 1 | CLUSTER_ADJACENT), (32, node), (32, node)]);
+        assert_eq!(cluster, [(24, 1), (24, 1 | CLUSTER_ADJACENT), (24, 1), (32, node), (32, node)]);
         assert!(wanted(&devices, &addresses, None, "n1", &[]).announced.is_empty());
     }
 }

@@ -1,6 +1,6 @@
 //! Programs and maps of a node that has no network: loaded and pinned in a file system of their own.
 
-use crate::ground::{Ground, since};
+use crate::{ground::Ground, kernel::since};
 use sluice_ebpf::{
     common::{Reason, ServiceKey},
     dry_run::{Outcome, Program},
