@@ -165,8 +165,11 @@ impl Datapath {
         let (loaded, settings, prepared, lock) = {
             let lock = Lock::take(&state_dir).map_err(Error::Leases)?;
             let mut prepared = loader::prepare(&place, !config.eperm).map_err(Error::Load)?;
-            if prepared.unfilled() {
-                fill(config, &place.bpffs, wires.connection(), last)?;
+            if prepared.unfilled()
+                && let Err(error) = fill(config, &place.bpffs, wires.connection(), last)
+            {
+                // Control may send a view that fits, but only to an agent that runs.
+                tracing::error!(error = describe(&error), "not all of the last view is in force");
             }
             let loaded = prepared.switch().map_err(Error::Load)?;
             if !loaded.ingress_ifindex {
@@ -320,8 +323,8 @@ impl Datapath {
     }
 }
 
-/// Writes into maps that no program runs on yet what the programs of another layout go by. Without a view, they begin
-/// empty: callers are not translated until control has answered.
+/// Writes what the programs of another layout go by into maps that were made anew; maps that are shared with them say it
+/// already. Without a view, the new ones begin empty: callers are not translated until control has answered.
 fn fill(
     config: &DatapathConfig,
     bpffs: &Path,
@@ -329,7 +332,7 @@ fn fill(
     last: Option<&Snapshot>,
 ) -> Result<(), Error> {
     let Some(snapshot) = last else {
-        tracing::warn!("the maps of services have another shape now and no view is known: they are empty until one is");
+        tracing::warn!("maps have another shape now and no view is known: what is missing in them is so until one is");
         return Ok(());
     };
     let compiled = compile::compile(snapshot, &config.node, config.overlays());

@@ -213,10 +213,19 @@ impl Upgrade {
             }
             own.insert(name, map.id);
         }
+        let others = other_layouts(dir)?.into_iter().rev().map(|(n, other)| Ok((n, pinned(&other, &wanted)?, other)));
+        let others: Vec<_> = others.collect::<Result<_>>()?;
+        // A start that ended before its programs were in force has copied what the old ones have changed since.
+        if !others.is_empty() && entries(&dir.join("links"))?.is_empty() {
+            let shared: BTreeSet<u32> = others.iter().flat_map(|(_, old, _)| old.values().map(|m| m.id)).collect();
+            for (name, _) in own.extract_if(.., |_, id| !shared.contains(id)) {
+                let path = dir.join(name);
+                fs::remove_file(&path).map_err(|e| Error::syscall("unpin", path.display(), e))?;
+            }
+        }
         let mut plans = Vec::new();
         let mut provided: BTreeSet<String> = own.keys().cloned().collect();
-        for (layout, other) in other_layouts(dir)?.into_iter().rev() {
-            let old = pinned(&other, &wanted)?;
+        for (layout, old, other) in others {
             let shapes = old.iter().map(|(name, map)| (name.clone(), map.shape)).collect();
             let ways = plan(layout, &shapes, &wanted, &provided, rules.changes).map_err(|l| lost(&other, l))?;
             provided.extend(old.keys().cloned());
@@ -317,7 +326,9 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// Removes a layout's folder with all its pins.
 pub(crate) fn remove(dir: &Path, step: &mut Step) -> Result<()> {
-    for folder in FOLDERS.map(|name| dir.join(name)).into_iter().chain([dir.to_owned()]) {
+    // Another layout may have other folders.
+    let folders: Vec<PathBuf> = entries(dir)?.into_iter().filter(|path| path.is_dir()).collect();
+    for folder in folders.into_iter().chain([dir.to_owned()]) {
         step(&format!("remove {}", folder.display()))?;
         for path in entries(&folder)? {
             fs::remove_file(&path).map_err(|e| Error::syscall("unpin", path.display(), e))?;

@@ -304,6 +304,11 @@ fn prepare(node: &Node, step: impl FnMut(&str) -> Result<(), Error> + 'static) -
     loader::prepare_as(&node.ground.place, true, true, Rules { changes: CHANGES, step: Box::new(step) })
 }
 
+fn old_flows(old: &Path) -> maps::HashMap<MapData, [u8; 40], [u8; 40]> {
+    let flows = Map::LruHashMap(MapData::from_pin(old.join(map::FLOWS)).expect("open"));
+    flows.try_into().expect("flows")
+}
+
 #[test]
 fn callers_notice_nothing_of_another_layout() {
     let node = Node::new("upgrade");
@@ -314,9 +319,7 @@ fn callers_notice_nothing_of_another_layout() {
     assert!(prepared.unfilled(), "services have another shape");
     assert!(old.join("links/connect4").exists());
     // The programs of before go on noting connections.
-    let flows = Map::LruHashMap(MapData::from_pin(old.join(map::FLOWS)).expect("open"));
-    let mut flows: maps::HashMap<_, [u8; 40], [u8; 40]> = flows.try_into().expect("flows");
-    flows.insert(bytes(&flow(FLOWS)), bytes(&flow(FLOWS + 1)), 0).expect("flow");
+    old_flows(&old).insert(bytes(&flow(FLOWS)), bytes(&flow(FLOWS + 1)), 0).expect("flow");
     caller.some_more();
     node.fill();
     prepared.switch().expect("switch");
@@ -327,6 +330,21 @@ fn callers_notice_nothing_of_another_layout() {
     assert_state(&node, FLOWS + 1);
     held.write_all(b"?").and_then(|()| held.read_exact(&mut [0])).expect("a connection of before");
     assert_eq!(held.peer_addr().expect("peer"), SocketAddr::from(VIP), "its translation is known");
+}
+
+/// A start that ended before its programs were in force: those of before have changed the state since.
+#[test]
+fn what_an_earlier_start_copied_is_copied_anew() {
+    let node = Node::new("again");
+    let old = old_layout(&node);
+    drop(prepare(&node, |_| Ok(())).expect("prepare"));
+    old_flows(&old).remove(&bytes(&flow(FLOWS - 1))).expect("forget");
+    let mut prepared = prepare(&node, |_| Ok(())).expect("prepare");
+    node.fill();
+    prepared.switch().expect("switch");
+    prepared.finish().expect("finish");
+    node.assert_switched();
+    assert_state(&node, FLOWS - 1);
 }
 
 /// What is done up to each step stays or is done again; callers notice nothing.
