@@ -16,7 +16,7 @@ const STEP: usize = 4_096;
 pub struct Seen {
     /// Connections that live, as of the last whole pass.
     pub connections: u64,
-    /// Entries that were removed, two for each connection, since the start.
+    /// Entries that were removed since the start: two for each connection, one for a relayed one.
     pub removed: u64,
 }
 

@@ -123,6 +123,14 @@ pub fn begin(w: &mut Work, source: Source) -> Result<(), Reason> {
     Err(Reason::DroppedTableFull)
 }
 
+/// Hops to take of a packet that is relayed: two are left. That is enough for its node to send it on to a third one, and
+/// one that comes back from there, because it is not known there, is dropped here.
+#[inline(always)]
+pub fn relayed_hops(hops: u8) -> u8 {
+    const LEFT: u8 = 2;
+    if hops > LEFT { hops - LEFT } else { 1 }
+}
+
 /// Notes a new connection whose packets go as they are to the node of `w.to.dst`.
 #[inline(always)]
 pub fn relay(w: &mut Work) -> Result<(), Reason> {

@@ -100,7 +100,7 @@ pub fn translate(skb: &Skb, w: &mut Work) -> Known {
         w.to.src = w.before.dst;
     }
     w.to.dst = w.before.src;
-    if !skb.rewrite(&w.head, &w.to, false) {
+    if !skb.rewrite(&w.head, &w.to, 0) {
         return Known::No;
     }
     w.head.flow = w.to;

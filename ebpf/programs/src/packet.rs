@@ -263,11 +263,11 @@ pub trait Bytes {
         Ok(())
     }
 
-    /// Gives the packet other addresses and ports, and takes one hop where it is sent on; what its checksums gain.
+    /// Gives the packet other addresses and ports, and takes hops of it, one where it is sent on; what its checksums gain.
     /// `None`: it could not be done and the packet is damaged.
     #[inline(always)]
-    fn patch(&self, head: &Head, to: &Flow, hop: bool) -> Option<Patched> {
-        let addresses = if head.v4 { self.network4(to, hop)? } else { self.network6(to, hop)? };
+    fn patch(&self, head: &Head, to: &Flow, hops: u8) -> Option<Patched> {
+        let addresses = if head.v4 { self.network4(to, hops)? } else { self.network6(to, hops)? };
         let at = head.l4 & OFFSETS;
         let ports = match head.body {
             Body::Later => return Some(Patched { check: None, addresses, ports: 0 }),
@@ -296,23 +296,23 @@ pub trait Bytes {
     }
 
     #[inline(always)]
-    fn network4(&self, to: &Flow, hop: bool) -> Option<u64> {
+    fn network4(&self, to: &Flow, hops: u8) -> Option<u64> {
         // SAFETY: checked to be in the packet.
         let ip = unsafe { &mut *self.at::<Ipv4>(L3)? };
         let (src, dst) = (to.src.words[3], to.dst.words[3]);
         let difference = replaced32(ip.src, src) + replaced32(ip.dst, dst);
         (ip.src, ip.dst) = (src, dst);
         let mut sum = !ip.check as u64 + difference;
-        if hop {
-            ip.ttl = ip.ttl.wrapping_sub(1);
-            sum += !u16::from_ne_bytes([1, 0]) as u64;
+        if hops > 0 {
+            ip.ttl = ip.ttl.wrapping_sub(hops);
+            sum += !u16::from_ne_bytes([hops, 0]) as u64;
         }
         ip.check = !fold16(sum);
         Some(difference)
     }
 
     #[inline(always)]
-    fn network6(&self, to: &Flow, hop: bool) -> Option<u64> {
+    fn network6(&self, to: &Flow, hops: u8) -> Option<u64> {
         // SAFETY: as above.
         let ip = unsafe { &mut *self.at::<Ipv6>(L3)? };
         let mut difference = 0;
@@ -320,9 +320,7 @@ pub trait Bytes {
             difference += replaced32(ip.src[i], to.src.words[i]) + replaced32(ip.dst[i], to.dst.words[i]);
             (ip.src[i], ip.dst[i]) = (to.src.words[i], to.dst.words[i]);
         }
-        if hop {
-            ip.hops = ip.hops.wrapping_sub(1);
-        }
+        ip.hops = ip.hops.wrapping_sub(hops);
         Some(difference)
     }
 }
@@ -374,8 +372,8 @@ impl Skb {
     /// of one that a device is still to finish are the kernel's to keep right. False: it could not be done and the packet
     /// is damaged.
     #[inline(always)]
-    pub fn rewrite(&self, head: &Head, to: &Flow, hop: bool) -> bool {
-        let Some(Patched { check, addresses, ports }) = self.patch(head, to, hop) else { return false };
+    pub fn rewrite(&self, head: &Head, to: &Flow, hops: u8) -> bool {
+        let Some(Patched { check, addresses, ports }) = self.patch(head, to, hops) else { return false };
         let Some(check) = check else { return true };
         let mangled = if head.flow.proto == UDP { BPF_F_MARK_MANGLED_0 } else { 0 };
         if addresses == 0 {
@@ -458,8 +456,8 @@ impl Frame {
 
     /// [`Bytes::patch`] with the checksum: on the wire, it is there in full. False: the packet is damaged.
     #[inline(always)]
-    pub fn rewrite(&self, head: &Head, to: &Flow) -> bool {
-        let Some(Patched { check, addresses, ports }) = self.patch(head, to, true) else { return false };
+    pub fn rewrite(&self, head: &Head, to: &Flow, hops: u8) -> bool {
+        let Some(Patched { check, addresses, ports }) = self.patch(head, to, hops) else { return false };
         let Some(check) = check else { return true };
         let Some(p) = self.at::<u16>(check & CHECKS) else { return false };
         // SAFETY: checked to be in the packet.

@@ -91,7 +91,7 @@ pub fn from_host(skb: Skb) -> i32 {
         icmp::translate(&skb, w);
         return NEXT;
     }
-    if connections::known(w) != Known::Translated || skb.rewrite(&w.head, &w.to, false) {
+    if connections::known(w) != Known::Translated || skb.rewrite(&w.head, &w.to, 0) {
         return NEXT;
     }
     dropped(&skb, w, Reason::DroppedRewrite, hook::HOST)
@@ -146,14 +146,16 @@ fn go(skb: &Skb, w: &mut Work, at: u8, relayed: bool) -> i32 {
         Kind::Link if w.head.hops <= 1 => return dropped(skb, w, Reason::DroppedHopLimit, at),
         Kind::Link | Kind::Stack | Kind::Pod | Kind::ShapedPod => {}
     }
+    let mut hops = hop as u8;
     if relayed {
         // The backend's node was another one when it was chosen.
         if !hop {
             return dropped(skb, w, Reason::DroppedNoRoute, at);
         }
         w.to = w.head.flow;
+        hops = connections::relayed_hops(w.head.hops);
     }
-    if !skb.rewrite(&w.head, &w.to, hop) {
+    if !skb.rewrite(&w.head, &w.to, hops) {
         return dropped(skb, w, Reason::DroppedRewrite, at);
     }
     send(way, w)
@@ -175,7 +177,7 @@ fn deliver(skb: &Skb, w: &mut Work, at: u8, translated: bool) -> i32 {
         Kind::Pod | Kind::ShapedPod => send(way, w),
         // What only passes through this node is the stack's, and so is every answer that it can give better.
         Kind::Link if at == hook::POD || translated => {
-            if w.head.hops <= 1 || !skb.rewrite(&w.head, &w.head.flow, true) {
+            if w.head.hops <= 1 || !skb.rewrite(&w.head, &w.head.flow, 1) {
                 return NEXT;
             }
             send(way, w)
@@ -208,7 +210,7 @@ fn fate(skb: &Skb, w: &mut Work, at: u8) -> Fate {
         Found::Backend => {
             w.to = w.head.flow;
             (w.to.dst, w.to.dport_be) = (choice.to.addr, choice.to.port_be);
-            if at == hook::WIRE && relays(&w.head.flow.dst, &choice.to.addr) {
+            if at == hook::WIRE && relays(&w.head.flow, &choice.to.addr) {
                 return relayed(skb, w, at);
             }
             return match source(skb, w, at) {
@@ -250,15 +252,20 @@ fn relayed(skb: &Skb, w: &mut Work, at: u8) -> Fate {
 }
 
 /// Whether a connection from outside is answered by its backend's node, past this one. Only the node that the caller
-/// addressed passes it on, so that no packet goes round: whoever gets one that is addressed to another node translates.
+/// addressed passes it on, by an address that the others know: whoever else gets it translates.
 #[inline(always)]
-fn relays(addressed: &Addr, backend: &Addr) -> bool {
+fn relays(flow: &Flow, backend: &Addr) -> bool {
+    let addressed = &flow.dst;
     // SAFETY: presence only.
-    direct() && cluster(backend) & CLUSTER_ADJACENT != 0 && unsafe {
-        ADDRS.get(backend).is_none()
-            && LOCALS.get(backend).is_none()
-            && (LOCALS.get(addressed).is_some() || ANNOUNCED.get(addressed).is_some())
-    }
+    direct()
+        && cluster(&flow.src) == 0
+        && cluster(backend) & CLUSTER_ADJACENT != 0
+        && unsafe {
+            ADDRS.get(backend).is_none()
+                && LOCALS.get(backend).is_none()
+                && (ANNOUNCED.get(addressed).is_some()
+                    || LOCALS.get(addressed).is_some() && cluster(addressed) & CLUSTER_NODE != 0)
+        }
 }
 
 /// Direct server return.
@@ -307,10 +314,8 @@ fn destination(w: &mut Work, at: u8) -> Choice {
         return choice;
     }
     // SAFETY: presence only.
-    let own = unsafe { LOCALS.get(&w.head.flow.dst) }.is_some();
-    // Relayed by the node that has the address.
-    if !own && !(at == hook::WIRE && direct() && cluster(&w.head.flow.dst) & CLUSTER_NODE != 0) {
-        return Choice::UNKNOWN;
+    if unsafe { LOCALS.get(&w.head.flow.dst) }.is_none() {
+        return foreign_node_port(w, at);
     }
     if let Some(to) = balance::host_port(&w.service) {
         return Choice::backend(to);
@@ -322,8 +327,24 @@ fn destination(w: &mut Work, at: u8) -> Choice {
             return choice;
         }
     }
-    let to = if own { balance::host_port(&w.service) } else { None };
-    to.map_or(Choice::UNKNOWN, Choice::backend)
+    balance::host_port(&w.service).map_or(Choice::UNKNOWN, Choice::backend)
+}
+
+/// Of another node's node port, which that one has relayed: to whom it is given here, whether or not this node relays.
+#[inline(always)]
+fn foreign_node_port(w: &mut Work, at: u8) -> Choice {
+    let relayed = at == hook::WIRE
+        && NODE_PORTS.contains(&u16::from_be(w.service.port_be))
+        && cluster(&w.head.flow.dst) & CLUSTER_NODE != 0;
+    if !relayed {
+        return Choice::UNKNOWN;
+    }
+    w.service.addr = w.service.addr.unspecified();
+    match chosen(w, at) {
+        // A packet that only passes through on its way to a node that may have somebody.
+        Choice { found: Found::None, .. } => Choice::UNKNOWN,
+        choice => choice,
+    }
 }
 
 /// Of `w.service`, which is of the scope [`INSIDE`] again when it is unknown.

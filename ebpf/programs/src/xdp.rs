@@ -41,8 +41,11 @@ pub fn forward(packet: Frame) -> u32 {
     if length(&packet, &w.head).is_none_or(|length| hop.mtu < length) {
         return XDP_PASS;
     }
-    let to = if known == Known::Relayed { &w.head.flow } else { &w.to };
-    if !packet.rewrite(&w.head, to) {
+    let (to, hops) = match known {
+        Known::Relayed => (&w.head.flow, connections::relayed_hops(w.head.hops)),
+        _ => (&w.to, 1),
+    };
+    if !packet.rewrite(&w.head, to, hops) {
         count(Reason::DroppedRewrite);
         return XDP_DROP;
     }

@@ -73,12 +73,12 @@ impl Node {
         (out.verdict, out.packet)
     }
 
-    /// Whether a packet goes on as it came, but for a hop.
+    /// Whether a packet goes on as it came, with two hops left.
     fn relays(&self, frame: &Frame) -> bool {
         let (verdict, packet) = self.run("from_wire", frame);
         assert_eq!(verdict, Verdict::Redirect, "{frame:?}");
         read(&packet).unwrap_or_else(|e| panic!("{e}: {frame:?}"));
-        packet[12..] == Frame { hops: frame.hops - 1, ..frame.clone() }.bytes()[12..]
+        packet[12..] == Frame { hops: 2, ..frame.clone() }.bytes()[12..]
     }
 
     /// Where a packet goes that is translated; its source then.
@@ -99,7 +99,7 @@ fn call(f: Family, to: &str, sport: u16, proto: u8) -> Frame {
 fn what_is_addressed_to_this_node_goes_on_as_it_is() {
     let mut node = Node::new("packets-relay");
     node.serve(OTHERS.map(|o| o[0]));
-    for (f, [far, ..]) in FAMILIES.into_iter().zip(OTHERS) {
+    for (f, [far, other, _]) in FAMILIES.into_iter().zip(OTHERS) {
         for (sport, proto) in [(40_000, TCP), (40_001, UDP)] {
             for to in [f.vip, f.node] {
                 for options in [0, 2] {
@@ -114,8 +114,17 @@ fn what_is_addressed_to_this_node_goes_on_as_it_is() {
             // An address that another node announces: whoever passed it on has decided, or will know better soon.
             assert_eq!(node.translates(&call(f, f.empty, sport, proto)), (ip(f.node), ip(far)));
         }
-        let used_up = Frame { hops: 1, ..call(f, f.vip, 40_100, TCP) };
-        assert_eq!(node.run("from_wire", &used_up).0, Verdict::Drop);
+        assert!(node.relays(&Frame { hops: 255, ..call(f, f.vip, 40_110, TCP) }));
+        // What its node does not know comes back by that one's stack, once.
+        for back in [call(f, f.vip, 40_100, TCP), call(f, f.vip, 40_000, TCP)] {
+            assert_eq!(node.run("from_wire", &Frame { hops: 1, ..back }).0, Verdict::Drop);
+        }
+        // An address of this node's that the others do not know, and a caller in the cluster.
+        node.lab.node.locals.set(&addr(ip(f.router)), &1).expect("local");
+        let unknown = Frame { dport: NODE_PORT, ..call(f, f.router, 40_111, TCP) };
+        assert_eq!(node.translates(&unknown), (ip(f.node), ip(far)));
+        let inside = Frame { src: ip(other), ..call(f, f.node, 40_112, TCP) };
+        assert_eq!(node.translates(&inside), (ip(f.node), ip(far)));
         // What a pod dials is not from outside.
         let inside = Frame { src: ip(f.pod), ..call(f, f.vip, 40_101, TCP) };
         let out = node.lab.run("from_pod", &inside.bytes());
@@ -124,7 +133,7 @@ fn what_is_addressed_to_this_node_goes_on_as_it_is() {
         for (at, more) in [(0, 1), (8, 0)] {
             let sent = whole.fragment(at, more, 600);
             let out = node.lab.run_at("from_wire", node.link, &sent);
-            let relayed = Frame { hops: 63, ..whole.clone() }.fragment(at, more, 600);
+            let relayed = Frame { hops: 2, ..whole.clone() }.fragment(at, more, 600);
             assert_eq!((out.verdict, &out.packet[12..]), (Verdict::Redirect, &relayed[12..]));
         }
         // Cut anywhere: dropped, or as it was.
@@ -189,10 +198,12 @@ fn what_another_node_passes_on_is_answered_from_here() {
         node.serve(OTHERS.map(|o| o[0]));
         assert_eq!(node.translates(&call(f, other, 43_010, TCP)), (ip(f.node), ip(far)));
         node.serve(FAMILIES.map(|f| f.pod));
-        let off = call(f, other, 43_011, TCP);
         node.lab.settings.set_flags(DSR, 0).expect("settings");
-        let out = node.lab.run_at("from_wire", node.link, &off.bytes());
-        assert_eq!((out.verdict, &out.packet), (Verdict::Next, &off.bytes()), "another node's, and nothing else");
+        assert_eq!(
+            node.translates(&call(f, other, 43_011, TCP)),
+            (ip(f.caller), ip(f.pod)),
+            "from the first that relays"
+        );
         node.lab.settings.set_flags(DSR, DSR).expect("settings");
         let elsewhere = Frame { dport: 22, ..call(f, other, 43_012, TCP) };
         assert_eq!(node.run("from_wire", &elsewhere), (Verdict::Next, elsewhere.bytes()));
@@ -236,7 +247,7 @@ fn xdp_relays_as_well() {
             let mut sent = (0..64).map(|_| node.run(XDP, &next)).filter(|(verdict, _)| *verdict == Verdict::Redirect);
             let (_, packet) = sent.next().expect("sent within 64 packets");
             assert_eq!(packet[..12], [[2, 0, 0, 0, 0, 8], [2, 0, 0, 0, 0, 9]].concat());
-            assert_eq!(packet[12..], Frame { hops: 63, ..next }.bytes()[12..]);
+            assert_eq!(packet[12..], Frame { hops: 2, ..next }.bytes()[12..]);
         }
     }
 }
