@@ -356,7 +356,7 @@ impl Mesh2 {
             set.endpoints[0].mesh = Mesh::Mtls(identity(expected));
         }
         let name = Name::new("shop", "server");
-        let policy = Resource::Policy(Policy { name, mode: self.mode, excluded_ports: vec![], opaque_ports: vec![] });
+        let policy = Resource::Policy(Policy { name, mode: self.mode, ..Policy::default() });
         self.agent.views.send_replace(view(revision, [vec![pod("client"), pod("server"), policy], web].concat()));
     }
 

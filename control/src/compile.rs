@@ -143,6 +143,7 @@ fn service(s: &Service) -> Option<m::Service> {
         external_name: None,
         restricted_ips: sources.as_ref().map(|_| balancer_ips(s)).unwrap_or_default(),
         source_ranges: sources.unwrap_or_default(),
+        backend_policy: None,
     })
 }
 
@@ -237,6 +238,7 @@ fn policy(p: &Pod, name: &m::Name) -> m::Policy {
         },
         excluded_ports: ports(inject::ANNOTATION_EXCLUDED_PORTS),
         opaque_ports: ports(inject::ANNOTATION_OPAQUE_PORTS),
+        ..m::Policy::default()
     }
 }
 

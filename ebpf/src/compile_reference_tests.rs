@@ -259,12 +259,17 @@ fn route(at: usize) -> impl Strategy<Value = Resource> {
     let parent_port = prop_oneof![Just(None), Just(Some(80)), Just(Some(443))];
     (0..NAMES.len(), parent_port, 0i64..3, proptest::collection::vec(rule, 0..3)).prop_map(
         move |(parent, parent_port, created_s, rules)| {
-            let backend =
-                |(s, port, weight): (usize, _, _)| Backend { service: Name::new("shop", NAMES[s]), port, weight };
+            let backend = |(s, port, weight): (usize, _, _)| Backend {
+                service: Name::new("shop", NAMES[s]),
+                port,
+                weight,
+                ..Backend::default()
+            };
             let get = Match { method: Some("GET".into()), ..Match::default() };
             let rule = |(backends, any): (Vec<_>, bool)| Rule {
                 matches: if any { vec![] } else { vec![get.clone()] },
                 backends: backends.into_iter().map(backend).collect(),
+                ..Rule::default()
             };
             Resource::Route(Route {
                 name: Name::new("shop", format!("r{at}")),

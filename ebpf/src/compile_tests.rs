@@ -46,8 +46,9 @@ fn route(n: &str, parent: &str, port: Option<u16>, created_s: i64, rules: Vec<Ru
 }
 
 fn split(parts: &[(&str, u32)]) -> Rule {
-    let backend = |(s, weight): &(&str, u32)| Backend { service: name(s), port: 80, weight: *weight };
-    Rule { matches: vec![], backends: parts.iter().map(backend).collect() }
+    let backend =
+        |(s, weight): &(&str, u32)| Backend { service: name(s), port: 80, weight: *weight, ..Backend::default() };
+    Rule { backends: parts.iter().map(backend).collect(), ..Rule::default() }
 }
 
 fn only_v4(vip: &str) -> ServiceKey {
@@ -73,10 +74,8 @@ fn own_endpoints_without_a_route_and_split_with_one() {
     assert_eq!(groups(&c, "10.96.0.1"), [(1, vec!["10.244.1.1:8080".to_owned()])]);
     assert_eq!(groups(&c, "10.96.0.3"), []);
 
-    let matching = Rule {
-        matches: vec![Match { method: Some("GET".into()), ..Match::default() }],
-        backends: split(&[("none", 1)]).backends,
-    };
+    let matching =
+        Rule { matches: vec![Match { method: Some("GET".into()), ..Match::default() }], ..split(&[("none", 1)]) };
     all.extend([
         route("younger", "web", None, 20, vec![split(&[("none", 1)])]),
         route("older", "web", Some(80), 10, vec![matching, split(&[("web", 90), ("web-2", 10), ("none", 5)])]),
@@ -187,8 +186,7 @@ fn pods_of_this_node_carry_mesh_and_excluded_ports() {
         let identity = identity.clone();
         Resource::Workload(Workload { name, uid, node: node.into(), addresses: vec![], identity, meshed: true })
     };
-    let policy =
-        Policy { name: name("a"), mode: InboundMode::Permissive, excluded_ports: vec![9000], opaque_ports: vec![] };
+    let policy = Policy { name: name("a"), excluded_ports: vec![9000], ..Policy::default() };
     let s = Snapshot::new(Revision(1), [pod("a", "n1"), pod("b", "n2"), Resource::Policy(policy)]);
     let c = compile(&s, "n1", None);
     let wanted = WantedPod { meshed: true, excluded_ports: BTreeSet::from([9000]) };

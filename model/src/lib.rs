@@ -4,9 +4,12 @@
 //! PURE: no async, no clock, no socket, no global, no randomness. Control compiles objects into these types, the
 //! discovery protocol carries them, agents and sidecars turn them into map entries and routing tables.
 
+mod backend_policy;
+mod filter;
 mod identity;
 mod name;
 mod node;
+mod pattern;
 mod policy;
 mod range;
 mod resource;
@@ -15,13 +18,18 @@ mod service;
 mod snapshot;
 mod workload;
 
+pub use backend_policy::{BackendPolicy, Balance, Circuit, HashKey, Locality, Outlier, RetryBudget};
+pub use filter::{
+    Fault, Filters, Fraction, HeaderChanges, Mirror, PathChange, RateLimit, Redirect, Retry, Rewrite, Sticky, Timeouts,
+};
 pub use identity::{Identity, IdentityError};
 pub use name::{Name, NameError, Revision};
 pub use node::Node;
-pub use policy::{InboundMode, Policy};
+pub use pattern::{Pattern, PatternError};
+pub use policy::{AccessRule, Action, Caller, InboundLimit, InboundMode, Operation, Policy};
 pub use range::{SourceRange, SourceRangeError};
 pub use resource::{Kind, Resource, ResourceKey};
-pub use route::{Backend, HeaderMatch, Match, PathMatch, Route, RouteKind, Rule, StringMatch};
+pub use route::{Backend, HeaderMatch, Match, PathMatch, QueryMatch, Route, RouteKind, Rule, StringMatch};
 pub use service::{
     Announcement, AppProtocol, Distribution, Endpoint, EndpointPort, EndpointSet, ExternalPolicy, InternalPolicy, Mesh,
     Place, Protocol, Service, ServicePort,

@@ -1,13 +1,24 @@
 //! How traffic to a service is divided: matches and weighted backends (Gateway API, a Service as parent: GEP-1426).
 
-use crate::Name;
+use crate::{Fault, Filters, Name, Pattern, RateLimit, Retry, Sticky, Timeouts};
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum RouteKind {
     Http,
+    /// HTTP, with a service and a method instead of a path.
+    Grpc,
+    /// TLS that passes through: connections by the server's name that they ask for.
+    Tls,
     Tcp,
+}
+
+impl RouteKind {
+    /// Its rules look at requests, not at connections.
+    pub fn of_requests(self) -> bool {
+        matches!(self, Self::Http | Self::Grpc)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,13 +39,30 @@ pub struct Route {
     pub rules: Vec<Rule>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     /// Any of these; empty means every request.
     #[serde(default)]
     pub matches: Vec<Match>,
     /// Empty: requests that match are answered 500 (HTTP) or refused (TCP), as the Gateway API asks.
     pub backends: Vec<Backend>,
+    #[serde(default)]
+    pub filters: Filters,
+    #[serde(default)]
+    pub timeouts: Timeouts,
+    #[serde(default)]
+    pub retry: Option<Retry>,
+    /// A user stays with the version that took its first request. Raising a version's share never moves a user back.
+    #[serde(default)]
+    pub sticky: Option<Sticky>,
+    #[serde(default)]
+    pub fault: Fault,
+    /// Of each worker that uses the route.
+    #[serde(default)]
+    pub rate_limit: Option<RateLimit>,
+    /// Requests with a larger body are answered 413.
+    #[serde(default)]
+    pub max_body_bytes: Option<u64>,
 }
 
 impl Rule {
@@ -57,11 +85,14 @@ pub struct Match {
     pub method: Option<String>,
     #[serde(default)]
     pub headers: Vec<HeaderMatch>,
+    #[serde(default)]
+    pub query: Vec<QueryMatch>,
 }
 
 impl Match {
     pub fn catch_all(&self) -> bool {
-        self.hosts.is_empty() && self.path.is_any() && self.method.is_none() && self.headers.is_empty()
+        let whole = self.hosts.is_empty() && self.path.is_any() && self.method.is_none();
+        whole && self.headers.is_empty() && self.query.is_empty()
     }
 }
 
@@ -71,6 +102,7 @@ pub enum PathMatch {
     Exact(String),
     /// Whole path elements: `/foo` takes `/foo` and `/foo/bar`, not `/foobar`.
     Prefix(String),
+    Regex(Pattern),
 }
 
 impl PathMatch {
@@ -92,17 +124,28 @@ pub struct HeaderMatch {
     pub value: StringMatch,
 }
 
+/// A parameter of the query, by its exact name; of several of that name the first counts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueryMatch {
+    pub name: String,
+    pub value: StringMatch,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum StringMatch {
     Exact(String),
+    Regex(Pattern),
 }
 
 /// A service port and its share of the traffic: `weight` over the sum of the rule's weights.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Backend {
     pub service: Name,
     pub port: u16,
     /// 0 stops new requests, streams and connections at once.
     pub weight: u32,
+    /// After the rule's own. Redirects of backends are not known to Gateway API.
+    #[serde(default)]
+    pub filters: Filters,
 }

@@ -1,6 +1,6 @@
 //! Services and the endpoints behind them.
 
-use crate::{Identity, Name, SourceRange};
+use crate::{BackendPolicy, Identity, Name, SourceRange};
 use serde::{Deserialize, Serialize};
 use std::{borrow::Cow, net::IpAddr};
 
@@ -114,6 +114,9 @@ pub struct Service {
     /// Of both families; without one of a family, nobody of it may.
     #[serde(default)]
     pub source_ranges: Vec<SourceRange>,
+    /// How sidecars use its endpoints; absent: the defaults.
+    #[serde(default)]
+    pub backend_policy: Option<BackendPolicy>,
 }
 
 impl Service {

@@ -117,7 +117,8 @@ impl Compiler<'_> {
         let app_protocol = ports.iter().find(|p| p.protocol == Protocol::Tcp && p.port == port)?.app_protocol;
         let routes: Vec<&Route> = self.snapshot.routes().filter(|r| r.parent == *service).collect();
         let table = Table::compile(routes, service, port);
-        let rules = table.rules().iter().map(|r| r.backends.iter().map(|b| self.cluster(&b.service, b.port)).collect());
+        let rules =
+            table.rules().iter().map(|r| r.rule.backends.iter().map(|b| self.cluster(&b.service, b.port)).collect());
         let rules = rules.collect();
         let own = self.cluster(service, port);
         self.config.targets.push(Target { service: service.clone(), port, app_protocol, table, rules, own });
@@ -190,7 +191,8 @@ mod tests {
                 }],
             })
         };
-        let backend = |name: &str, weight| Backend { service: Name::new("shop", name), port: 80, weight };
+        let backend =
+            |name: &str, weight| Backend { service: Name::new("shop", name), port: 80, weight, ..Backend::default() };
         let route = Route {
             name: Name::new("shop", "split"),
             kind: RouteKind::Http,
@@ -199,8 +201,8 @@ mod tests {
             created_s: 0,
             generation: 1,
             rules: vec![Rule {
-                matches: vec![],
                 backends: vec![backend("web", 90), backend("canary", 10), backend("gone", 0)],
+                ..Rule::default()
             }],
         };
         Snapshot::new(

@@ -127,9 +127,9 @@ fn build_target(
 
 /// Goes on where the same rule with the same backends was.
 fn split(rule: &TableRule, before: Option<(&Target, &LiveTarget)>, worker: &Worker) -> Split {
-    let weights: Vec<u32> = rule.backends.iter().map(|b| b.weight).collect();
+    let weights: Vec<u32> = rule.rule.backends.iter().map(|b| b.weight).collect();
     let same_backends = |old: &TableRule| {
-        let names = |r: &TableRule| r.backends.iter().map(|b| (b.service.clone(), b.port)).collect::<Vec<_>>();
+        let names = |r: &TableRule| r.rule.backends.iter().map(|b| (b.service.clone(), b.port)).collect::<Vec<_>>();
         names(old) == names(rule)
     };
     let old = before.and_then(|(config, live)| {

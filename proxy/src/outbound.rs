@@ -189,6 +189,7 @@ pub fn choose_http(
     let asked = route::Request {
         host,
         path: request.uri().path(),
+        query: request.uri().query().unwrap_or_default(),
         method: request.method().as_str(),
         headers: &Values(request.headers()),
     };
@@ -209,7 +210,7 @@ fn host(request: &Request<Incoming>) -> &str {
 struct Values<'a>(&'a HeaderMap);
 
 impl Headers for Values<'_> {
-    fn has(&self, name: &str, value: &str) -> bool {
-        self.0.get_all(name).iter().any(|v| v.as_bytes() == value.as_bytes())
+    fn any(&self, name: &str, test: &mut dyn FnMut(&[u8]) -> bool) -> bool {
+        self.0.get_all(name).iter().any(|v| test(v.as_bytes()))
     }
 }

@@ -45,7 +45,7 @@ fn a_split_is_exact_over_ten_thousand_requests() {
 #[test]
 fn headers_and_paths_choose_the_rule() {
     let (one, two) = (start("v1"), start("v2"));
-    let matching = |m: Match, to| Rule { matches: vec![m], backends: vec![backend(to, 1)] };
+    let matching = |m: Match, to| Rule { matches: vec![m], backends: vec![backend(to, 1)], ..Rule::default() };
     let header = HeaderMatch { name: "x-canary".into(), value: StringMatch::Exact("yes".into()) };
     let rules = vec![
         matching(Match { headers: vec![header], ..Match::default() }, "v2"),

@@ -3,7 +3,7 @@
 //!
 //! The table answers with a rule; dividing the rule's traffic is [`crate::split`]'s work.
 
-use sluice_model::{Backend, HeaderMatch, Match, Name, PathMatch, Route, RouteKind, StringMatch};
+use sluice_model::{HeaderMatch, Match, Name, PathMatch, QueryMatch, Route, RouteKind, Rule, StringMatch};
 use std::cmp::Reverse;
 
 /// The parts of a request that routes look at.
@@ -13,14 +13,16 @@ pub struct Request<'a, H> {
     pub host: &'a str,
     /// Without query.
     pub path: &'a str,
+    /// What follows the path's `?`, encoded; empty without one.
+    pub query: &'a str,
     pub method: &'a str,
     pub headers: &'a H,
 }
 
 /// A view of a request's headers.
 pub trait Headers {
-    /// Some header called `name` (lower case) has exactly this value.
-    fn has(&self, name: &str, value: &str) -> bool;
+    /// Some header called `name` (lower case) has a value that passes `test`.
+    fn any(&self, name: &str, test: &mut dyn FnMut(&[u8]) -> bool) -> bool;
 }
 
 /// What the table says about a request or connection.
@@ -40,7 +42,7 @@ pub struct TableRule {
     pub route: Name,
     /// Position in the route's list of rules.
     pub position: usize,
-    pub backends: Box<[Backend]>,
+    pub rule: Rule,
 }
 
 /// All routes attached to one port of a service.
@@ -48,6 +50,8 @@ pub struct TableRule {
 pub struct Table {
     rules: Box<[TableRule]>,
     entries: Box<[Entry]>,
+    /// By the name that a TLS connection asks for, in order of precedence.
+    names: Box<[(Host, usize)]>,
     /// What connections follow that are not HTTP.
     tcp: Option<usize>,
 }
@@ -58,6 +62,7 @@ struct Entry {
     path: PathMatch,
     method: Option<Box<str>>,
     headers: Box<[HeaderMatch]>,
+    query: Box<[QueryMatch]>,
     rule: usize,
 }
 
@@ -79,26 +84,25 @@ impl Table {
         routes.sort_by_key(|r| (r.created_s, &r.name));
         let mut rules = Vec::new();
         let mut entries = Vec::new();
+        let mut names: Vec<(Host, usize)> = Vec::new();
         let (mut tcp, mut http_catch_all) = (None, None);
         for route in routes {
             for (position, rule) in route.rules.iter().enumerate() {
                 let index = rules.len();
                 match route.kind {
                     RouteKind::Tcp => tcp = tcp.or(Some(index)),
-                    RouteKind::Http => {
+                    RouteKind::Tls => names.extend(rule_names(&rule.matches, index)),
+                    RouteKind::Http | RouteKind::Grpc => {
                         http_catch_all = http_catch_all.or(rule.catch_all().then_some(index));
                         entries.extend(rule_entries(&rule.matches, index));
                     }
                 }
-                rules.push(TableRule {
-                    route: route.name.clone(),
-                    position,
-                    backends: rule.backends.as_slice().into(),
-                });
+                rules.push(TableRule { route: route.name.clone(), position, rule: rule.clone() });
             }
         }
         entries.sort_by_cached_key(Entry::rank);
-        Self { rules: rules.into(), entries: entries.into(), tcp: tcp.or(http_catch_all) }
+        names.sort_by_key(|(host, _)| host.rank());
+        Self { rules: rules.into(), entries: entries.into(), names: names.into(), tcp: tcp.or(http_catch_all) }
     }
 
     pub fn rules(&self) -> &[TableRule] {
@@ -121,6 +125,23 @@ impl Table {
     pub fn find_tcp(&self) -> Decision {
         self.tcp.map_or(Decision::Own, Decision::Rule)
     }
+
+    /// The rule of a TLS connection of the app's own that asks for the server called `name` (SNI; empty: none). Names that
+    /// no TLS route has go on as connections that are not HTTP.
+    pub fn find_tls(&self, name: &str) -> Decision {
+        match self.names.iter().find(|(host, _)| host.matches(name)) {
+            Some((_, rule)) => Decision::Rule(*rule),
+            None => self.find_tcp(),
+        }
+    }
+}
+
+fn rule_names(matches: &[Match], rule: usize) -> Vec<(Host, usize)> {
+    let hosts: Vec<&String> = matches.iter().flat_map(|m| &m.hosts).collect();
+    if hosts.is_empty() {
+        return vec![(Host::Any, rule)];
+    }
+    hosts.into_iter().map(|h| (Host::parse(h), rule)).collect()
 }
 
 fn rule_entries(matches: &[Match], rule: usize) -> Vec<Entry> {
@@ -137,6 +158,7 @@ fn match_entries(m: &Match, rule: usize) -> Vec<Entry> {
         path: m.path.clone(),
         method: m.method.as_deref().map(Into::into),
         headers: m.headers.as_slice().into(),
+        query: m.query.as_slice().into(),
         rule,
     };
     if m.hosts.is_empty() {
@@ -177,15 +199,19 @@ impl Host {
 }
 
 /// Smaller wins. Equal ranks keep the order of age, rule and match.
-type Rank = ((Reverse<usize>, Reverse<usize>), bool, Reverse<usize>, bool, Reverse<usize>);
+type Rank = ((Reverse<usize>, Reverse<usize>), u8, Reverse<usize>, bool, Reverse<usize>, Reverse<usize>);
 
 impl Entry {
     fn rank(&self) -> Rank {
-        let (not_exact, length) = match &self.path {
-            PathMatch::Exact(_) => (false, 0),
-            PathMatch::Prefix(p) => (true, p.trim_end_matches('/').len()),
+        // Where expressions stand is left open by Gateway API: after exact paths, before prefixes, longer text first, so
+        // that a rule for everything does not hide them.
+        let (class, length) = match &self.path {
+            PathMatch::Exact(_) => (0, 0),
+            PathMatch::Regex(p) => (1, p.as_str().len()),
+            PathMatch::Prefix(p) => (2, p.trim_end_matches('/').len()),
         };
-        (self.host.rank(), not_exact, Reverse(length), self.method.is_none(), Reverse(self.headers.len()))
+        let (headers, query) = (Reverse(self.headers.len()), Reverse(self.query.len()));
+        (self.host.rank(), class, Reverse(length), self.method.is_none(), headers, query)
     }
 
     fn matches<H: Headers>(&self, r: &Request<'_, H>) -> bool {
@@ -193,19 +219,31 @@ impl Entry {
             && path_matches(&self.path, r.path)
             && self.method.as_deref().is_none_or(|m| m == r.method)
             && self.headers.iter().all(|h| header_matches(h, r.headers))
+            && self.query.iter().all(|q| query_matches(q, r.query))
     }
 }
 
 fn header_matches<H: Headers>(wanted: &HeaderMatch, headers: &H) -> bool {
-    match &wanted.value {
-        StringMatch::Exact(value) => headers.has(&wanted.name, value),
-    }
+    headers.any(&wanted.name, &mut |value| match &wanted.value {
+        StringMatch::Exact(exact) => value == exact.as_bytes(),
+        StringMatch::Regex(pattern) => std::str::from_utf8(value).is_ok_and(|v| pattern.matches(v)),
+    })
+}
+
+/// Names and values are compared decoded, as an app sees them (URL standard, application/x-www-form-urlencoded).
+fn query_matches(wanted: &QueryMatch, query: &str) -> bool {
+    let first = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| *name == wanted.name);
+    first.is_some_and(|(_, value)| match &wanted.value {
+        StringMatch::Exact(exact) => value == exact.as_str(),
+        StringMatch::Regex(pattern) => pattern.matches(&value),
+    })
 }
 
 /// A prefix takes whole path elements; a slash at its end is ignored.
-fn path_matches(wanted: &PathMatch, path: &str) -> bool {
+pub fn path_matches(wanted: &PathMatch, path: &str) -> bool {
     match wanted {
         PathMatch::Exact(p) => p == path,
+        PathMatch::Regex(p) => p.matches(path),
         PathMatch::Prefix(p) => {
             let rest = path.strip_prefix(p.trim_end_matches('/'));
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))

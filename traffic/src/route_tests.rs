@@ -2,13 +2,13 @@
 
 use super::*;
 use proptest::prelude::*;
-use sluice_model::Rule;
+use sluice_model::Backend;
 
 struct Pairs(Vec<(String, String)>);
 
 impl Headers for Pairs {
-    fn has(&self, name: &str, value: &str) -> bool {
-        self.0.iter().any(|(n, v)| n == name && v == value)
+    fn any(&self, name: &str, test: &mut dyn FnMut(&[u8]) -> bool) -> bool {
+        self.0.iter().any(|(n, v)| n == name && test(v.as_bytes()))
     }
 }
 
@@ -17,11 +17,14 @@ fn service() -> Name {
 }
 
 fn backend(name: &str) -> Backend {
-    Backend { service: Name::new("shop", name), port: 80, weight: 1 }
+    Backend { service: Name::new("shop", name), port: 80, weight: 1, ..Backend::default() }
 }
 
 fn route(name: &str, created_s: i64, kind: RouteKind, rules: Vec<(Vec<Match>, &str)>) -> Route {
-    let rules = rules.into_iter().map(|(matches, to)| Rule { matches, backends: vec![backend(to)] }).collect();
+    let rules = rules
+        .into_iter()
+        .map(|(matches, to)| Rule { matches, backends: vec![backend(to)], ..Rule::default() })
+        .collect();
     Route { name: Name::new("shop", name), kind, parent: service(), parent_port: None, created_s, generation: 1, rules }
 }
 
@@ -40,8 +43,8 @@ fn header(name: &str, value: &str) -> HeaderMatch {
 /// The name of the backend that takes the request; "own" and "404" for the other two answers.
 fn ask(table: &Table, method: &str, host: &str, path: &str, headers: &[(&str, &str)]) -> String {
     let headers = Pairs(headers.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect());
-    match table.find(&Request { host, path, method, headers: &headers }) {
-        Decision::Rule(i) => table.rules()[i].backends[0].service.name.clone(),
+    match table.find(&Request { host, path, query: "", method, headers: &headers }) {
+        Decision::Rule(i) => table.rules()[i].rule.backends[0].service.name.clone(),
         Decision::Own => "own".into(),
         Decision::NoMatch => "404".into(),
     }
@@ -141,7 +144,7 @@ fn connections_follow_tcp_routes_else_the_oldest_catch_all() {
     let special = route("s", 1, RouteKind::Http, vec![(vec![prefix("/a")], "special")]);
     let plain = route("h", 2, RouteKind::Http, vec![(vec![prefix("/a")], "a"), (vec![], "plain")]);
     let to = |table: &Table| match table.find_tcp() {
-        Decision::Rule(i) => table.rules()[i].backends[0].service.name.clone(),
+        Decision::Rule(i) => table.rules()[i].rule.backends[0].service.name.clone(),
         other => format!("{other:?}"),
     };
     assert_eq!(to(&compile(&[special.clone(), plain.clone(), tcp.clone()])), "tcp");

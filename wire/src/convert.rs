@@ -1,6 +1,9 @@
 //! Between `model` and the wire. From the wire everything is checked: a message that breaks a rule is [`Malformed`] and
 //! changes nothing.
 
+mod policies;
+mod routes;
+
 use crate::v1;
 use sluice_model as m;
 use std::net::IpAddr;
@@ -194,6 +197,7 @@ impl From<&m::Service> for v1::Service {
             external_name: s.external_name.clone().unwrap_or_default(),
             restricted_ips: s.restricted_ips.iter().map(|a| address_to_wire(*a)).collect(),
             source_ranges: s.source_ranges.iter().map(Into::into).collect(),
+            backend_policy: s.backend_policy.as_ref().map(Into::into),
         }
     }
 }
@@ -244,6 +248,7 @@ impl TryFrom<v1::Service> for m::Service {
             external_name: Some(s.external_name).filter(|n| !n.is_empty()),
             restricted_ips: addresses_from_wire(&s.restricted_ips)?,
             source_ranges: s.source_ranges.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            backend_policy: s.backend_policy.map(TryInto::try_into).transpose()?,
         })
     }
 }
@@ -347,154 +352,6 @@ fn identity(s: &str) -> Result<m::Identity, Malformed> {
     s.parse().map_err(|_| invalid("identity", s))
 }
 
-impl From<&m::Route> for v1::Route {
-    fn from(r: &m::Route) -> Self {
-        Self {
-            name: Some((&r.name).into()),
-            kind: match r.kind {
-                m::RouteKind::Http => v1::RouteKind::HttpRoute,
-                m::RouteKind::Tcp => v1::RouteKind::TcpRoute,
-            }
-            .into(),
-            parent: Some((&r.parent).into()),
-            parent_port: r.parent_port.unwrap_or(0).into(),
-            created_s: r.created_s,
-            generation: r.generation,
-            rules: r
-                .rules
-                .iter()
-                .map(|rule| v1::Rule {
-                    matches: rule.matches.iter().map(Into::into).collect(),
-                    backends: rule.backends.iter().map(Into::into).collect(),
-                })
-                .collect(),
-        }
-    }
-}
-
-impl TryFrom<v1::Route> for m::Route {
-    type Error = Malformed;
-
-    fn try_from(r: v1::Route) -> Result<Self, Malformed> {
-        let rule = |rule: v1::Rule| {
-            Ok(m::Rule {
-                matches: rule.matches.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
-                backends: rule.backends.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
-            })
-        };
-        Ok(Self {
-            name: name(r.name)?,
-            kind: match v1::RouteKind::try_from(r.kind) {
-                Ok(v1::RouteKind::HttpRoute) => m::RouteKind::Http,
-                Ok(v1::RouteKind::TcpRoute) => m::RouteKind::Tcp,
-                Err(_) => return Err(invalid("route kind", r.kind)),
-            },
-            parent: name(r.parent)?,
-            parent_port: match r.parent_port {
-                0 => None,
-                p => Some(port("parent port", p)?),
-            },
-            created_s: r.created_s,
-            generation: r.generation,
-            rules: r.rules.into_iter().map(rule).collect::<Result<_, _>>()?,
-        })
-    }
-}
-
-impl From<&m::Match> for v1::Match {
-    fn from(x: &m::Match) -> Self {
-        Self {
-            hosts: x.hosts.clone(),
-            path: Some(match &x.path {
-                m::PathMatch::Exact(p) => v1::r#match::Path::Exact(p.clone()),
-                m::PathMatch::Prefix(p) => v1::r#match::Path::Prefix(p.clone()),
-            }),
-            method: x.method.clone().unwrap_or_default(),
-            headers: x
-                .headers
-                .iter()
-                .map(|h| v1::HeaderMatch {
-                    name: h.name.clone(),
-                    value: Some(match &h.value {
-                        m::StringMatch::Exact(v) => v1::header_match::Value::Exact(v.clone()),
-                    }),
-                })
-                .collect(),
-        }
-    }
-}
-
-impl TryFrom<v1::Match> for m::Match {
-    type Error = Malformed;
-
-    fn try_from(x: v1::Match) -> Result<Self, Malformed> {
-        let header = |h: v1::HeaderMatch| {
-            Ok(m::HeaderMatch {
-                name: h.name,
-                value: match required(h.value, "header match value")? {
-                    v1::header_match::Value::Exact(v) => m::StringMatch::Exact(v),
-                },
-            })
-        };
-        Ok(Self {
-            hosts: x.hosts,
-            path: match required(x.path, "path match")? {
-                v1::r#match::Path::Exact(p) => m::PathMatch::Exact(p),
-                v1::r#match::Path::Prefix(p) => m::PathMatch::Prefix(p),
-            },
-            method: Some(x.method).filter(|s| !s.is_empty()),
-            headers: x.headers.into_iter().map(header).collect::<Result<_, _>>()?,
-        })
-    }
-}
-
-impl From<&m::Backend> for v1::Backend {
-    fn from(b: &m::Backend) -> Self {
-        Self { service: Some((&b.service).into()), port: b.port.into(), weight: b.weight }
-    }
-}
-
-impl TryFrom<v1::Backend> for m::Backend {
-    type Error = Malformed;
-
-    fn try_from(b: v1::Backend) -> Result<Self, Malformed> {
-        Ok(Self { service: name(b.service)?, port: port("backend port", b.port)?, weight: b.weight })
-    }
-}
-
-impl From<&m::Policy> for v1::Policy {
-    fn from(p: &m::Policy) -> Self {
-        Self {
-            name: Some((&p.name).into()),
-            mode: match p.mode {
-                m::InboundMode::Permissive => v1::InboundMode::Permissive,
-                m::InboundMode::Strict => v1::InboundMode::Strict,
-            }
-            .into(),
-            excluded_ports: p.excluded_ports.iter().map(|p| (*p).into()).collect(),
-            opaque_ports: p.opaque_ports.iter().map(|p| (*p).into()).collect(),
-        }
-    }
-}
-
-impl TryFrom<v1::Policy> for m::Policy {
-    type Error = Malformed;
-
-    fn try_from(p: v1::Policy) -> Result<Self, Malformed> {
-        Ok(Self {
-            name: name(p.name)?,
-            // A mode from a newer control must not open anything: refuse it.
-            mode: match v1::InboundMode::try_from(p.mode) {
-                Ok(v1::InboundMode::Permissive) => m::InboundMode::Permissive,
-                Ok(v1::InboundMode::Strict) => m::InboundMode::Strict,
-                Err(_) => return Err(invalid("inbound mode", p.mode)),
-            },
-            excluded_ports: ports("excluded port", &p.excluded_ports)?,
-            opaque_ports: ports("opaque port", &p.opaque_ports)?,
-        })
-    }
-}
-
 impl From<&m::Workload> for v1::Workload {
     fn from(w: &m::Workload) -> Self {
         Self {
@@ -554,6 +411,91 @@ mod tests {
     use super::*;
     use prost::Message;
 
+    fn pattern(text: &str) -> m::Pattern {
+        text.parse().expect("a pattern")
+    }
+
+    fn operation() -> m::Operation {
+        m::Operation {
+            methods: vec!["GET".into()],
+            paths: vec![m::PathMatch::Prefix("/a".into()), m::PathMatch::Regex(pattern("/b+"))],
+            ports: vec![8080],
+        }
+    }
+
+    fn backend_policy() -> m::BackendPolicy {
+        m::BackendPolicy {
+            balance: m::Balance::Maglev(m::HashKey::Cookie("user".into())),
+            locality: Some(m::Locality { healthy_percent: 70 }),
+            slow_start_ms: 1,
+            outlier: Some(m::Outlier { success_percent: 90, ..m::Outlier::default() }),
+            panic_percent: 50,
+            circuit: m::Circuit { max_connections: 1, max_pending: 2, max_requests: 3, max_retries: 4 },
+            retry_budget: Some(m::RetryBudget::default()),
+            hedge_after_ms: 2,
+            per_try_timeout_ms: 3,
+            connect_timeout_ms: 4,
+            idle_timeout_ms: 5,
+            keepalive_s: 6,
+            redistribute: true,
+        }
+    }
+
+    fn filters(name: &m::Name) -> m::Filters {
+        let changes = |at: &str| m::HeaderChanges {
+            set: vec![(at.into(), "1".into())],
+            add: vec![("b".into(), "2".into())],
+            remove: vec!["c".into()],
+        };
+        m::Filters {
+            request_headers: changes("a"),
+            response_headers: changes("z"),
+            redirect: Some(m::Redirect {
+                scheme: Some("https".into()),
+                host: None,
+                port: Some(8443),
+                path: Some(m::PathChange::Full("/x".into())),
+                status: 301,
+            }),
+            rewrite: Some(m::Rewrite { host: Some("other".into()), path: Some(m::PathChange::Prefix("/y".into())) }),
+            mirrors: vec![m::Mirror {
+                service: name.clone(),
+                port: 81,
+                share: m::Fraction { numerator: 1, denominator: 3 },
+            }],
+        }
+    }
+
+    fn rule(name: &m::Name) -> m::Rule {
+        let value = |name: &str, value| m::HeaderMatch { name: name.into(), value };
+        m::Rule {
+            matches: vec![
+                m::Match {
+                    hosts: vec!["*.example.org".into()],
+                    path: m::PathMatch::Exact("/x".into()),
+                    method: Some("GET".into()),
+                    headers: vec![
+                        value("x-tester", m::StringMatch::Exact("1".into())),
+                        value("x-team", m::StringMatch::Regex(pattern("a|b"))),
+                    ],
+                    query: vec![m::QueryMatch { name: "q".into(), value: m::StringMatch::Exact("1".into()) }],
+                },
+                m::Match { path: m::PathMatch::Regex(pattern("/v[0-9]+")), ..m::Match::default() },
+            ],
+            backends: vec![m::Backend { service: name.clone(), port: 80, weight: 90, filters: filters(name) }],
+            filters: filters(name),
+            timeouts: m::Timeouts { request_ms: Some(1), backend_request_ms: Some(2) },
+            retry: Some(m::Retry { codes: vec![503], attempts: Some(0), backoff_ms: Some(25) }),
+            sticky: Some(m::Sticky::Cookie("version".into())),
+            fault: m::Fault {
+                delay: Some((5, m::Fraction::ALL)),
+                abort: Some((503, m::Fraction { numerator: 0, denominator: 9 })),
+            },
+            rate_limit: Some(m::RateLimit { requests: 5, per_ms: 1000, burst: 10 }),
+            max_body_bytes: Some(0),
+        }
+    }
+
     fn everything() -> Vec<m::Resource> {
         let name = m::Name::new("shop", "web");
         let id: m::Identity = "spiffe://cluster.local/ns/shop/sa/web".parse().expect("an identity");
@@ -579,6 +521,7 @@ mod tests {
                 external_name: Some("web.example.org".into()),
                 restricted_ips: vec!["192.0.2.1".parse().expect("an address")],
                 source_ranges: ["203.0.113.0/24", "2001:db8::/32"].map(|r| r.parse().expect("a range")).to_vec(),
+                backend_policy: Some(backend_policy()),
             }),
             m::Resource::EndpointSet(m::EndpointSet {
                 name: name.clone(),
@@ -601,24 +544,30 @@ mod tests {
                 parent_port: Some(80),
                 created_s: 5,
                 generation: 2,
-                rules: vec![m::Rule {
-                    matches: vec![m::Match {
-                        hosts: vec!["*.example.org".into()],
-                        path: m::PathMatch::Exact("/x".into()),
-                        method: Some("GET".into()),
-                        headers: vec![m::HeaderMatch {
-                            name: "x-tester".into(),
-                            value: m::StringMatch::Exact("1".into()),
-                        }],
-                    }],
-                    backends: vec![m::Backend { service: name.clone(), port: 80, weight: 90 }],
-                }],
+                rules: vec![rule(&name), m::Rule::default()],
             }),
             m::Resource::Policy(m::Policy {
                 name: name.clone(),
                 mode: m::InboundMode::Strict,
                 excluded_ports: vec![9000],
                 opaque_ports: vec![3306],
+                access: vec![m::AccessRule {
+                    policy: m::Name::new("shop", "callers"),
+                    action: m::Action::Deny,
+                    audit: true,
+                    from: vec![
+                        m::Caller { identity: Some(id.clone()), namespace: None },
+                        m::Caller { identity: None, namespace: Some("other".into()) },
+                    ],
+                    to: vec![operation()],
+                }],
+                rate_limits: vec![m::InboundLimit {
+                    policy: m::Name::new("shop", "callers"),
+                    from: vec![m::Caller::default()],
+                    to: vec![operation()],
+                    limit: m::RateLimit { requests: 5, per_ms: 1000, burst: 10 },
+                    per_identity: true,
+                }],
             }),
             m::Resource::Workload(m::Workload {
                 name,
@@ -657,6 +606,7 @@ mod tests {
             service: Some(v1::Name { namespace: "a".into(), name: "b".into() }),
             port: 70_000,
             weight: 1,
+            filters: None,
         };
         assert!(matches!(m::Backend::try_from(bad_port), Err(Malformed::Invalid { field: "backend port", .. })));
         assert!(address_from_wire(&[1, 2, 3]).is_err());

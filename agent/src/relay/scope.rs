@@ -166,7 +166,12 @@ pub(super) mod tests {
     pub(crate) fn route(parent: &str, backends: &[(&str, u32)]) -> Resource {
         let backends = backends
             .iter()
-            .map(|(name, weight)| Backend { service: Name::new("shop", *name), port: 80, weight: *weight })
+            .map(|(name, weight)| Backend {
+                service: Name::new("shop", *name),
+                port: 80,
+                weight: *weight,
+                ..Backend::default()
+            })
             .collect();
         Resource::Route(Route {
             name: Name::new("shop", format!("{parent}-route")),
@@ -175,7 +180,7 @@ pub(super) mod tests {
             parent_port: None,
             created_s: 1,
             generation: 1,
-            rules: vec![Rule { matches: vec![], backends }],
+            rules: vec![Rule { backends, ..Rule::default() }],
         })
     }
 

@@ -68,7 +68,8 @@ pub fn node() -> Resource {
 }
 
 fn split(parts: &[(&str, u32)]) -> Resource {
-    let backend = |(s, weight): &(&str, u32)| Backend { service: name(s), port: 80, weight: *weight };
+    let backend =
+        |(s, weight): &(&str, u32)| Backend { service: name(s), port: 80, weight: *weight, ..Backend::default() };
     Resource::Route(Route {
         name: name("split"),
         kind: RouteKind::Http,
@@ -76,7 +77,7 @@ fn split(parts: &[(&str, u32)]) -> Resource {
         parent_port: None,
         created_s: 1,
         generation: 1,
-        rules: vec![Rule { matches: vec![], backends: parts.iter().map(backend).collect() }],
+        rules: vec![Rule { backends: parts.iter().map(backend).collect(), ..Rule::default() }],
     })
 }
 

@@ -35,7 +35,7 @@ pub fn meshed(pod: &TestPod) -> [Resource; 2] {
         meshed: true,
     };
     let mode = InboundMode::Permissive;
-    let policy = Policy { name, mode, excluded_ports: vec![EXCLUDED], opaque_ports: vec![] };
+    let policy = Policy { name, mode, excluded_ports: vec![EXCLUDED], ..Policy::default() };
     [Resource::Workload(workload), Resource::Policy(policy)]
 }
 

@@ -79,7 +79,12 @@ fn settle_unmeshed(routes: &[m::Route], statuses: &mut [RouteStatus]) {
 /// A compiled route's name: the object's for an HTTPRoute under its first parent. `/` is in no object's name, so no two
 /// of them collide.
 fn compiled_name(h: &Header<'_>, parent: usize) -> m::Name {
-    let kind = if h.kind == m::RouteKind::Tcp { "/tcp" } else { "" };
+    let kind = match h.kind {
+        m::RouteKind::Http => "",
+        m::RouteKind::Grpc => "/grpc",
+        m::RouteKind::Tls => "/tls",
+        m::RouteKind::Tcp => "/tcp",
+    };
     let place = if parent == 0 { String::new() } else { format!("/{parent}") };
     m::Name::new(h.name.namespace.clone(), format!("{}{kind}{place}", h.name.name))
 }
@@ -146,7 +151,7 @@ fn tcp(r: &TcpRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
     let mut resolved = Ok(());
     let rules = r.spec.rules.iter().map(|rule| {
         let refs = rule.backend_refs.iter().map(|b| (reference!(b), b.weight));
-        m::Rule { matches: vec![], backends: backends(refs, &header.name, o, &mut resolved) }
+        m::Rule { backends: backends(refs, &header.name, o, &mut resolved), ..m::Rule::default() }
     });
     let rules = Ok(rules.collect());
     Some(attach(header, rules, resolved, o))
@@ -242,7 +247,7 @@ fn http_rule(
     if matches.is_empty() && !hosts.is_empty() {
         matches.push(m::Match { hosts: hosts.to_vec(), ..m::Match::default() });
     }
-    Ok(m::Rule { matches, backends })
+    Ok(m::Rule { matches, backends, ..m::Rule::default() })
 }
 
 fn http_match(x: &HttpRouteRulesMatches, hosts: &[String]) -> Result<m::Match, (&'static str, String)> {
@@ -269,7 +274,7 @@ fn http_match(x: &HttpRouteRulesMatches, hosts: &[String]) -> Result<m::Match, (
         _ => m::PathMatch::Prefix(value),
     };
     let method = x.method.as_ref().map(|m| format!("{m:?}").to_ascii_uppercase());
-    Ok(m::Match { hosts: hosts.to_vec(), path, method, headers })
+    Ok(m::Match { hosts: hosts.to_vec(), path, method, headers, ..m::Match::default() })
 }
 
 fn backends<'a>(
@@ -281,14 +286,15 @@ fn backends<'a>(
     refs.map(|(b, weight)| {
         let weight = weight.and_then(|w| u32::try_from(w).ok()).unwrap_or(1);
         match backend(&b, route, o) {
-            Ok((service, port)) => m::Backend { service, port, weight },
+            Ok((service, port)) => m::Backend { service, port, weight, ..m::Backend::default() },
             Err(wrong) => {
                 if resolved.is_ok() {
                     *resolved = Err(wrong);
                 }
                 // A name no service can have: its share of the traffic is answered with an error.
                 let name = format!("{}:unresolved", b.name);
-                m::Backend { service: m::Name::new(route.namespace.clone(), name), port: 1, weight }
+                let service = m::Name::new(route.namespace.clone(), name);
+                m::Backend { service, port: 1, weight, ..m::Backend::default() }
             }
         }
     })

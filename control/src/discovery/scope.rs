@@ -46,8 +46,7 @@ mod tests {
 
     fn workload(name: &str, node: &str) -> [Resource; 2] {
         let name = Name::new("ns", name);
-        let policy =
-            Policy { name: name.clone(), mode: InboundMode::Permissive, excluded_ports: vec![], opaque_ports: vec![] };
+        let policy = Policy { name: name.clone(), ..Policy::default() };
         let workload = Workload {
             name,
             uid: String::new(),

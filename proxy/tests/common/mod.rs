@@ -49,7 +49,7 @@ pub fn service(name: &str, ip: &str, app_protocol: AppProtocol, addresses: &[Soc
 }
 
 pub fn backend(name: &str, weight: u32) -> sluice_model::Backend {
-    sluice_model::Backend { service: Name::new("shop", name), port: 80, weight }
+    sluice_model::Backend { service: Name::new("shop", name), port: 80, weight, ..Default::default() }
 }
 
 pub fn route(rules: Vec<Rule>) -> Resource {
@@ -65,7 +65,7 @@ pub fn route(rules: Vec<Rule>) -> Resource {
 }
 
 pub fn split(weights: &[(&str, u32)]) -> Resource {
-    route(vec![Rule { matches: vec![], backends: weights.iter().map(|(n, w)| backend(n, *w)).collect() }])
+    route(vec![Rule { backends: weights.iter().map(|(n, w)| backend(n, *w)).collect(), ..Rule::default() }])
 }
 
 pub fn workload() -> WorkloadRef {

@@ -154,7 +154,7 @@ pub fn server_at(authority: &Authority, at: SocketAddr, app: SocketAddr, resourc
 pub fn opaque(port: u16) -> Vec<Resource> {
     let name = Name::new("shop", "client");
     let mode = InboundMode::Permissive;
-    vec![Resource::Policy(Policy { name, mode, excluded_ports: vec![], opaque_ports: vec![port] })]
+    vec![Resource::Policy(Policy { name, mode, opaque_ports: vec![port], ..Policy::default() })]
 }
 
 /// An app that hands each connection, once the head of its first request is read, to `serve`.
