@@ -3,16 +3,23 @@
 
 mod announce;
 mod endpoints;
+mod filters;
+pub mod policies;
 mod routes;
 
 pub use routes::{ParentStatus, RouteStatus, Unmeshed, Verdict};
 
+use crate::own::{AccessPolicy, BackendPolicy, RouteFilter};
 use crate::{
     api::{services::SOURCE_RANGES, validate::special},
     inject,
     pool::{self, Pool},
 };
-use gateway_api::{experimental::tcproutes::TcpRoute, httproutes::HttpRoute};
+use gateway_api::{
+    experimental::{grpcroutes::GrpcRoute, httproutes::HttpRoute, tcproutes::TcpRoute},
+    referencegrants::ReferenceGrant,
+    tlsroutes::TlsRoute,
+};
 use k8s_openapi::api::{
     core::v1::{Node, Pod, Service, ServiceSpec},
     discovery::v1::EndpointSlice,
@@ -32,7 +39,13 @@ pub struct Objects {
     pub pods: BTreeMap<m::Name, Arc<Pod>>,
     pub nodes: BTreeMap<m::Name, Arc<Node>>,
     pub http_routes: BTreeMap<m::Name, Arc<HttpRoute>>,
+    pub grpc_routes: BTreeMap<m::Name, Arc<GrpcRoute>>,
+    pub tls_routes: BTreeMap<m::Name, Arc<TlsRoute>>,
     pub tcp_routes: BTreeMap<m::Name, Arc<TcpRoute>>,
+    pub grants: BTreeMap<m::Name, Arc<ReferenceGrant>>,
+    pub backend_policies: BTreeMap<m::Name, Arc<BackendPolicy>>,
+    pub access_policies: BTreeMap<m::Name, Arc<AccessPolicy>>,
+    pub route_filters: BTreeMap<m::Name, Arc<RouteFilter>>,
 }
 
 /// What [`compile`] returns besides the resources.
@@ -45,10 +58,12 @@ pub struct Compiled {
 pub fn compile(o: &Objects, trust_domain: &str, pool: &Pool) -> Compiled {
     let mut resources = vec![];
     let mut announcers = announce::Announcers::new(o, pool);
+    let mut policies = policies::backend_policies(o);
     for object in o.services.values() {
         if let Some(mut s) = service(object) {
             let set = endpoints::endpoint_set(&s, o, trust_domain);
             s.announcements = announcers.announcements(object, &s, &set);
+            s.backend_policy = policies.remove(&s.name);
             resources.push(m::Resource::Service(s));
             resources.push(m::Resource::EndpointSet(set));
         }
@@ -56,7 +71,9 @@ pub fn compile(o: &Objects, trust_domain: &str, pool: &Pool) -> Compiled {
     for p in o.pods.values() {
         if let Some(w) = workload(p, trust_domain) {
             if w.meshed {
-                resources.push(m::Resource::Policy(policy(p, &w.name)));
+                let mut policy = policy(p, &w.name);
+                policies::add_access(&mut policy, p, o, trust_domain);
+                resources.push(m::Resource::Policy(policy));
             }
             resources.push(m::Resource::Workload(w));
         }

@@ -2,91 +2,142 @@
 //! A request is never sent twice where the first time may have counted.
 
 use crate::{
-    body::{Outgoing, empty},
+    body::Outgoing,
+    cluster::{Held, LiveCluster},
     headers::Needs,
-    live::LiveCluster,
     metrics::add,
     multiplex,
     reason::{self, Reason},
+    rule::Routed,
     upstream::{ConnectError, InFlight, Sender, Upstream},
     worker::Worker,
 };
-use http::{Request, Response, Version};
-use http_body_util::Either;
-use hyper::body::{Body, Incoming};
-use sluice_traffic::balance;
-use std::{rc::Rc, time::Instant};
+use http::{Request, Response, StatusCode, Version};
+use hyper::body::Incoming;
+use sluice_model::Retry;
+use sluice_traffic::retry;
+use std::{
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
 /// Endpoints tried for one request before it is given up, and connections that it may find closed before it was sent.
+/// More only where a route asks for more.
 const MAX_ATTEMPTS: u32 = 3;
 
-/// The answer, and the connection it came by. Tries other endpoints, and once another connection, where that cannot
-/// make a request count twice.
+/// The answer, and the connection it came by. Tries other endpoints, and once another connection, where that cannot make a
+/// request count twice; what a route asks to be tried again is, whether or not it can.
 pub async fn send(
     worker: &Rc<Worker>,
-    cluster: &Rc<LiveCluster>,
-    request: Request<Incoming>,
+    routed: &Routed,
+    key: Option<u64>,
+    request: Request<Outgoing>,
     needs: Needs,
     in_flight: &mut InFlight,
     inbound: bool,
 ) -> Result<(Response<Incoming>, Sender), Reason> {
+    let cluster = &routed.choice.cluster;
     if !cluster.known {
         return Err(Reason::NoBackend);
     }
-    let empty_body = request.body().is_end_stream();
-    let http2 = request.version() == Version::HTTP_2;
-    let mut request = request.map(Either::Left);
-    let repeatable = empty_body && request.method().is_idempotent();
-    let mut tries = Tries { repeatable, http2, shareable: needs == Needs::Stream, ..Tries::default() };
+    let mut tries = Tries::new(routed, key, &request, needs);
+    let patience = tries.patience(routed);
+    let mut request = request;
     loop {
         let Some(at) = tries.pick(cluster, worker) else { return Err(tries.failure) };
         let upstream = &cluster.endpoints[at];
         in_flight.at(upstream);
-        let (mut sender, reused) = match tries.connection(upstream, worker).await {
+        let begun = cluster.policy.is_some().then(Instant::now);
+        let us = || begun.map_or(0, |b| b.elapsed().as_micros() as u64);
+        let (mut sender, reused) = match tries.connection(cluster, upstream, worker).await {
             Ok(got) => got,
-            Err(error) => {
-                tracing::debug!(%error, "no connection");
-                tries.failure = if inbound { Reason::AppUnreachable } else { error.reason() };
+            Err(reason) => {
+                if reason == Reason::CircuitOpen {
+                    return Err(reason);
+                }
+                cluster.observe(worker, at, false, us());
+                tries.failure = if inbound { Reason::AppUnreachable } else { reason };
                 tries.next_endpoint(at, worker);
                 continue;
             }
         };
-        let spare = empty_body.then(|| copy_head(&request));
-        match sender.try_send(request).await {
-            Ok(mut response) => {
+        let spare = copy(&request);
+        match within(patience, sender.try_send(request)).await {
+            Some(Ok(mut response)) => {
+                cluster.observe(worker, at, !response.status().is_server_error(), us());
                 // Only the endpoint's own sidecar may say why it answered: an app could have it from anywhere.
                 if inbound || upstream.endpoint.identity.is_none() {
                     response.headers_mut().remove(reason::HEADER);
                 }
-                match spare {
-                    Some(spare) if tries.says_again(&response) && tries.another_endpoint(at, cluster, worker) => {
-                        request = spare;
-                    }
-                    _ => return Ok((response, sender)),
+                let Some(spare) = spare else { return Ok((response, sender)) };
+                let again = tries.says_again(&response) && tries.another_endpoint(at, cluster, worker);
+                if !again && !tries.asked_again(Some(response.status()), at, cluster, worker).await {
+                    return Ok((response, sender));
                 }
+                request = spare;
             }
-            Err(mut failed) => {
+            Some(Err(mut failed)) => {
                 let unsent = failed.take_message();
                 tracing::debug!(error = %failed.error(), reused, "request failed");
                 upstream.failed(&sender, failed.error());
                 let malformed = failed.error().is_parse();
-                let reason = if malformed { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
+                tries.failure = if malformed { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
+                if !failed.error().is_user() {
+                    // Else the client broke off, which says nothing of the endpoint.
+                    cluster.observe(worker, at, false, us());
+                }
                 let untouched = unsent.is_some() || multiplex::unprocessed(failed.error());
-                let again = unsent.or(spare.filter(|_| untouched || tries.repeatable && !malformed));
-                request = again.filter(|_| tries.another_connection(untouched, at, cluster, worker)).ok_or(reason)?;
+                let may = untouched || tries.repeatable && !malformed;
+                let again = match unsent {
+                    Some(unsent) => Some(unsent),
+                    None => spare,
+                };
+                let built_in = may && again.is_some() && tries.another_connection(untouched, at, cluster, worker);
+                let Some(again) = again else { return Err(tries.failure) };
+                if !built_in && !tries.asked_again(None, at, cluster, worker).await {
+                    return Err(tries.failure);
+                }
+                request = again;
+            }
+            None => {
+                tracing::debug!(endpoint = %upstream.endpoint.address, "no answer in time");
+                cluster.observe(worker, at, false, us());
+                tries.failure = Reason::TryTimeout;
+                drop(sender);
+                let Some(again) = spare else { return Err(tries.failure) };
+                if !tries.asked_again(None, at, cluster, worker).await {
+                    return Err(tries.failure);
+                }
+                request = again;
             }
         }
     }
 }
 
+/// What `answer` brings, within `patience` where there is a limit.
+async fn within<F: Future>(patience: Option<Duration>, answer: F) -> Option<F::Output> {
+    match patience {
+        None => Some(answer.await),
+        // Apart: a timer is large, and most requests have none.
+        Some(patience) => Box::pin(tokio::time::timeout(patience, answer)).await.ok(),
+    }
+}
+
 /// What was tried for one request.
-struct Tries {
+struct Tries<'a> {
     /// Idempotent and without body: may be sent again, once, after a connection broke before any byte of the answer
     /// (RFC 9110 §9.2.2). A server that is ending resets what waits in its backlog, so fresh connections break, too.
     repeatable: bool,
     http2: bool,
     /// Other requests may be on its connection.
     shareable: bool,
+    /// By which the endpoint is chosen.
+    key: Option<u64>,
+    /// What the route asks to be tried again, and how often it may still be.
+    asked: Option<&'a Retry>,
+    asked_left: u32,
+    /// The last of these tries is under way.
+    retrying: Option<Held>,
     /// Endpoints not to try again, by index; those past 63 are not remembered.
     tried: u64,
     attempts: u32,
@@ -95,32 +146,62 @@ struct Tries {
     failure: Reason,
 }
 
-impl Default for Tries {
-    fn default() -> Self {
+impl<'a> Tries<'a> {
+    fn new(routed: &'a Routed, key: Option<u64>, request: &Request<Outgoing>, needs: Needs) -> Self {
+        let asked = routed.asks.as_ref().and_then(|a| a.retry.as_ref());
         Self {
-            repeatable: false,
-            http2: false,
-            shareable: false,
+            repeatable: matches!(request.body(), Outgoing::Empty) && request.method().is_idempotent(),
+            http2: request.version() == Version::HTTP_2,
+            shareable: needs == Needs::Stream,
+            key,
+            asked,
+            asked_left: asked.map_or(0, retry::attempts),
+            retrying: None,
             tried: 0,
             attempts: 0,
             fresh: false,
             failure: Reason::NoEndpoints,
         }
     }
-}
 
-impl Tries {
+    /// For one try: the shorter of what the rule and the backend's policy ask.
+    fn patience(&self, routed: &Routed) -> Option<Duration> {
+        let rule = routed.asks.as_ref().and_then(|a| a.try_timeout);
+        let policy = routed.choice.cluster.policy.as_ref().map_or(0, |p| p.of.per_try_timeout_ms);
+        let policy = (policy > 0).then(|| Duration::from_millis(policy.into()));
+        [rule, policy].into_iter().flatten().min()
+    }
+
     fn pick(&self, cluster: &LiveCluster, worker: &Worker) -> Option<usize> {
         if self.attempts >= MAX_ATTEMPTS {
             return None;
         }
-        let endpoints = &cluster.endpoints;
-        let random = if endpoints.len() > 1 { worker.random() } else { 0 };
-        let untried = |i: usize| i > 63 || self.tried & (1 << i) == 0;
-        balance::pick(endpoints.len(), random, |i| endpoints[i].in_flight.get(), untried)
+        cluster.pick(worker, self.key, |i| i > 63 || self.tried & (1 << i) == 0)
     }
 
-    async fn connection(&self, upstream: &Rc<Upstream>, worker: &Rc<Worker>) -> Result<(Sender, bool), ConnectError> {
+    async fn connection(
+        &self,
+        cluster: &LiveCluster,
+        upstream: &Rc<Upstream>,
+        worker: &Rc<Worker>,
+    ) -> Result<(Sender, bool), Reason> {
+        if !self.shareable || upstream.endpoint.identity.is_none() && !self.http2 {
+            // One of its own: an idle one needs no leave.
+            if !self.http2
+                && !self.fresh
+                && let Some(sender) = upstream.take_idle(self.repeatable, Instant::now())
+            {
+                return Ok((Sender::Http1(sender), true));
+            }
+        }
+        let _waiting = cluster.wait()?;
+        self.connect(upstream, worker).await.map_err(|error| {
+            tracing::debug!(%error, "no connection");
+            error.reason()
+        })
+    }
+
+    async fn connect(&self, upstream: &Rc<Upstream>, worker: &Rc<Worker>) -> Result<(Sender, bool), ConnectError> {
         if self.shareable
             && let Some(got) = upstream.mesh(worker).await?
         {
@@ -136,6 +217,43 @@ impl Tries {
         }
         // Apart: rare, and large, and each connection holds room for the request that it serves.
         Ok((Sender::Http1(Box::pin(upstream.connect_http1(worker)).await?), false))
+    }
+
+    /// Whether the route wants one more try after an answer of this status, or after none came, and may have it; waits as
+    /// long as it asks before.
+    async fn asked_again(
+        &mut self,
+        status: Option<StatusCode>,
+        at: usize,
+        cluster: &LiveCluster,
+        worker: &Worker,
+    ) -> bool {
+        let Some(asked) = self.asked else { return false };
+        if self.asked_left == 0 || status.is_some_and(|s| !retry::asks_again(asked, s.as_u16())) {
+            return false;
+        }
+        self.retrying = None;
+        match cluster.retry(worker, Some(asked)) {
+            Ok(place) => self.retrying = place,
+            Err(reason) => {
+                worker.counters.refuse(reason);
+                return false;
+            }
+        }
+        self.asked_left -= 1;
+        add(&worker.counters.retries, 1);
+        // Elsewhere, where there is another place; the bound is the route's own.
+        self.tried |= 1u64.checked_shl(at as u32).unwrap_or(0);
+        self.attempts = 0;
+        if self.pick(cluster, worker).is_none() {
+            self.tried = 0;
+        }
+        let n = retry::attempts(asked) - self.asked_left;
+        let pause = Duration::from_millis(retry::backoff_ms(asked, n, worker.random()));
+        if !pause.is_zero() {
+            Box::pin(tokio::time::sleep(pause)).await;
+        }
+        true
     }
 
     fn next_endpoint(&mut self, at: usize, worker: &Worker) {
@@ -178,8 +296,14 @@ impl Tries {
     }
 }
 
-fn copy_head(request: &Request<Outgoing>) -> Request<Outgoing> {
-    let mut copy = Request::new(empty());
+/// The same request once more, where its body allows it.
+fn copy(request: &Request<Outgoing>) -> Option<Request<Outgoing>> {
+    Some(with_head_of(request, request.body().again()?))
+}
+
+/// A request with the head of another.
+pub fn with_head_of<A, B>(request: &Request<A>, body: B) -> Request<B> {
+    let mut copy = Request::new(body);
     *copy.method_mut() = request.method().clone();
     *copy.uri_mut() = request.uri().clone();
     *copy.version_mut() = request.version();

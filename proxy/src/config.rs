@@ -3,7 +3,9 @@
 //! Indices instead of names inside: a request costs one table walk and no lookup by name.
 
 use crate::{held::Held, tls::Tls};
-use sluice_model::{AppProtocol, Identity, InboundMode, Name, Protocol, Revision, Route, Snapshot};
+use sluice_model::{
+    AppProtocol, BackendPolicy, Identity, InboundMode, Name, Policy, Protocol, Revision, Route, Snapshot,
+};
 use sluice_traffic::{resolve::Resolved, route::Table};
 use std::{
     collections::{HashMap, HashSet},
@@ -45,10 +47,17 @@ pub struct Target {
     pub port: u16,
     pub app_protocol: AppProtocol,
     pub table: Table,
-    /// Of each of the table's rules, the cluster of each backend.
-    pub rules: Vec<Vec<usize>>,
+    /// Of each of the table's rules, the clusters it sends to.
+    pub rules: Vec<RuleClusters>,
     /// The cluster that takes traffic no route touches.
     pub own: usize,
+}
+
+/// Indices into [`Config::clusters`], in the rule's order.
+#[derive(Debug)]
+pub struct RuleClusters {
+    pub backends: Vec<usize>,
+    pub mirrors: Vec<usize>,
 }
 
 /// A port of a service as backend: where its ready endpoints are.
@@ -59,6 +68,9 @@ pub struct Cluster {
     /// The service and port exist.
     pub known: bool,
     pub endpoints: Vec<Endpoint>,
+    /// Of each endpoint, whether it is in this workload's zone.
+    pub near: Vec<bool>,
+    pub policy: Option<Arc<BackendPolicy>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -73,11 +85,16 @@ pub struct Endpoint {
 pub struct Inbound {
     pub strict: bool,
     pub opaque_ports: HashSet<u16>,
+    /// Who may call what, and how often.
+    pub policy: Policy,
 }
 
 /// Compiles `held` for the workload called `workload`.
 pub fn compile(held: &Held, workload: &Name, tls: Option<Arc<Tls>>, generation: u64) -> Config {
-    let mut compiler = Compiler { snapshot: &held.snapshot, config: Config::default(), clusters: HashMap::new() };
+    let node = held.snapshot.workload(workload).map_or("", |w| &w.node);
+    let zone = held.snapshot.place(node).zone;
+    let config = Config::default();
+    let mut compiler = Compiler { snapshot: &held.snapshot, zone, config, clusters: HashMap::new() };
     for (address, resolved) in &held.resolutions {
         let destination = compiler.destination(*address, resolved);
         compiler.config.destinations.insert(*address, destination);
@@ -90,11 +107,14 @@ fn inbound(snapshot: &Snapshot, workload: &Name) -> Inbound {
     snapshot.policy(workload).map_or_else(Inbound::default, |p| Inbound {
         strict: p.mode == InboundMode::Strict,
         opaque_ports: p.opaque_ports.iter().copied().collect(),
+        policy: p.clone(),
     })
 }
 
 struct Compiler<'a> {
     snapshot: &'a Snapshot,
+    /// This workload's; empty: unknown.
+    zone: &'a str,
     config: Config,
     clusters: HashMap<(Name, u16), usize>,
 }
@@ -117,8 +137,10 @@ impl Compiler<'_> {
         let app_protocol = ports.iter().find(|p| p.protocol == Protocol::Tcp && p.port == port)?.app_protocol;
         let routes: Vec<&Route> = self.snapshot.routes().filter(|r| r.parent == *service).collect();
         let table = Table::compile(routes, service, port);
-        let rules =
-            table.rules().iter().map(|r| r.rule.backends.iter().map(|b| self.cluster(&b.service, b.port)).collect());
+        let rules = table.rules().iter().map(|r| RuleClusters {
+            backends: r.rule.backends.iter().map(|b| self.cluster(&b.service, b.port)).collect(),
+            mirrors: r.rule.filters.mirrors.iter().map(|m| self.cluster(&m.service, m.port)).collect(),
+        });
         let rules = rules.collect();
         let own = self.cluster(service, port);
         self.config.targets.push(Target { service: service.clone(), port, app_protocol, table, rules, own });
@@ -129,7 +151,7 @@ impl Compiler<'_> {
         if let Some(known) = self.clusters.get(&(service.clone(), port)) {
             return *known;
         }
-        let cluster = compile_cluster(self.snapshot, service, port);
+        let cluster = compile_cluster(self.snapshot, self.zone, service, port);
         self.config.clusters.push(cluster);
         let index = self.config.clusters.len() - 1;
         self.clusters.insert((service.clone(), port), index);
@@ -137,14 +159,19 @@ impl Compiler<'_> {
     }
 }
 
-fn compile_cluster(snapshot: &Snapshot, service: &Name, port: u16) -> Cluster {
-    let ports = snapshot.service(service).map(|s| s.ports.as_slice()).unwrap_or_default();
+fn compile_cluster(snapshot: &Snapshot, zone: &str, name: &Name, port: u16) -> Cluster {
+    let service = snapshot.service(name);
+    let ports = service.map(|s| s.ports.as_slice()).unwrap_or_default();
     let found = ports.iter().find(|p| p.protocol == Protocol::Tcp && p.port == port);
-    let endpoints = match (found, snapshot.endpoint_set(service)) {
-        (Some(p), Some(set)) => set.ready_on(&p.name, Protocol::Tcp).map(|(e, port)| endpoint(e, port)).collect(),
-        _ => Vec::new(),
+    let near = |e: &sluice_model::Endpoint| !zone.is_empty() && e.zone == zone;
+    let (endpoints, near) = match (found, snapshot.endpoint_set(name)) {
+        (Some(p), Some(set)) => {
+            set.ready_on(&p.name, Protocol::Tcp).map(|(e, port)| (endpoint(e, port), near(e))).unzip()
+        }
+        _ => Default::default(),
     };
-    Cluster { service: service.clone(), port, known: found.is_some(), endpoints }
+    let policy = service.and_then(|s| s.backend_policy.clone()).map(Arc::new);
+    Cluster { service: name.clone(), port, known: found.is_some(), endpoints, near, policy }
 }
 
 fn endpoint(e: &sluice_model::Endpoint, port: u16) -> Endpoint {
@@ -231,7 +258,7 @@ mod tests {
         assert_eq!(*at("10.96.0.9:80"), Destination::Outside);
         let Destination::Service(target) = at("10.96.0.1:80") else { panic!("no service") };
         let target = &config.targets[*target];
-        let clusters: Vec<_> = target.rules[0].iter().map(|c| &config.clusters[*c]).collect();
+        let clusters: Vec<_> = target.rules[0].backends.iter().map(|c| &config.clusters[*c]).collect();
         assert_eq!(clusters[0].endpoints[0].address, "10.244.1.1:8080".parse().expect("address"));
         assert!(clusters[1].known && clusters[1].endpoints.is_empty(), "not ready takes no traffic");
         assert!(!clusters[2].known);

@@ -114,6 +114,13 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
+/// The value of the cookie called `name` (RFC 6265 §4.2): the first, where there are several.
+pub fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    let lines = headers.get_all(header::COOKIE).iter().filter_map(|line| line.to_str().ok());
+    let mut pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    pairs.find(|(n, _)| *n == name).map(|(_, value)| value)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,6 +192,18 @@ mod tests {
             restore_version(&mut request);
             assert_eq!((request.version(), request.headers().len()), (version, 0));
         }
+    }
+
+    #[test]
+    fn cookies_are_found_by_their_whole_name() {
+        let mut headers = HeaderMap::new();
+        for line in ["a=1; user-id=no; user=x=y", "user=second"] {
+            headers.append(header::COOKIE, HeaderValue::from_static(line));
+        }
+        assert_eq!(
+            (cookie(&headers, "user"), cookie(&headers, "a"), cookie(&headers, "b")),
+            (Some("x=y"), Some("1"), None)
+        );
     }
 
     #[test]

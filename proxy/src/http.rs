@@ -2,14 +2,17 @@
 //! the version they were asked in (1.1, or 2 with prior knowledge). Upgrades and CONNECT become pipes.
 
 use crate::{
+    apply::{self, Prepared},
     attempt::send,
-    body::Answer,
+    body::{Answer, Outgoing},
+    cluster,
     drain::Phase,
+    guard::Entry,
     headers::{Needs, prepare_request, remove_hop_by_hop, restore_version},
-    live::Choice,
     multiplex,
     outbound::choose_http,
     reason::{self, Reason},
+    rule::Routed,
     tcp,
     tls::Tls,
     upstream::{InFlight, Sender},
@@ -30,7 +33,7 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -46,10 +49,10 @@ pub enum Side {
     /// To backends of what was dialled; `target` is that service port's place in the config of a generation.
     Outbound { destination: SocketAddr, target: Cell<(u64, usize)> },
     /// To the app.
-    Inbound(Choice),
+    Inbound(Entry),
     /// To the app, from a peer's sidecar by `sluice-h2`: requests of both versions, on a connection that ends with our
     /// certificate.
-    Mesh(Choice, Arc<Tls>),
+    Mesh(Entry, Arc<Tls>),
     /// Nowhere: every request is answered with this.
     Refuse(Reason),
 }
@@ -57,6 +60,15 @@ pub enum Side {
 impl Side {
     fn inbound(&self) -> bool {
         matches!(self, Self::Inbound(_) | Self::Mesh(..))
+    }
+
+    /// The port that was dialled.
+    fn port(&self) -> u16 {
+        match self {
+            Self::Outbound { destination, .. } => destination.port(),
+            Self::Inbound(entry) | Self::Mesh(entry, _) => entry.address.port(),
+            Self::Refuse(_) => 0,
+        }
     }
 }
 
@@ -153,23 +165,41 @@ impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for LocalExecutor 
 
 async fn respond(worker: &Rc<Worker>, side: &Side, mut request: Request<Incoming>) -> Response<Answer> {
     let (inbound, http1) = (side.inbound(), request.version() < Version::HTTP_2);
-    let choice = match side {
+    let routed = match side {
         Side::Outbound { destination, target } => choose_http(worker, *destination, target, &request),
-        Side::Inbound(choice) => Ok(choice.clone()),
-        Side::Mesh(choice, _) => {
+        Side::Inbound(entry) => entry.admit(worker, &request),
+        Side::Mesh(entry, _) => {
             restore_version(&mut request);
-            Ok(choice.clone())
+            entry.admit(worker, &request)
         }
         Side::Refuse(reason) => Err(*reason),
     };
-    let mut response = match choice {
-        Ok(choice) => forward(worker, choice, request, inbound).await,
+    let mut response = match routed {
+        Ok(routed) => match routed.asks.as_ref().and_then(|a| a.request_timeout) {
+            None => forward(worker, routed, request, side.port(), inbound).await,
+            Some(time) => Box::pin(forward_within(worker, routed, request, side.port(), time)).await,
+        },
         Err(reason) => refuse(worker, reason),
     };
     if inbound && http1 && worker.draining() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
+}
+
+/// [`forward`] with an end to the whole exchange, its last byte included.
+async fn forward_within(
+    worker: &Rc<Worker>,
+    routed: Routed,
+    request: Request<Incoming>,
+    port: u16,
+    time: Duration,
+) -> Response<Answer> {
+    let deadline = tokio::time::Instant::now() + time;
+    match tokio::time::timeout_at(deadline, forward(worker, routed, request, port, false)).await {
+        Ok(response) => response.map(|body| body.until(deadline)),
+        Err(_) => refuse(worker, Reason::RequestTimeout),
+    }
 }
 
 /// An answer of our own making: it says so, and why.
@@ -181,29 +211,51 @@ pub fn refuse(worker: &Worker, reason: Reason) -> Response<Answer> {
     response
 }
 
-/// Sends the request to an endpoint of the chosen backend and passes the answer on.
+/// Sends the request to an endpoint of the chosen backend and passes the answer on. `port` is the one that was dialled.
 async fn forward(
     worker: &Rc<Worker>,
-    choice: Choice,
+    routed: Routed,
     mut request: Request<Incoming>,
+    port: u16,
     inbound: bool,
 ) -> Response<Answer> {
-    let mut in_flight = Box::new(InFlight::new(choice.series, Instant::now()));
+    let cluster = &routed.choice.cluster;
+    let mut in_flight = Box::new(InFlight::new(routed.choice.series.clone(), Instant::now()));
     let needs = prepare_request(&mut request);
     // Only tunnels take their end of the connection over; the others need no handle for it.
     let client = (needs == Needs::Tunnel).then(|| hyper::upgrade::on(&mut request));
-    match send(worker, &choice.cluster, request, needs, &mut in_flight, inbound).await {
+    match cluster.admit(worker) {
+        Ok(place) => in_flight.admitted(place),
+        Err(reason) => return answer_instead(in_flight, refuse(worker, reason)),
+    }
+    let key = cluster.hash_key().and_then(|k| cluster::key(k, request.headers(), worker.source()));
+    let prepared = match &routed.asks {
+        None => Prepared { request: request.map(Outgoing::from), exceeded: None },
+        Some(asks) => match Box::pin(apply::prepare(worker, &routed, asks, request, port)).await {
+            Ok(prepared) => prepared,
+            Err(response) => return answer_instead(in_flight, *response),
+        },
+    };
+    let Prepared { request, exceeded } = prepared;
+    match send(worker, &routed, key, request, needs, &mut in_flight, inbound).await {
         Err(reason) => {
-            in_flight.answered(reason.status().as_u16(), None);
-            refuse(worker, reason)
+            let reason = if exceeded.is_some_and(|e| e.get()) { Reason::BodyTooLarge } else { reason };
+            answer_instead(in_flight, refuse(worker, reason))
         }
-        Ok((response, sender)) => {
+        Ok((mut response, sender)) => {
+            routed.change_response(response.headers_mut());
             if let Some(client) = client.filter(|_| switches(&response)) {
                 return tunnel_through(worker, client, response, in_flight);
             }
             pass_on(response, sender, in_flight)
         }
     }
+}
+
+/// The request ends with an answer that no backend made.
+fn answer_instead(mut in_flight: Box<InFlight>, response: Response<Answer>) -> Response<Answer> {
+    in_flight.answered(response.status().as_u16(), None);
+    response
 }
 
 /// The upstream agreed to a tunnel.
@@ -248,8 +300,8 @@ fn pass_on(mut response: Response<Incoming>, sender: Sender, mut in_flight: Box<
     response.map(|body| {
         if body.is_end_stream() {
             in_flight.end();
-            return Answer::Upstream(body, None);
+            return Answer::Upstream(body, None, None);
         }
-        Answer::Upstream(body, Some(in_flight))
+        Answer::Upstream(body, Some(in_flight), None)
     })
 }

@@ -3,21 +3,25 @@
 //! address, which is how capture knows to let it pass.
 
 use crate::{
+    guard::{self, Entry},
     http::{self, Protocol, Side},
     io::{Prefixed, first_bytes},
-    live::Choice,
     metrics::add,
     outbound::reset,
     reason::Reason,
     tcp,
-    tls::Offer,
+    tls::{self, Offer},
     upstream::connect_tcp,
     worker::Worker,
 };
 use bytes::Bytes;
-use sluice_traffic::detect::{ClientHello, Detected};
+use sluice_model::Identity;
+use sluice_traffic::{
+    access::Call,
+    detect::{ClientHello, Detected},
+};
 use sluice_wire::{ALPN_H2, ALPN_TCP};
-use std::{net::SocketAddr, rc::Rc, time::Duration};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
@@ -47,16 +51,16 @@ pub async fn serve(worker: &Rc<Worker>, mut stream: TcpStream, address: SocketAd
             reset(&stream);
         }
         Detected::Http1 if !opaque => {
-            let side = Side::Inbound(app(worker, address));
+            let side = Side::Inbound(Entry::new(worker, address, None));
             http::serve(worker, Prefixed::new(bytes, stream), side, Protocol::Http1).await;
         }
         Detected::Http2 if !opaque => {
-            let side = Side::Inbound(app(worker, address));
+            let side = Side::Inbound(Entry::new(worker, address, None));
             http::serve(worker, Prefixed::new(bytes, stream), side, Protocol::Http2).await;
         }
         _ => {
             let mut stream = Prefixed::new(bytes, stream);
-            if !join(worker, &mut stream, address).await {
+            if !join(worker, &mut stream, address, None).await {
                 reset(stream.get_ref());
             }
         }
@@ -66,10 +70,6 @@ pub async fn serve(worker: &Rc<Worker>, mut stream: TcpStream, address: SocketAd
 /// The peer is a sidecar; any other TLS is the app's own.
 fn meshed(hello: &ClientHello) -> bool {
     hello.offers(ALPN_TCP) || hello.offers(ALPN_H2)
-}
-
-fn app(worker: &Worker, address: SocketAddr) -> Choice {
-    Choice { cluster: worker.app(address), series: worker.inbound_series(address.port()) }
 }
 
 async fn mesh(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, address: SocketAddr, opaque: bool) {
@@ -87,27 +87,37 @@ async fn mesh(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, address: Soc
             return worker.counters.refuse(Reason::IdentityNotProven);
         }
     };
+    let caller = stream.get_ref().1.peer_certificates().and_then(|chain| tls::peer_identity(chain)).map(Arc::new);
     if opaque {
-        join(worker, &mut stream, address).await;
+        join(worker, &mut stream, address, caller.as_deref()).await;
         return;
     }
+    let entry = Entry::new(worker, address, caller);
     if stream.get_ref().1.alpn_protocol() == Some(ALPN_H2) {
-        return http::serve(worker, stream, Side::Mesh(app(worker, address), tls), Protocol::Http2).await;
+        return http::serve(worker, stream, Side::Mesh(entry, tls), Protocol::Http2).await;
     }
     let Ok((bytes, found)) = first_bytes(&mut stream, DETECT_PATIENCE).await else { return };
     let mut stream = Prefixed::new(bytes, stream);
-    let side = || Side::Inbound(app(worker, address));
     match found {
-        Detected::Http1 => http::serve(worker, stream, side(), Protocol::Http1).await,
-        Detected::Http2 => http::serve(worker, stream, side(), Protocol::Http2).await,
+        Detected::Http1 => http::serve(worker, stream, Side::Inbound(entry), Protocol::Http1).await,
+        Detected::Http2 => http::serve(worker, stream, Side::Inbound(entry), Protocol::Http2).await,
         _ => {
-            join(worker, &mut stream, address).await;
+            join(worker, &mut stream, address, entry.caller.as_deref()).await;
         }
     }
 }
 
 /// Opaque bytes to the app. False when they could not be passed on whole.
-async fn join<S: AsyncRead + AsyncWrite + Unpin>(worker: &Worker, stream: &mut S, address: SocketAddr) -> bool {
+async fn join<S: AsyncRead + AsyncWrite + Unpin>(
+    worker: &Worker,
+    stream: &mut S,
+    address: SocketAddr,
+    caller: Option<&Identity>,
+) -> bool {
+    if let Err(reason) = guard::admit(worker, &Call { caller, port: address.port(), request: None }) {
+        worker.counters.refuse(reason);
+        return false;
+    }
     let series = worker.inbound_series(address.port());
     add(&series.connections, 1);
     match connect_tcp(address).await {

@@ -1,6 +1,7 @@
 //! Byte streams: bytes already read put back in front ([`Prefixed`]), a connection to an upstream with or without TLS
 //! ([`Wire`]), and the wait for the first bytes of a connection.
 
+use crate::upstream::Counted;
 use bytes::{Buf, Bytes, BytesMut};
 use sluice_traffic::detect::{self, Detected};
 use sluice_wire::ALPN_H2;
@@ -100,19 +101,33 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
     }
 }
 
-/// A connection to an upstream.
+/// A connection to an upstream, counted there until it is dropped.
 #[derive(Debug)]
-pub enum Wire {
+pub struct Wire {
+    stream: Stream,
+    _open: Counted,
+}
+
+#[derive(Debug)]
+enum Stream {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
 impl Wire {
+    pub fn plain(stream: TcpStream, open: Counted) -> Self {
+        Self { stream: Stream::Plain(stream), _open: open }
+    }
+
+    pub fn tls(stream: TlsStream<TcpStream>, open: Counted) -> Self {
+        Self { stream: Stream::Tls(Box::new(stream)), _open: open }
+    }
+
     /// The other side is a sidecar and chose to take requests multiplexed.
     pub fn is_multiplexed(&self) -> bool {
-        match self {
-            Self::Plain(_) => false,
-            Self::Tls(s) => s.get_ref().1.alpn_protocol() == Some(ALPN_H2),
+        match &self.stream {
+            Stream::Plain(_) => false,
+            Stream::Tls(s) => s.get_ref().1.alpn_protocol() == Some(ALPN_H2),
         }
     }
 }
@@ -120,9 +135,9 @@ impl Wire {
 /// Runs the same poll on whichever stream it is.
 macro_rules! either {
     ($self:ident, $method:ident, $($arg:expr),*) => {
-        match $self.get_mut() {
-            Wire::Plain(s) => Pin::new(s).$method($($arg),*),
-            Wire::Tls(s) => Pin::new(s.as_mut()).$method($($arg),*),
+        match &mut $self.get_mut().stream {
+            Stream::Plain(s) => Pin::new(s).$method($($arg),*),
+            Stream::Tls(s) => Pin::new(s.as_mut()).$method($($arg),*),
         }
     };
 }
@@ -143,16 +158,16 @@ impl AsyncWrite for Wire {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Wire::Plain(s) => write_joined(s, cx, bufs),
-            Wire::Tls(s) => write_joined(s.as_mut(), cx, bufs),
+        match &mut self.get_mut().stream {
+            Stream::Plain(s) => write_joined(s, cx, bufs),
+            Stream::Tls(s) => write_joined(s.as_mut(), cx, bufs),
         }
     }
 
     fn is_write_vectored(&self) -> bool {
-        match self {
-            Wire::Plain(s) => s.is_write_vectored(),
-            Wire::Tls(s) => s.is_write_vectored(),
+        match &self.stream {
+            Stream::Plain(s) => s.is_write_vectored(),
+            Stream::Tls(s) => s.is_write_vectored(),
         }
     }
 

@@ -5,12 +5,16 @@
 //! It decides with `sluice-traffic`, reads `config`, and never talks to the kernel's control side.
 
 pub mod admin;
+pub mod apply;
 pub mod attempt;
 pub mod body;
+pub mod cluster;
 pub mod config;
 pub mod control;
 pub mod discovery;
 pub mod drain;
+pub mod filter;
+pub mod guard;
 pub mod handover;
 pub mod headers;
 pub mod held;
@@ -25,6 +29,7 @@ pub mod metrics;
 pub mod multiplex;
 pub mod outbound;
 pub mod reason;
+pub mod rule;
 pub mod run;
 pub mod settings;
 pub mod socket;

@@ -2,34 +2,31 @@
 //! Built once per config; what stayed the same is taken over from the one before.
 
 use crate::{
-    config::{Config, Target},
+    cluster::{LiveCluster, LivePolicy},
+    config::{Cluster, Config, Target},
     metrics::{Direction, Series, SeriesKey},
     reason::Reason,
-    upstream::Upstream,
+    rule::{LiveRule, Routed},
     worker::Worker,
 };
+use http::HeaderMap;
 use sluice_traffic::{
     route::{Decision, Headers, Request, TableRule},
     split::Split,
 };
-use std::{cell::RefCell, rc::Rc, sync::Arc};
+use std::{rc::Rc, sync::Arc};
 
 #[derive(Debug)]
 pub struct Live {
     pub config: Arc<Config>,
     targets: Vec<LiveTarget>,
+    clusters: Vec<Rc<LiveCluster>>,
 }
 
 #[derive(Debug)]
 struct LiveTarget {
     rules: Vec<LiveRule>,
     own: Choice,
-}
-
-#[derive(Debug)]
-struct LiveRule {
-    split: RefCell<Split>,
-    backends: Vec<Choice>,
 }
 
 /// A backend with its counters for one route.
@@ -39,24 +36,10 @@ pub struct Choice {
     pub series: Rc<Series>,
 }
 
-/// The endpoints of a backend.
-#[derive(Debug)]
-pub struct LiveCluster {
-    pub known: bool,
-    pub endpoints: Vec<Rc<Upstream>>,
-}
-
 impl Live {
     /// Makes `config` usable by `worker`, continuing from the worker's present tables.
     pub fn build(config: Arc<Config>, worker: &Worker, previous: &Live) -> Self {
-        let clusters: Vec<Rc<LiveCluster>> = config
-            .clusters
-            .iter()
-            .map(|c| {
-                let endpoints = c.endpoints.iter().map(|e| worker.upstream(e)).collect();
-                Rc::new(LiveCluster { known: c.known, endpoints })
-            })
-            .collect();
+        let clusters: Vec<Rc<LiveCluster>> = config.clusters.iter().map(|c| Rc::new(live_cluster(c, worker))).collect();
         let targets = config
             .targets
             .iter()
@@ -65,11 +48,11 @@ impl Live {
                 build_target(&config, t, before, &clusters, worker)
             })
             .collect();
-        Self { config, targets }
+        Self { config, targets, clusters }
     }
 
     pub fn empty() -> Self {
-        Self { config: Arc::default(), targets: Vec::new() }
+        Self { config: Arc::default(), targets: Vec::new(), clusters: Vec::new() }
     }
 
     fn find(&self, target: &Target) -> Option<(&Target, &LiveTarget)> {
@@ -77,28 +60,47 @@ impl Live {
         self.config.targets.iter().zip(&self.targets).find(|(t, _)| same(t))
     }
 
-    /// The backend of an HTTP request to `target`.
-    pub fn choose_http<H: Headers>(&self, target: usize, request: &Request<'_, H>) -> Result<Choice, Reason> {
-        self.choose(target, self.config.targets[target].table.find(request))
-    }
-
-    /// The backend of a connection to `target`.
-    pub fn choose_tcp(&self, target: usize) -> Result<Choice, Reason> {
-        self.choose(target, self.config.targets[target].table.find_tcp())
-    }
-
-    fn choose(&self, target: usize, decision: Decision) -> Result<Choice, Reason> {
+    /// The backend of an HTTP request to `target`, and what is asked of it on the way.
+    pub fn choose_http<H: Headers>(
+        &self,
+        target: usize,
+        request: &Request<'_, H>,
+        headers: &HeaderMap,
+        worker: &Worker,
+    ) -> Result<Routed, Reason> {
+        let decision = self.config.targets[target].table.find(request);
         let target = &self.targets[target];
         match decision {
             Decision::NoMatch => Err(Reason::NoRoute),
-            Decision::Own => Ok(target.own.clone()),
-            Decision::Rule(i) => {
-                let rule = &target.rules[i];
-                let backend = rule.split.borrow_mut().choose().ok_or(Reason::NoBackend)?;
-                Ok(rule.backends[backend].clone())
-            }
+            Decision::Own => Ok(Routed::plain(target.own.clone())),
+            Decision::Rule(i) => target.rules[i].route(headers, &target.own, worker),
         }
     }
+
+    /// The backend of a connection to `target` that is not HTTP; `name` is the server that TLS of the app's own asks for.
+    pub fn choose_tcp(&self, target: usize, name: Option<&str>) -> Result<Choice, Reason> {
+        let table = &self.config.targets[target].table;
+        let target = &self.targets[target];
+        match name.map_or_else(|| table.find_tcp(), |name| table.find_tls(name)) {
+            Decision::NoMatch => Err(Reason::NoRoute),
+            Decision::Own => Ok(target.own.clone()),
+            Decision::Rule(i) => Ok(target.rules[i].choose()?.choice.clone()),
+        }
+    }
+
+    pub fn clusters(&self) -> &[Rc<LiveCluster>] {
+        &self.clusters
+    }
+}
+
+fn live_cluster(c: &Cluster, worker: &Worker) -> LiveCluster {
+    let endpoints: Vec<_> = c.endpoints.iter().map(|e| worker.upstream(e)).collect();
+    let addresses: Vec<_> = c.endpoints.iter().map(|e| e.address).collect();
+    if let Some(of) = &c.policy {
+        endpoints.iter().for_each(|e| e.tune(of));
+    }
+    let policy = c.policy.clone().map(|of| Box::new(LivePolicy::new(of, &addresses, &c.near)));
+    LiveCluster { known: c.known, endpoints, policy, state: worker.cluster_state(&c.service, c.port) }
 }
 
 fn build_target(
@@ -118,24 +120,35 @@ fn build_target(
         };
         Choice { cluster: clusters[cluster].clone(), series: worker.series(key) }
     };
-    let rules = target.table.rules().iter().zip(&target.rules).map(|(rule, backends)| LiveRule {
-        split: RefCell::new(split(rule, before, worker)),
-        backends: backends.iter().map(|c| choice(Some(rule), *c)).collect(),
+    let rules = target.table.rules().iter().zip(&target.rules).map(|(rule, of)| {
+        let old = before.and_then(|before| same_rule(rule, before));
+        let backends = of.backends.iter().map(|c| choice(Some(rule), *c)).collect();
+        let mirrors = of.mirrors.iter().map(|c| clusters[*c].clone()).collect();
+        let bucket = old.map(LiveRule::bucket).unwrap_or_default();
+        let split = split(&weights(config, rule, &of.backends), old, worker);
+        LiveRule::new(&rule.rule, split, backends, mirrors, bucket)
     });
     LiveTarget { rules: rules.collect(), own: choice(None, target.own) }
 }
 
-/// Goes on where the same rule with the same backends was.
-fn split(rule: &TableRule, before: Option<(&Target, &LiveTarget)>, worker: &Worker) -> Split {
-    let weights: Vec<u32> = rule.rule.backends.iter().map(|b| b.weight).collect();
-    let same_backends = |old: &TableRule| {
-        let names = |r: &TableRule| r.rule.backends.iter().map(|b| (b.service.clone(), b.port)).collect::<Vec<_>>();
-        names(old) == names(rule)
-    };
-    let old = before.and_then(|(config, live)| {
-        let mut rules = config.table.rules().iter().zip(&live.rules);
-        let same = |r: &TableRule| r.route == rule.route && r.position == rule.position && same_backends(r);
-        rules.find(|(r, _)| same(r)).map(|(_, l)| l.split.borrow().reweigh(&weights))
-    });
-    old.unwrap_or_else(|| Split::new(&weights, worker.random()))
+/// The rule's weights. A backend without endpoints keeps its share, which is answered 503, unless its policy gives it away.
+fn weights(config: &Config, rule: &TableRule, clusters: &[usize]) -> Vec<u32> {
+    let gives_away = |c: &Cluster| c.endpoints.is_empty() && c.policy.as_ref().is_some_and(|p| p.redistribute);
+    let weight = |(b, c): (&sluice_model::Backend, &usize)| if gives_away(&config.clusters[*c]) { 0 } else { b.weight };
+    rule.rule.backends.iter().zip(clusters).map(weight).collect()
+}
+
+/// The same rule with the same backends, as it was before.
+fn same_rule<'a>(rule: &TableRule, (config, live): (&Target, &'a LiveTarget)) -> Option<&'a LiveRule> {
+    let names = |r: &TableRule| r.rule.backends.iter().map(|b| (b.service.clone(), b.port)).collect::<Vec<_>>();
+    let same = |r: &TableRule| r.route == rule.route && r.position == rule.position && names(r) == names(rule);
+    config.table.rules().iter().zip(&live.rules).find(|(r, _)| same(r)).map(|(_, l)| l)
+}
+
+/// Goes on where the rule was before.
+fn split(weights: &[u32], old: Option<&LiveRule>, worker: &Worker) -> Split {
+    match old {
+        Some(old) => old.split.borrow().reweigh(weights),
+        None => Split::new(weights, worker.random()),
+    }
 }

@@ -115,12 +115,22 @@ pub struct WorkerCounters {
     pub refused: [Cell<u64>; Reason::COUNT],
     /// Requests sent again, and connects tried at another endpoint.
     pub retries: Cell<u64>,
+    /// Endpoints taken out for a while.
+    pub ejections: Cell<u64>,
+    /// Copies of requests sent to mirrors.
+    pub mirrored: Cell<u64>,
+    /// Calls that a policy on trial would have denied.
+    pub audited: Cell<u64>,
     pub upstream_connects: Cell<u64>,
     pub open_inbound: Cell<u64>,
     pub open_outbound: Cell<u64>,
 }
 
 impl WorkerCounters {
+    pub fn audit(&self) {
+        add(&self.audited, 1);
+    }
+
     pub fn refuse(&self, reason: Reason) {
         add(&self.refused[reason as usize], 1);
     }
@@ -132,6 +142,9 @@ pub struct Scrape {
     pub series: BTreeMap<SeriesKey, Totals>,
     pub refused: [u64; Reason::COUNT],
     pub retries: u64,
+    pub ejections: u64,
+    pub mirrored: u64,
+    pub audited: u64,
     pub upstream_connects: u64,
     pub open_inbound: u64,
     pub open_outbound: u64,
@@ -143,6 +156,9 @@ impl Scrape {
             series,
             refused: std::array::from_fn(|i| counters.refused[i].get()),
             retries: counters.retries.get(),
+            ejections: counters.ejections.get(),
+            mirrored: counters.mirrored.get(),
+            audited: counters.audited.get(),
             upstream_connects: counters.upstream_connects.get(),
             open_inbound: counters.open_inbound.get(),
             open_outbound: counters.open_outbound.get(),
@@ -155,6 +171,9 @@ impl Scrape {
         }
         self.refused.iter_mut().zip(other.refused).for_each(|(a, b)| *a += b);
         self.retries += other.retries;
+        self.ejections += other.ejections;
+        self.mirrored += other.mirrored;
+        self.audited += other.audited;
         self.upstream_connects += other.upstream_connects;
         self.open_inbound += other.open_inbound;
         self.open_outbound += other.open_outbound;
@@ -190,6 +209,9 @@ impl Scrape {
         }
         for (name, kind, n) in [
             ("sluice_retries_total", "counter", self.retries),
+            ("sluice_ejections_total", "counter", self.ejections),
+            ("sluice_mirrored_total", "counter", self.mirrored),
+            ("sluice_audit_denied_total", "counter", self.audited),
             ("sluice_upstream_connects_total", "counter", self.upstream_connects),
             ("sluice_open_inbound_connections", "gauge", self.open_inbound),
             ("sluice_open_outbound_connections", "gauge", self.open_outbound),

@@ -8,6 +8,7 @@ use crate::{
     live::Choice,
     metrics::add,
     reason::Reason,
+    rule::Routed,
     tcp,
     upstream::{ConnectError, Upstream},
     worker::Worker,
@@ -15,9 +16,8 @@ use crate::{
 use ::http::{HeaderMap, Request, header};
 use bytes::Bytes;
 use hyper::body::Incoming;
-use sluice_model::{AppProtocol, Identity};
+use sluice_model::{AppProtocol, HashKey, Identity};
 use sluice_traffic::{
-    balance,
     detect::Detected,
     route::{self, Headers},
 };
@@ -71,23 +71,39 @@ async fn service(worker: &Rc<Worker>, mut stream: TcpStream, destination: Socket
     match protocol {
         AppProtocol::Http => http::serve(worker, Prefixed::new(Bytes::new(), stream), side, Protocol::Http1).await,
         AppProtocol::Http2 => http::serve(worker, Prefixed::new(Bytes::new(), stream), side, Protocol::Http2).await,
-        AppProtocol::Tcp => Box::pin(opaque(worker, stream, Bytes::new(), destination)).await,
+        AppProtocol::Tcp => Box::pin(tls_or_opaque(worker, stream, destination, target)).await,
         AppProtocol::Detect => {
             let Ok((bytes, found)) = first_bytes(&mut stream, DETECT_PATIENCE).await else { return };
             match found {
+                Detected::Tls(hello) => {
+                    Box::pin(opaque(worker, stream, bytes, destination, Some(hello.server_name()))).await;
+                }
                 Detected::Http1 => http::serve(worker, Prefixed::new(bytes, stream), side, Protocol::Http1).await,
                 Detected::Http2 => http::serve(worker, Prefixed::new(bytes, stream), side, Protocol::Http2).await,
-                _ => Box::pin(opaque(worker, stream, bytes, destination)).await,
+                _ => Box::pin(opaque(worker, stream, bytes, destination, None)).await,
             }
         }
     }
 }
 
+/// A port that is said not to be HTTP: nobody waits for its first bytes unless routes ask for the server's name.
+async fn tls_or_opaque(worker: &Rc<Worker>, mut stream: TcpStream, destination: SocketAddr, target: usize) {
+    let by_name = worker.live().config.targets.get(target).is_some_and(|t| t.table.has_names());
+    if !by_name {
+        return opaque(worker, stream, Bytes::new(), destination, None).await;
+    }
+    let Ok((bytes, found)) = first_bytes(&mut stream, DETECT_PATIENCE).await else { return };
+    match found {
+        Detected::Tls(hello) => opaque(worker, stream, bytes, destination, Some(hello.server_name())).await,
+        _ => opaque(worker, stream, bytes, destination, None).await,
+    }
+}
+
 /// A connection that is split as a whole.
-async fn opaque(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, destination: SocketAddr) {
+async fn opaque(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, destination: SocketAddr, name: Option<&str>) {
     let live = worker.live();
     let Some(Destination::Service(target)) = live.config.destinations.get(&destination) else { return reset(&stream) };
-    let choice = live.choose_tcp(*target);
+    let choice = live.choose_tcp(*target, name);
     drop(live);
     match choice {
         Ok(choice) => join(worker, stream, bytes, choice).await,
@@ -133,11 +149,14 @@ async fn connect_any(worker: &Worker, choice: &Choice) -> Result<(Rc<Upstream>, 
     let endpoints = &choice.cluster.endpoints;
     let mut failure = if choice.cluster.known { Reason::NoEndpoints } else { Reason::NoBackend };
     let mut tried = Vec::new();
+    let key = choice.cluster.hash_key().filter(|k| **k == HashKey::Source).map(|_| worker.source());
     while tried.len() < MAX_ATTEMPTS {
-        let load = |i: usize| endpoints[i].in_flight.get();
-        let picked = balance::pick(endpoints.len(), worker.random(), load, |i| !tried.contains(&i));
-        let Some(at) = picked else { break };
-        match endpoints[at].connect(worker).await {
+        let Some(at) = choice.cluster.pick(worker, key, |i| !tried.contains(&i)) else { break };
+        let waiting = choice.cluster.wait()?;
+        let connected = endpoints[at].connect(worker).await;
+        drop(waiting);
+        choice.cluster.observe(worker, at, connected.is_ok(), 0);
+        match connected {
             Ok(wire) => return Ok((endpoints[at].clone(), wire)),
             Err(error) => {
                 tracing::debug!(%error, "no connection");
@@ -175,7 +194,7 @@ pub fn choose_http(
     destination: SocketAddr,
     target: &Cell<(u64, usize)>,
     request: &Request<Incoming>,
-) -> Result<Choice, Reason> {
+) -> Result<Routed, Reason> {
     let live = worker.live();
     let (generation, mut at) = target.get();
     if generation != live.config.generation {
@@ -193,11 +212,11 @@ pub fn choose_http(
         method: request.method().as_str(),
         headers: &Values(request.headers()),
     };
-    live.choose_http(at, &asked)
+    live.choose_http(at, &asked, request.headers(), worker)
 }
 
 /// The name of the host that was asked for, without port.
-fn host(request: &Request<Incoming>) -> &str {
+pub fn host<B>(request: &Request<B>) -> &str {
     let named = request.headers().get(header::HOST).and_then(|h| h.to_str().ok());
     let host = request.uri().host().or(named).unwrap_or_default();
     match host.rsplit_once(':') {

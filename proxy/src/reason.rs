@@ -35,10 +35,28 @@ pub enum Reason {
     /// An address of the cluster whose meaning did not come in time: it might be a meshed pod's, so nothing is sent to
     /// it in the clear.
     DestinationUnknown,
+    /// The rule redirects to a place that is none.
+    BadRedirect,
+    /// The route's or policy's rate is used up.
+    RateLimited,
+    /// A rule that tests callers answered instead.
+    FaultInjected,
+    /// No answer within the rule's time for the whole request.
+    RequestTimeout,
+    /// No answer within the time for one try.
+    TryTimeout,
+    /// The backend's policy allows no more requests, connections or retries at a time.
+    CircuitOpen,
+    /// The try before failed, and the retry budget is used up.
+    RetryBudget,
+    /// The body is longer than the rule allows.
+    BodyTooLarge,
+    /// No access policy lets this caller do this.
+    Denied,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 13] = [
+    pub const ALL: [Reason; 22] = [
         Self::NoEndpoints,
         Self::NoRoute,
         Self::NoBackend,
@@ -52,6 +70,15 @@ impl Reason {
         Self::Loop,
         Self::Overload,
         Self::DestinationUnknown,
+        Self::BadRedirect,
+        Self::RateLimited,
+        Self::FaultInjected,
+        Self::RequestTimeout,
+        Self::TryTimeout,
+        Self::CircuitOpen,
+        Self::RetryBudget,
+        Self::BodyTooLarge,
+        Self::Denied,
     ];
     pub const COUNT: usize = Self::ALL.len();
 
@@ -70,15 +97,27 @@ impl Reason {
             Self::Loop => "loop",
             Self::Overload => "overload",
             Self::DestinationUnknown => "destination_unknown",
+            Self::BadRedirect => "bad_redirect",
+            Self::RateLimited => "rate_limited",
+            Self::FaultInjected => "fault_injected",
+            Self::RequestTimeout => "request_timeout",
+            Self::TryTimeout => "try_timeout",
+            Self::CircuitOpen => "circuit_open",
+            Self::RetryBudget => "retry_budget",
+            Self::BodyTooLarge => "body_too_large",
+            Self::Denied => "denied",
         }
     }
 
     pub fn status(self) -> StatusCode {
         match self {
             Self::NoRoute => StatusCode::NOT_FOUND,
-            Self::NoBackend => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::NoBackend | Self::BadRedirect => StatusCode::INTERNAL_SERVER_ERROR,
             Self::UpstreamClosed | Self::UpstreamMalformed => StatusCode::BAD_GATEWAY,
-            Self::PlainRefused => StatusCode::FORBIDDEN,
+            Self::PlainRefused | Self::Denied => StatusCode::FORBIDDEN,
+            Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
+            Self::RequestTimeout | Self::TryTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Loop => StatusCode::LOOP_DETECTED,
             _ => StatusCode::SERVICE_UNAVAILABLE,
         }

@@ -176,6 +176,11 @@ fn identity_of(der: &CertificateDer<'_>) -> Result<Identity, RustlsError> {
     }
 }
 
+/// Who a peer is whose chain was verified.
+pub fn peer_identity(chain: &[CertificateDer<'_>]) -> Option<Identity> {
+    chain.first().and_then(|leaf| identity_of(leaf).ok())
+}
+
 /// Verifies peers. `expected` is set on the client side only.
 #[derive(Clone, Debug)]
 struct Trust {

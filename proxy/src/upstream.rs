@@ -3,6 +3,7 @@
 
 use crate::{
     body::Outgoing,
+    cluster::Held,
     config::Endpoint,
     headers::mark_version,
     io::Wire,
@@ -18,12 +19,17 @@ use hyper::{
     client::conn::{TrySendError, http1},
 };
 use hyper_util::rt::TokioIo;
+use sluice_model::BackendPolicy;
+use sluice_traffic::{balance::Latency, outlier::Record};
 use std::{
     cell::{Cell, RefCell},
     io,
     net::SocketAddr,
     rc::Rc,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 use tokio::net::TcpStream;
@@ -73,6 +79,14 @@ const MAX_CONNECTS: usize = 9;
 pub struct Upstream {
     pub endpoint: Endpoint,
     pub in_flight: Cell<u32>,
+    /// How it does, where a policy asks; in the worker's time.
+    pub record: RefCell<Record>,
+    pub latency: Cell<Latency>,
+    /// Since when it is known.
+    pub since_ms: Cell<u64>,
+    tuning: Cell<Tuning>,
+    /// Connections that are open; read by this worker only, but owned by tasks that may end on any thread.
+    connections: Arc<AtomicU32>,
     /// Most recently used last: few connections carry a light load.
     idle: RefCell<Vec<Idle>>,
     /// For HTTP/2 requests to an app, or to a sidecar that does not speak `sluice-h2`.
@@ -87,6 +101,37 @@ pub struct Upstream {
 struct Idle {
     sender: http1::SendRequest<Outgoing>,
     since: Instant,
+}
+
+/// What a policy asks of connections.
+#[derive(Clone, Copy, Debug)]
+struct Tuning {
+    connect: Duration,
+    idle: Duration,
+    keepalive: Option<Duration>,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self { connect: CONNECT_TIMEOUT, idle: IDLE_FOR, keepalive: None }
+    }
+}
+
+/// A connection that is open; counted until dropped.
+#[derive(Debug)]
+pub struct Counted(Arc<AtomicU32>);
+
+impl Counted {
+    fn new(of: &Arc<AtomicU32>) -> Self {
+        of.fetch_add(1, Ordering::Relaxed);
+        Self(of.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Why there is no connection. Several requests may have waited for it, so it can be copied.
@@ -122,11 +167,31 @@ impl Upstream {
         Rc::new(Self {
             endpoint,
             in_flight: Cell::new(0),
+            record: RefCell::default(),
+            latency: Cell::default(),
+            since_ms: Cell::default(),
+            tuning: Cell::default(),
+            connections: Arc::default(),
             idle: RefCell::default(),
             http2: Multiplex::default(),
             mesh: Multiplex::default(),
             tcp_only_since: Cell::default(),
         })
+    }
+
+    /// Takes over what the policy asks of connections.
+    pub fn tune(&self, of: &BackendPolicy) {
+        let or = |ms: u32, default| if ms == 0 { default } else { Duration::from_millis(ms.into()) };
+        self.tuning.set(Tuning {
+            connect: or(of.connect_timeout_ms, CONNECT_TIMEOUT),
+            idle: or(of.idle_timeout_ms, IDLE_FOR),
+            keepalive: (of.keepalive_s > 0).then(|| Duration::from_secs(of.keepalive_s.into())),
+        });
+    }
+
+    /// Connections that are open.
+    pub fn connections(&self) -> u32 {
+        self.connections.load(Ordering::Relaxed)
     }
 
     /// An idle connection that can take a request now.
@@ -171,7 +236,7 @@ impl Upstream {
 
     /// Closes connections that were idle for too long or that the other side has closed.
     pub fn reap(&self, now: Instant) {
-        self.idle.borrow_mut().retain(|i| !i.sender.is_closed() && now - i.since < IDLE_FOR);
+        self.idle.borrow_mut().retain(|i| !i.sender.is_closed() && now - i.since < self.tuning.get().idle);
         self.http2.reap(now);
         self.mesh.reap(now);
     }
@@ -197,15 +262,22 @@ impl Upstream {
     async fn connect_offering(&self, worker: &Worker, offer: Offer) -> Result<Wire, ConnectError> {
         let address = self.endpoint.address;
         add(&worker.counters.upstream_connects, 1);
-        let stream = connect_tcp(address).await.map_err(|e| ConnectError::tcp(address, e))?;
-        let Some(identity) = &self.endpoint.identity else { return Ok(Wire::Plain(stream)) };
+        let tuning = self.tuning.get();
+        let stream = connect_within(address, tuning.connect).await.map_err(|e| ConnectError::tcp(address, e))?;
+        if let Some(every) = tuning.keepalive {
+            let probes = socket2::TcpKeepalive::new().with_time(every).with_interval(every);
+            // Without it the connection works as well.
+            let _ = socket2::SockRef::from(&stream).set_tcp_keepalive(&probes);
+        }
+        let open = Counted::new(&self.connections);
+        let Some(identity) = &self.endpoint.identity else { return Ok(Wire::plain(stream, open)) };
         let Some(connector) = worker.tls_connector(identity, offer) else {
             return Err(ConnectError::NoCertificate { address });
         };
         let name = rustls::pki_types::ServerName::from(address.ip());
-        let handshake = tokio::time::timeout(CONNECT_TIMEOUT, connector.connect(name, stream)).await;
+        let handshake = tokio::time::timeout(tuning.connect, connector.connect(name, stream)).await;
         let stream = handshake.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        stream.map(|s| Wire::Tls(Box::new(s))).map_err(|e| ConnectError::Tls { address, source: e.into() })
+        stream.map(|s| Wire::tls(s, open)).map_err(|e| ConnectError::Tls { address, source: e.into() })
     }
 
     /// A new connection for HTTP/1.1 requests.
@@ -302,7 +374,11 @@ impl Upstream {
 
 /// A connection that gives up after a second.
 pub async fn connect_tcp(address: SocketAddr) -> io::Result<TcpStream> {
-    let connecting = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address));
+    connect_within(address, CONNECT_TIMEOUT).await
+}
+
+async fn connect_within(address: SocketAddr, patience: Duration) -> io::Result<TcpStream> {
+    let connecting = tokio::time::timeout(patience, TcpStream::connect(address));
     let stream = connecting.await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
     stream.set_nodelay(true)?;
     Ok(stream)
@@ -313,6 +389,8 @@ pub async fn connect_tcp(address: SocketAddr) -> io::Result<TcpStream> {
 pub struct InFlight {
     series: Rc<Series>,
     upstream: Option<Rc<Upstream>>,
+    /// Its place within the bounds of the backend's policy.
+    admitted: Option<Held>,
     started: Instant,
     status: Option<u16>,
     sender: Option<Sender>,
@@ -322,7 +400,15 @@ impl InFlight {
     pub fn new(series: Rc<Series>, started: Instant) -> Self {
         add(&series.requests, 1);
         add(&series.in_flight, 1);
-        Self { series, upstream: None, started, status: None, sender: None }
+        Self { series, upstream: None, admitted: None, started, status: None, sender: None }
+    }
+
+    pub fn admitted(&mut self, place: Option<Held>) {
+        self.admitted = place;
+    }
+
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// The endpoint that has the request now; it leaves the one before.

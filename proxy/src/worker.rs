@@ -2,12 +2,14 @@
 //! immutable [`Config`]; they talk to the hub by messages and never wait for it on the path of a known destination.
 
 use crate::{
+    cluster::{ClusterState, LiveCluster, States},
     config::{Config, Destination, Endpoint},
     drain::Phase,
+    guard::Buckets,
     hub::FromWorker,
     inbound,
     listener::{Listener, Original},
-    live::{Live, LiveCluster},
+    live::Live,
     metrics::{Scrape, Series, SeriesKey, WorkerCounters, add},
     outbound,
     tls::{Offer, Tls},
@@ -15,7 +17,7 @@ use crate::{
 };
 use ipnet::IpNet;
 use sluice_model::{Identity, Name};
-use sluice_traffic::random::Random;
+use sluice_traffic::{hash::hash, random::Random};
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, HashMap, HashSet},
@@ -70,13 +72,20 @@ pub struct Worker {
     pub counters: WorkerCounters,
     series: RefCell<HashMap<SeriesKey, Rc<Series>>>,
     upstreams: RefCell<HashMap<Endpoint, Rc<Upstream>>>,
+    clusters: RefCell<States>,
     inbound: RefCell<HashMap<SocketAddr, Rc<LiveCluster>>>,
+    /// Where its clock begins.
+    started: Instant,
     /// Connectors per identity and offer, of the certificate now in use.
     connectors: RefCell<HashMap<(Arc<Identity>, Offer), TlsConnector>>,
     /// Open connections per destination; those with none stay until they are reported as used.
     dialled: RefCell<HashMap<SocketAddr, u64>>,
     /// Destinations whose meaning did not come in time, and when that was.
     unanswered: RefCell<HashMap<SocketAddr, Instant>>,
+    /// Of the inbound policy's limits.
+    pub buckets: Buckets,
+    /// Copies for mirrors that are under way.
+    pub mirroring: Cell<u32>,
     pub phase: watch::Receiver<Phase>,
     connection_ended: Notify,
     inside: Arc<[IpNet]>,
@@ -99,10 +108,14 @@ async fn serve(start: Start) -> std::io::Result<()> {
         counters: WorkerCounters::default(),
         series: RefCell::default(),
         upstreams: RefCell::default(),
+        clusters: RefCell::default(),
         inbound: RefCell::default(),
+        started: Instant::now(),
         connectors: RefCell::default(),
         dialled: RefCell::default(),
         unanswered: RefCell::default(),
+        buckets: Buckets::default(),
+        mirroring: Cell::default(),
         phase: phase.clone(),
         connection_ended: Notify::new(),
         inside,
@@ -238,6 +251,8 @@ impl Worker {
         let live = Live::build(config, self, &previous);
         let known: HashSet<&Endpoint> = live.config.clusters.iter().flat_map(|c| &c.endpoints).collect();
         self.upstreams.borrow_mut().retain(|endpoint, _| known.contains(endpoint));
+        // Those that only the previous tables use go with the next config.
+        self.clusters.borrow_mut().retain(|_, state| Rc::strong_count(state) > 1);
         self.forget_series();
         *self.live.borrow_mut() = Rc::new(live);
         self.live_changed.notify_waiters();
@@ -253,7 +268,31 @@ impl Worker {
     /// The endpoint's state, kept from config to config.
     pub fn upstream(&self, endpoint: &Endpoint) -> Rc<Upstream> {
         let mut upstreams = self.upstreams.borrow_mut();
-        upstreams.entry(endpoint.clone()).or_insert_with(|| Upstream::new(endpoint.clone())).clone()
+        let new = || {
+            let upstream = Upstream::new(endpoint.clone());
+            upstream.since_ms.set(self.now_ms());
+            upstream
+        };
+        upstreams.entry(endpoint.clone()).or_insert_with(new).clone()
+    }
+
+    /// What is kept about a backend from config to config.
+    pub fn cluster_state(&self, service: &Name, port: u16) -> Rc<ClusterState> {
+        self.clusters.borrow_mut().entry((service.clone(), port)).or_default().clone()
+    }
+
+    /// The key of the pod that this worker's outbound traffic comes from.
+    pub fn source(&self) -> u64 {
+        hash(self.workload.to_string().as_bytes(), 0)
+    }
+
+    /// Milliseconds since the worker began.
+    pub fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+
+    pub fn now_ns(&self) -> u64 {
+        self.started.elapsed().as_nanos() as u64
     }
 
     pub fn series(&self, key: SeriesKey) -> Rc<Series> {
@@ -273,7 +312,7 @@ impl Worker {
             return known.clone();
         }
         let upstream = Upstream::new(Endpoint { address, identity: None });
-        let cluster = Rc::new(LiveCluster { known: true, endpoints: vec![upstream] });
+        let cluster = Rc::new(LiveCluster::of(upstream));
         if inbound.len() < MAX_INBOUND {
             inbound.insert(address, cluster.clone());
         }

@@ -9,6 +9,11 @@ pub struct ClientHello {
 }
 
 impl ClientHello {
+    /// Empty when none is asked for.
+    pub fn server_name(&self) -> &str {
+        self.server_name.as_deref().unwrap_or_default()
+    }
+
     pub fn offers(&self, protocol: &[u8]) -> bool {
         self.alpn.iter().any(|p| p == protocol)
     }

@@ -136,6 +136,13 @@ impl Table {
     }
 }
 
+impl Table {
+    /// Some rule looks at the name that TLS connections ask for.
+    pub fn has_names(&self) -> bool {
+        !self.names.is_empty()
+    }
+}
+
 fn rule_names(matches: &[Match], rule: usize) -> Vec<(Host, usize)> {
     let hosts: Vec<&String> = matches.iter().flat_map(|m| &m.hosts).collect();
     if hosts.is_empty() {

@@ -153,6 +153,51 @@ fn connections_follow_tcp_routes_else_the_oldest_catch_all() {
     assert_eq!(ask(&compile(&[tcp]), "GET", "", "/x", &[]), "tcp");
 }
 
+#[test]
+fn tls_connections_go_by_name_then_like_others() {
+    let named = |host: &str| vec![Match { hosts: vec![host.into()], ..Match::default() }];
+    let tls = route("s", 1, RouteKind::Tls, vec![(named("*.a.c"), "any"), (named("x.a.c"), "x")]);
+    let tcp = route("t", 9, RouteKind::Tcp, vec![(vec![], "tcp")]);
+    let table = compile(&[tls, tcp]);
+    for (name, wanted) in [("x.a.c", "x"), ("X.A.C", "x"), ("y.a.c", "any"), ("a.c", "tcp"), ("", "tcp")] {
+        let Decision::Rule(i) = table.find_tls(name) else { panic!("{name}") };
+        assert_eq!(table.rules()[i].rule.backends[0].service.name, wanted, "{name}");
+    }
+}
+
+#[test]
+fn queries_are_compared_decoded_and_by_their_first_value() {
+    let query = |name: &str, value: &str| {
+        let value = StringMatch::Exact(value.into());
+        vec![Match { query: vec![QueryMatch { name: name.into(), value }], ..Match::default() }]
+    };
+    let table = compile(&[route("r", 1, RouteKind::Http, vec![(query("a b", "c&d"), "yes")])]);
+    let headers = Pairs(vec![]);
+    let asks = |query| table.find(&Request { host: "", path: "/", query, method: "GET", headers: &headers });
+    for (query, wanted) in [("a+b=c%26d", true), ("a%20b=c%26d&a+b=x", true), ("a+b=x&a+b=c%26d", false), ("", false)] {
+        assert_eq!(asks(query) == Decision::Rule(0), wanted, "{query}");
+    }
+}
+
+fn holds(wanted: &StringMatch, value: &str) -> bool {
+    match wanted {
+        StringMatch::Exact(v) => v == value,
+        StringMatch::Regex(p) => whole(p.as_str(), value),
+    }
+}
+
+/// The few expressions of [`matches`], by hand: one letter class, repeated or not.
+fn whole(pattern: &str, text: &str) -> bool {
+    match pattern {
+        "[12]" => text == "1" || text == "2",
+        "/a(/[ab])*" => text.strip_prefix("/a").is_some_and(|rest| {
+            rest.len() % 2 == 0 && rest.as_bytes().chunks(2).all(|c| c[0] == b'/' && (c[1] == b'a' || c[1] == b'b'))
+        }),
+        "/[ab]" => text == "/a" || text == "/b",
+        other => panic!("no reading of {other}"),
+    }
+}
+
 /// Reads the specification literally: collect all matches that hold, then compare pairwise.
 fn slow(routes: &[Route], r: &Request<'_, Pairs>) -> Option<(Name, usize)> {
     let mut best: Option<(Vec<i64>, Name, usize)> = None;
@@ -170,17 +215,21 @@ fn slow(routes: &[Route], r: &Request<'_, Pairs>) -> Option<(Name, usize)> {
                         None => host.is_empty() || host == r.host,
                     };
                     let elements = |p: &str| p.trim_end_matches('/').split('/').map(str::to_owned).collect::<Vec<_>>();
-                    let (path_holds, is_exact, length) = match &m.path {
-                        PathMatch::Exact(p) => (p == r.path, 1, 0),
+                    let (path_holds, class, length) = match &m.path {
+                        PathMatch::Exact(p) => (p == r.path, 2, 0),
                         PathMatch::Prefix(p) => {
                             let path: Vec<String> = r.path.split('/').map(str::to_owned).collect();
                             (path.starts_with(&elements(p)), 0, p.trim_end_matches('/').len() as i64)
                         }
+                        PathMatch::Regex(p) => (whole(p.as_str(), r.path), 1, p.as_str().len() as i64),
                     };
                     let rest_holds = m.method.as_deref().is_none_or(|x| x == r.method)
-                        && m.headers.iter().all(|h| {
-                            let StringMatch::Exact(v) = &h.value;
-                            r.headers.has(&h.name, v)
+                        && m.headers
+                            .iter()
+                            .all(|h| r.headers.0.iter().any(|(n, v)| *n == h.name && holds(&h.value, v)))
+                        && m.query.iter().all(|q| {
+                            let mut pairs = r.query.split('&').map(|p| p.split_once('=').unwrap_or((p, "")));
+                            pairs.find(|(n, _)| *n == q.name).is_some_and(|(_, v)| holds(&q.value, v))
                         });
                     if !(host_holds && path_holds && rest_holds) {
                         continue;
@@ -189,10 +238,11 @@ fn slow(routes: &[Route], r: &Request<'_, Pairs>) -> Option<(Name, usize)> {
                     let rank = vec![
                         plain_host,
                         host.len() as i64,
-                        is_exact,
+                        class,
                         length,
                         i64::from(m.method.is_some()),
                         m.headers.len() as i64,
+                        m.query.len() as i64,
                         -route.created_s,
                     ];
                     let better =
@@ -214,14 +264,21 @@ fn matches() -> impl Strategy<Value = Match> {
         Just(PathMatch::default()),
         "(/[ab]){1,3}/?".prop_map(PathMatch::Prefix),
         "(/[ab]){1,3}".prop_map(PathMatch::Exact),
+        prop_oneof![Just("/a(/[ab])*"), Just("/[ab]")].prop_map(|p| PathMatch::Regex(p.parse().expect("a pattern"))),
     ];
+    let value = || {
+        prop_oneof!["[12]".prop_map(StringMatch::Exact), Just(StringMatch::Regex("[12]".parse().expect("a pattern")))]
+    };
     let hosts = proptest::collection::vec("(\\*\\.)?([ab]\\.)?[ab]\\.c", 0..3);
-    let headers = proptest::collection::btree_map("x-[ab]", "[12]", 0..3);
-    (hosts, path, proptest::option::of("GET|PUT"), headers).prop_map(|(hosts, path, method, headers)| Match {
+    let headers = proptest::collection::btree_map("x-[ab]", value(), 0..3);
+    let query = proptest::collection::btree_map("[ab]", value(), 0..2);
+    let parts = (hosts, path, proptest::option::of("GET|PUT"), headers, query);
+    parts.prop_map(|(hosts, path, method, headers, query)| Match {
         hosts,
         path,
         method,
-        headers: headers.iter().map(|(n, v)| header(n, v)).collect(),
+        headers: headers.into_iter().map(|(name, value)| HeaderMatch { name, value }).collect(),
+        query: query.into_iter().map(|(name, value)| QueryMatch { name, value }).collect(),
     })
 }
 
@@ -238,11 +295,11 @@ proptest! {
     #[test]
     fn the_table_agrees_with_a_slow_reading(
         routes in routes(), host in "([ab]\\.){0,3}c", path in "(/[ab]){0,4}/?", method in "GET|PUT",
-        headers in proptest::collection::vec(("x-[ab]", "[12]"), 0..3),
+        headers in proptest::collection::vec(("x-[ab]", "[123]"), 0..3), query in "([ab]=[123](&[ab]=[123])?)?",
     ) {
         let headers = Pairs(headers);
         let path = if path.is_empty() { "/".to_owned() } else { path };
-        let request = Request { host: &host, path: &path, method: &method, headers: &headers };
+        let request = Request { host: &host, path: &path, query: &query, method: &method, headers: &headers };
         let table = compile(&routes);
         let got = match table.find(&request) {
             Decision::Rule(i) => Some((table.rules()[i].route.clone(), table.rules()[i].position)),

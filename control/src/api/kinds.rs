@@ -6,8 +6,11 @@
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
+use gateway_api::apis::experimental::grpcroutes::GrpcRoute;
+use gateway_api::apis::experimental::httproutes::HttpRoute;
 use gateway_api::apis::experimental::tcproutes::TcpRoute;
-use gateway_api::apis::standard::httproutes::HttpRoute;
+use gateway_api::apis::standard::referencegrants::ReferenceGrant;
+use gateway_api::apis::standard::tlsroutes::TlsRoute;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1 as core;
@@ -22,6 +25,7 @@ use super::columns::{self, Cells, Column};
 use super::schema::{Builder, DEFINITIONS, Shape};
 use super::validate::{self, Check, NameRule};
 use super::{defaults, events};
+use crate::own;
 
 /// Everything the server knows of a kind.
 #[derive(Debug)]
@@ -199,7 +203,7 @@ const EVENT_FIELDS: &[&str] = &[
 const EVENT_TTL_S: u64 = 3_600;
 
 fn entries() -> Vec<Entry> {
-    [basic(), supporting(), controlled(), routes()].into_iter().flatten().collect()
+    [basic(), supporting(), controlled(), routes(), own_kinds()].into_iter().flatten().collect()
 }
 
 /// What a cluster is made of.
@@ -301,6 +305,37 @@ fn routes() -> Vec<Entry> {
         base::<TcpRoute>("gateway.networking.k8s.io", "v1alpha2", "TCPRoute", "tcproutes").with(|k| {
             (k.status, k.generation, k.strategic) = (true, true, false);
             (k.default, k.validate) = (defaults::route, validate::route);
+        }),
+        base::<GrpcRoute>("gateway.networking.k8s.io", "v1", "GRPCRoute", "grpcroutes").with(|k| {
+            (k.status, k.generation, k.strategic) = (true, true, false);
+            (k.columns, k.cells, k.default) = (columns::HTTP_ROUTE, columns::http_route, defaults::route);
+            k.validate = validate::route;
+        }),
+        base::<TlsRoute>("gateway.networking.k8s.io", "v1", "TLSRoute", "tlsroutes").with(|k| {
+            (k.status, k.generation, k.strategic) = (true, true, false);
+            (k.columns, k.cells, k.default) = (columns::HTTP_ROUTE, columns::http_route, defaults::route);
+            k.validate = validate::route;
+        }),
+        base::<ReferenceGrant>("gateway.networking.k8s.io", "v1", "ReferenceGrant", "referencegrants").with(|k| {
+            (k.generation, k.strategic, k.short) = (true, false, &["refgrant"]);
+        }),
+    ]
+}
+
+/// Those of `sluice.dev`.
+fn own_kinds() -> Vec<Entry> {
+    vec![
+        base::<own::BackendPolicy>(own::GROUP, own::VERSION, "BackendPolicy", "backendpolicies").with(|k| {
+            (k.status, k.generation, k.strategic) = (true, true, false);
+            k.validate = validate::backend_policy;
+        }),
+        base::<own::AccessPolicy>(own::GROUP, own::VERSION, "AccessPolicy", "accesspolicies").with(|k| {
+            (k.status, k.generation, k.strategic) = (true, true, false);
+            k.validate = validate::access_policy;
+        }),
+        base::<own::RouteFilter>(own::GROUP, own::VERSION, "RouteFilter", "routefilters").with(|k| {
+            (k.status, k.generation, k.strategic) = (true, true, false);
+            k.validate = validate::route_filter;
         }),
     ]
 }

@@ -5,12 +5,14 @@
 use std::{collections::HashSet, net::IpAddr};
 
 use k8s_openapi::jiff::Timestamp;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use sluice_wire::join;
 
 use super::status::Invalid;
 use super::value::{at, list, number, text};
-use crate::quantity;
+use crate::{compile::policies, duration, quantity};
+use sluice_model::Pattern;
 
 const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', \
     and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is \
@@ -500,10 +502,61 @@ pub fn route(new: &Value, _: Option<&Value>) -> Vec<Invalid> {
             }
         }
     }
+    for (rule_index, rule) in list(new, "spec.rules").iter().enumerate() {
+        errors.extend(rule_values(rule, &format!("spec.rules[{rule_index}]")));
+    }
     for (index, parent) in list(new, "spec.parentRefs").iter().enumerate() {
         errors.extend(port_number(parent, "port", &format!("spec.parentRefs[{index}].port")));
     }
     errors
+}
+
+/// Durations and expressions of a rule.
+fn rule_values(rule: &Value, path: &str) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    let mut check = |value: &Value, field: String, right: &dyn Fn(&str) -> bool, detail: &str| {
+        if value.as_str().is_some_and(|text| !right(text)) {
+            errors.push(Invalid::value(field, value, detail));
+        }
+    };
+    let duration = |text: &str| duration::parse_ms(text).is_some();
+    for field in ["timeouts.request", "timeouts.backendRequest", "retry.backoff"] {
+        check(at(rule, field), format!("{path}.{field}"), &duration, "must be a duration such as 10s or 500ms");
+    }
+    let pattern = |text: &str| text.parse::<Pattern>().is_ok();
+    for (i, one) in list(rule, "matches").iter().enumerate() {
+        let mut values = vec![(at(one, "path"), format!("matches[{i}].path"))];
+        for group in ["headers", "queryParams"] {
+            let all = list(one, group).iter().enumerate();
+            values.extend(all.map(|(j, value)| (value, format!("matches[{i}].{group}[{j}]"))));
+        }
+        for (value, field) in values.into_iter().filter(|(v, _)| v["type"] == "RegularExpression") {
+            let detail = "must be a regular expression (RE2 syntax) of bounded size";
+            check(&value["value"], format!("{path}.{field}.value"), &pattern, detail);
+        }
+    }
+    errors
+}
+
+/// What the compiler says of an object of a kind of our own.
+fn compiles<T: DeserializeOwned>(new: &Value, check: fn(&T) -> Option<(String, String)>) -> Vec<Invalid> {
+    match T::deserialize(new) {
+        Ok(object) => check(&object).map(|(field, message)| Invalid { field, message }).into_iter().collect(),
+        // Types were checked before.
+        Err(_) => vec![],
+    }
+}
+
+pub fn backend_policy(new: &Value, _: Option<&Value>) -> Vec<Invalid> {
+    compiles(new, policies::check_backend_policy)
+}
+
+pub fn access_policy(new: &Value, _: Option<&Value>) -> Vec<Invalid> {
+    compiles(new, policies::check_access_policy)
+}
+
+pub fn route_filter(new: &Value, _: Option<&Value>) -> Vec<Invalid> {
+    compiles(new, policies::check_route_filter)
 }
 
 /// Slices keep their address type.

@@ -1,21 +1,36 @@
-//! HTTPRoute and TCPRoute with a Service as parent → routes, and what their statuses must say: PURE.
+//! Routes of the Gateway API with a Service as parent → routes, and what their statuses must say: PURE.
 //!
 //! A route that asks for something Sluice does not do is not accepted as a whole: half a route would send requests where
 //! nobody wanted them. A backend that does not resolve keeps its share of the traffic, which is answered with an error,
 //! as the Gateway API asks; the shares of the others do not grow.
 
-use super::{Objects, name_of, port};
+use super::{
+    Objects,
+    filters::{self, At},
+    name_of, port,
+};
+use crate::duration::parse_ms;
 use gateway_api::{
-    experimental::tcproutes::TcpRoute,
-    httproutes::{
-        HttpRoute, HttpRouteRules, HttpRouteRulesMatches, HttpRouteRulesMatchesHeadersType,
-        HttpRouteRulesMatchesPathType,
+    experimental::{
+        grpcroutes::{
+            GrpcRoute, GrpcRouteRules, GrpcRouteRulesMatches, GrpcRouteRulesMatchesHeadersType,
+            GrpcRouteRulesMatchesMethodType,
+        },
+        httproutes::{
+            HttpRoute, HttpRouteRules, HttpRouteRulesMatches, HttpRouteRulesMatchesHeadersType,
+            HttpRouteRulesMatchesPathType, HttpRouteRulesMatchesQueryParamsType,
+        },
+        tcproutes::TcpRoute,
     },
+    tlsroutes::TlsRoute,
 };
 use sluice_model as m;
 
 /// Accepted and resolved, or a reason (CamelCase, of the Gateway API where it has one) and a sentence.
-pub type Verdict = Result<(), (&'static str, String)>;
+pub type Verdict = Result<(), Refused>;
+
+/// Why not: a reason and a sentence.
+pub type Refused = (&'static str, String);
 
 /// What a route's status says besides whether it is in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,8 +67,10 @@ pub enum Unmeshed {
 
 pub(super) fn routes(o: &Objects) -> (Vec<m::Route>, Vec<RouteStatus>) {
     let http = o.http_routes.values().map(|r| http(r, o));
+    let grpc = o.grpc_routes.values().map(|r| grpc(r, o));
+    let tls = o.tls_routes.values().map(|r| tls(r, o));
     let tcp = o.tcp_routes.values().map(|r| tcp(r, o));
-    let (routes, mut statuses): (Vec<_>, Vec<_>) = http.chain(tcp).flatten().unzip();
+    let (routes, mut statuses): (Vec<_>, Vec<_>) = http.chain(grpc).chain(tls).chain(tcp).flatten().unzip();
     let routes: Vec<m::Route> = routes.into_iter().flatten().collect();
     settle_unmeshed(&routes, &mut statuses);
     (routes, statuses)
@@ -90,15 +107,15 @@ fn compiled_name(h: &Header<'_>, parent: usize) -> m::Name {
 }
 
 /// A parent or a backend as a route names it.
-struct Reference<'a> {
-    group: Option<&'a str>,
-    kind: Option<&'a str>,
-    name: &'a str,
-    namespace: Option<&'a str>,
-    port: Option<i32>,
+pub(super) struct Reference<'a> {
+    pub group: Option<&'a str>,
+    pub kind: Option<&'a str>,
+    pub name: &'a str,
+    pub namespace: Option<&'a str>,
+    pub port: Option<i32>,
 }
 
-/// The generated types of HTTPRoute and TCPRoute have the same fields and no trait for them.
+/// The generated types of the kinds of routes have the same fields and no trait for them.
 macro_rules! reference {
     ($from:expr) => {
         Reference {
@@ -141,7 +158,7 @@ fn http(r: &HttpRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
     // The default of the API: one rule that takes everything and has no backend.
     let rules = r.spec.rules.as_deref().unwrap_or_default();
     let rules: Result<Vec<_>, _> =
-        rules.iter().map(|rule| http_rule(rule, &hosts, &header.name, o, &mut resolved)).collect();
+        rules.iter().map(|rule| http_rule(rule, &hosts, &header, o, &mut resolved)).collect();
     Some(attach(header, rules, resolved, o))
 }
 
@@ -150,17 +167,42 @@ fn tcp(r: &TcpRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
     let header = header(&r.metadata, m::RouteKind::Tcp, parents)?;
     let mut resolved = Ok(());
     let rules = r.spec.rules.iter().map(|rule| {
-        let refs = rule.backend_refs.iter().map(|b| (reference!(b), b.weight));
-        m::Rule { backends: backends(refs, &header.name, o, &mut resolved), ..m::Rule::default() }
+        let refs = rule.backend_refs.iter().map(|b| (reference!(b), b.weight, m::Filters::default()));
+        m::Rule { backends: backends(refs, &header, o, &mut resolved), ..m::Rule::default() }
     });
     let rules = Ok(rules.collect());
+    Some(attach(header, rules, resolved, o))
+}
+
+fn tls(r: &TlsRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
+    let parents = r.spec.parent_refs.iter().flatten().map(|p| reference!(p)).collect();
+    let header = header(&r.metadata, m::RouteKind::Tls, parents)?;
+    let hosts = r.spec.hostnames.iter().map(|h| h.to_ascii_lowercase()).collect();
+    let mut resolved = Ok(());
+    let matches = vec![m::Match { hosts, ..m::Match::default() }];
+    let rules = r.spec.rules.iter().map(|rule| {
+        let refs = rule.backend_refs.iter().map(|b| (reference!(b), b.weight, m::Filters::default()));
+        m::Rule { matches: matches.clone(), backends: backends(refs, &header, o, &mut resolved), ..m::Rule::default() }
+    });
+    let rules = Ok(rules.collect());
+    Some(attach(header, rules, resolved, o))
+}
+
+fn grpc(r: &GrpcRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
+    let parents = r.spec.parent_refs.iter().flatten().map(|p| reference!(p)).collect();
+    let header = header(&r.metadata, m::RouteKind::Grpc, parents)?;
+    let hosts: Vec<String> = r.spec.hostnames.iter().flatten().map(|h| h.to_ascii_lowercase()).collect();
+    let mut resolved = Ok(());
+    let rules = r.spec.rules.as_deref().unwrap_or_default();
+    let rules: Result<Vec<_>, _> =
+        rules.iter().map(|rule| grpc_rule(rule, &hosts, &header, o, &mut resolved)).collect();
     Some(attach(header, rules, resolved, o))
 }
 
 /// The route under each parent that takes it, and the statuses.
 fn attach(
     h: Header<'_>,
-    rules: Result<Vec<m::Rule>, (&'static str, String)>,
+    rules: Result<Vec<m::Rule>, Refused>,
     resolved: Verdict,
     o: &Objects,
 ) -> (Vec<m::Route>, RouteStatus) {
@@ -219,102 +261,241 @@ fn parent(p: &Reference<'_>, h: &Header<'_>, o: &Objects) -> Verdict {
     }
 }
 
-fn unsupported(what: &str) -> (&'static str, String) {
+pub(super) fn unsupported(what: &str) -> Refused {
     ("UnsupportedValue", format!("{what}: this version of Sluice does not do that; remove it from the route"))
 }
 
 fn http_rule(
     r: &HttpRouteRules,
     hosts: &[String],
-    route: &m::Name,
+    route: &Header<'_>,
     o: &Objects,
     resolved: &mut Verdict,
-) -> Result<m::Rule, (&'static str, String)> {
-    if r.filters.as_ref().is_some_and(|f| !f.is_empty()) {
-        return Err(unsupported("rules.filters"));
+) -> Result<m::Rule, Refused> {
+    let at = |field| At { field, route: &route.name, kind: route.kind, objects: o };
+    let mut rule = m::Rule::default();
+    filters::of_rule(r.filters.as_deref(), &at("rules.filters"), &mut rule, resolved)?;
+    let mut refs = vec![];
+    for b in r.backend_refs.iter().flatten() {
+        let filters = filters::of_backend(b.filters.as_deref(), &at("rules.backendRefs.filters"), resolved)?;
+        refs.push((reference!(b), b.weight, filters));
     }
-    if r.timeouts.is_some() {
-        return Err(unsupported("rules.timeouts"));
+    rule.backends = backends(refs.into_iter(), route, o, resolved);
+    if let Some(t) = &r.timeouts {
+        rule.timeouts.request_ms = timeout("rules.timeouts.request", t.request.as_deref())?;
+        rule.timeouts.backend_request_ms = timeout("rules.timeouts.backendRequest", t.backend_request.as_deref())?;
     }
-    let refs = r.backend_refs.as_deref().unwrap_or_default();
-    if refs.iter().any(|b| b.filters.as_ref().is_some_and(|f| !f.is_empty())) {
-        return Err(unsupported("rules.backendRefs.filters"));
+    if let Some(r) = &r.retry {
+        let code = |c: &i64| u16::try_from(*c).ok().filter(|c| (400..600).contains(c));
+        let backoff_ms =
+            r.backoff.as_deref().map(|text| parse_ms(text).ok_or_else(|| wrong("rules.retry.backoff", text)));
+        rule.retry = Some(m::Retry {
+            codes: r.codes.iter().flatten().filter_map(code).collect(),
+            attempts: r.attempts.and_then(|n| u32::try_from(n).ok()),
+            backoff_ms: backoff_ms.transpose()?,
+        });
     }
-    let refs = refs.iter().map(|b| (reference!(b), b.weight));
-    let backends = backends(refs, route, o, resolved);
+    if let Some(s) = &r.session_persistence {
+        let kind = s.r#type.as_ref().map(|t| format!("{t:?}"));
+        rule.sticky = Some(sticky(s.session_name.as_deref(), kind.as_deref(), route)?);
+    }
     let given = r.matches.as_deref().unwrap_or_default();
-    let mut matches = given.iter().map(|x| http_match(x, hosts)).collect::<Result<Vec<_>, _>>()?;
-    if matches.is_empty() && !hosts.is_empty() {
-        matches.push(m::Match { hosts: hosts.to_vec(), ..m::Match::default() });
+    rule.matches = given.iter().map(|x| http_match(x, hosts)).collect::<Result<Vec<_>, _>>()?;
+    if rule.matches.is_empty() && !hosts.is_empty() {
+        rule.matches.push(m::Match { hosts: hosts.to_vec(), ..m::Match::default() });
     }
-    Ok(m::Rule { matches, backends, ..m::Rule::default() })
+    Ok(rule)
 }
 
-fn http_match(x: &HttpRouteRulesMatches, hosts: &[String]) -> Result<m::Match, (&'static str, String)> {
-    if x.query_params.as_ref().is_some_and(|q| !q.is_empty()) {
-        return Err(unsupported("matches.queryParams"));
+fn grpc_rule(
+    r: &GrpcRouteRules,
+    hosts: &[String],
+    route: &Header<'_>,
+    o: &Objects,
+    resolved: &mut Verdict,
+) -> Result<m::Rule, Refused> {
+    let at = |field| At { field, route: &route.name, kind: route.kind, objects: o };
+    let mut rule = m::Rule::default();
+    filters::of_rule(r.filters.as_deref(), &at("rules.filters"), &mut rule, resolved)?;
+    let mut refs = vec![];
+    for b in r.backend_refs.iter().flatten() {
+        let filters = filters::of_backend(b.filters.as_deref(), &at("rules.backendRefs.filters"), resolved)?;
+        refs.push((reference!(b), b.weight, filters));
     }
+    rule.backends = backends(refs.into_iter(), route, o, resolved);
+    if let Some(s) = &r.session_persistence {
+        let kind = s.r#type.as_ref().map(|t| format!("{t:?}"));
+        rule.sticky = Some(sticky(s.session_name.as_deref(), kind.as_deref(), route)?);
+    }
+    let given = r.matches.as_deref().unwrap_or_default();
+    rule.matches = given.iter().map(|x| grpc_match(x, hosts)).collect::<Result<Vec<_>, _>>()?;
+    if rule.matches.is_empty() && !hosts.is_empty() {
+        rule.matches.push(m::Match { hosts: hosts.to_vec(), ..m::Match::default() });
+    }
+    Ok(rule)
+}
+
+fn wrong(field: &str, text: &str) -> Refused {
+    ("UnsupportedValue", format!("{field}: {text:?} is no duration such as 10s or 500ms"))
+}
+
+/// `0s` asks for no limit (GEP-1742).
+fn timeout(field: &str, text: Option<&str>) -> Result<Option<u64>, Refused> {
+    let Some(text) = text else { return Ok(None) };
+    parse_ms(text).map(|ms| Some(ms).filter(|ms| *ms > 0)).ok_or_else(|| wrong(field, text))
+}
+
+/// By a cookie where nothing else is said (GEP-1619); its name is the route's where none is given.
+fn sticky(name: Option<&str>, kind: Option<&str>, route: &Header<'_>) -> Result<m::Sticky, Refused> {
+    match (kind, name) {
+        (None | Some("Cookie"), Some(name)) => Ok(m::Sticky::Cookie(name.to_owned())),
+        (None | Some("Cookie"), None) => Ok(m::Sticky::Cookie(format!("sluice-{}", route.name.name))),
+        (Some("Header"), Some(name)) => Ok(m::Sticky::Header(name.to_ascii_lowercase())),
+        _ => Err(("UnsupportedValue", "rules.sessionPersistence: a header needs its sessionName".into())),
+    }
+}
+
+fn pattern(field: &str, text: &str) -> Result<m::Pattern, Refused> {
+    text.parse().map_err(|e| ("UnsupportedValue", format!("{field}: {e}")))
+}
+
+/// A gRPC method as the path it travels as (`/service/method`).
+fn grpc_match(x: &GrpcRouteRulesMatches, hosts: &[String]) -> Result<m::Match, Refused> {
+    let mut headers: Vec<m::HeaderMatch> = vec![];
+    for h in x.headers.iter().flatten() {
+        let regex = h.r#type == Some(GrpcRouteRulesMatchesHeadersType::RegularExpression);
+        add_header(&mut headers, &h.name, &h.value, regex)?;
+    }
+    let method = x.method.clone().unwrap_or_default();
+    let (service, name) = (method.service.as_deref(), method.method.as_deref());
+    let path = if method.r#type == Some(GrpcRouteRulesMatchesMethodType::RegularExpression) {
+        let text = format!("/(?:{})/(?:{})", service.unwrap_or("[^/]+"), name.unwrap_or("[^/]+"));
+        m::PathMatch::Regex(pattern("matches.method", &text)?)
+    } else {
+        match (service, name) {
+            (None, None) => m::PathMatch::default(),
+            (Some(service), None) => m::PathMatch::Prefix(format!("/{service}")),
+            (Some(service), Some(name)) => m::PathMatch::Exact(format!("/{service}/{name}")),
+            (None, Some(name)) => {
+                let name: String = name
+                    .chars()
+                    .flat_map(|c| if c.is_alphanumeric() || c == '_' { vec![c] } else { vec!['\\', c] })
+                    .collect();
+                m::PathMatch::Regex(pattern("matches.method", &format!("/[^/]+/{name}"))?)
+            }
+        }
+    };
+    Ok(m::Match { hosts: hosts.to_vec(), path, headers, ..m::Match::default() })
+}
+
+/// Only the first of equal names counts (Gateway API, HTTPHeaderMatch.name).
+fn add_header(headers: &mut Vec<m::HeaderMatch>, name: &str, value: &str, regex: bool) -> Result<(), Refused> {
+    let name = name.to_ascii_lowercase();
+    if !headers.iter().any(|k| k.name == name) {
+        headers.push(m::HeaderMatch { name, value: string_match("matches.headers", value, regex)? });
+    }
+    Ok(())
+}
+
+fn string_match(field: &str, value: &str, regex: bool) -> Result<m::StringMatch, Refused> {
+    Ok(match regex {
+        true => m::StringMatch::Regex(pattern(field, value)?),
+        false => m::StringMatch::Exact(value.to_owned()),
+    })
+}
+
+fn http_match(x: &HttpRouteRulesMatches, hosts: &[String]) -> Result<m::Match, Refused> {
     let mut headers = vec![];
     for h in x.headers.iter().flatten() {
-        if h.r#type == Some(HttpRouteRulesMatchesHeadersType::RegularExpression) {
-            return Err(unsupported("matches.headers.type RegularExpression"));
-        }
-        let name = h.name.to_ascii_lowercase();
-        // Only the first of equal names counts (Gateway API, HTTPHeaderMatch.name).
-        if !headers.iter().any(|k: &m::HeaderMatch| k.name == name) {
-            headers.push(m::HeaderMatch { name, value: m::StringMatch::Exact(h.value.clone()) });
+        let regex = h.r#type == Some(HttpRouteRulesMatchesHeadersType::RegularExpression);
+        add_header(&mut headers, &h.name, &h.value, regex)?;
+    }
+    let mut query: Vec<m::QueryMatch> = vec![];
+    for q in x.query_params.iter().flatten() {
+        let regex = q.r#type == Some(HttpRouteRulesMatchesQueryParamsType::RegularExpression);
+        if !query.iter().any(|k| k.name == q.name) {
+            let value = string_match("matches.queryParams", &q.value, regex)?;
+            query.push(m::QueryMatch { name: q.name.clone(), value });
         }
     }
     let value = x.path.as_ref().and_then(|p| p.value.clone()).unwrap_or_else(|| "/".to_owned());
     let path = match x.path.as_ref().and_then(|p| p.r#type.as_ref()) {
         Some(HttpRouteRulesMatchesPathType::Exact) => m::PathMatch::Exact(value),
-        Some(HttpRouteRulesMatchesPathType::RegularExpression) => {
-            return Err(unsupported("matches.path.type RegularExpression"));
-        }
+        Some(HttpRouteRulesMatchesPathType::RegularExpression) => m::PathMatch::Regex(pattern("matches.path", &value)?),
         _ => m::PathMatch::Prefix(value),
     };
     let method = x.method.as_ref().map(|m| format!("{m:?}").to_ascii_uppercase());
-    Ok(m::Match { hosts: hosts.to_vec(), path, method, headers, ..m::Match::default() })
+    Ok(m::Match { hosts: hosts.to_vec(), path, method, headers, query })
 }
 
 fn backends<'a>(
-    refs: impl Iterator<Item = (Reference<'a>, Option<i32>)>,
-    route: &m::Name,
+    refs: impl Iterator<Item = (Reference<'a>, Option<i32>, m::Filters)>,
+    route: &Header<'_>,
     o: &Objects,
     resolved: &mut Verdict,
 ) -> Vec<m::Backend> {
-    refs.map(|(b, weight)| {
+    refs.map(|(b, weight, filters)| {
         let weight = weight.and_then(|w| u32::try_from(w).ok()).unwrap_or(1);
-        match backend(&b, route, o) {
-            Ok((service, port)) => m::Backend { service, port, weight, ..m::Backend::default() },
+        match backend(&b, &route.name, route.kind, o) {
+            Ok((service, port)) => m::Backend { service, port, weight, filters },
             Err(wrong) => {
                 if resolved.is_ok() {
                     *resolved = Err(wrong);
                 }
                 // A name no service can have: its share of the traffic is answered with an error.
-                let name = format!("{}:unresolved", b.name);
-                let service = m::Name::new(route.namespace.clone(), name);
-                m::Backend { service, port: 1, weight, ..m::Backend::default() }
+                let service = m::Name::new(route.name.namespace.clone(), format!("{}:unresolved", b.name));
+                m::Backend { service, port: 1, weight, filters }
             }
         }
     })
     .collect()
 }
 
-fn backend(b: &Reference<'_>, route: &m::Name, o: &Objects) -> Result<(m::Name, u16), (&'static str, String)> {
+/// The kind as a ReferenceGrant names it.
+fn kind_name(kind: m::RouteKind) -> &'static str {
+    match kind {
+        m::RouteKind::Http => "HTTPRoute",
+        m::RouteKind::Grpc => "GRPCRoute",
+        m::RouteKind::Tls => "TLSRoute",
+        m::RouteKind::Tcp => "TCPRoute",
+    }
+}
+
+/// Whether some ReferenceGrant in the namespace of `service` lets routes of `kind` in `from` name it.
+fn granted(o: &Objects, kind: m::RouteKind, from: &str, service: &m::Name) -> bool {
+    let start = m::Name::new(service.namespace.clone(), "");
+    let own = o.grants.range(start..).take_while(|(n, _)| n.namespace == service.namespace);
+    own.map(|(_, g)| &g.spec).any(|g| {
+        let from = g
+            .from
+            .iter()
+            .any(|f| f.group == "gateway.networking.k8s.io" && f.kind == kind_name(kind) && f.namespace == from);
+        let named = |n: &Option<String>| n.as_ref().is_none_or(|n| *n == service.name);
+        from && g.to.iter().any(|t| t.group.is_empty() && t.kind == "Service" && named(&t.name))
+    })
+}
+
+pub(super) fn backend(
+    b: &Reference<'_>,
+    route: &m::Name,
+    route_kind: m::RouteKind,
+    o: &Objects,
+) -> Result<(m::Name, u16), Refused> {
     if b.kind.unwrap_or("Service") != "Service" || !b.group.unwrap_or_default().is_empty() {
         return Err((
             "InvalidKind",
             format!("backend {} is of kind {}; only services can be backends", b.name, b.kind.unwrap_or_default()),
         ));
     }
-    if b.namespace.is_some_and(|n| n != route.namespace) {
-        return Err((
-            "RefNotPermitted",
-            format!("backend {} is in another namespace, which no ReferenceGrant permits", b.name),
-        ));
+    let name = m::Name::new(b.namespace.unwrap_or(&route.namespace), b.name);
+    if name.namespace != route.namespace && !granted(o, route_kind, &route.namespace, &name) {
+        let text = format!(
+            "backend {name} is in another namespace, and no ReferenceGrant there lets a {} of {} name it",
+            kind_name(route_kind),
+            route.namespace
+        );
+        return Err(("RefNotPermitted", text));
     }
-    let name = m::Name::new(route.namespace.clone(), b.name);
     let Some(service) = o.services.get(&name) else {
         return Err(("BackendNotFound", format!("backend service {name} does not exist")));
     };

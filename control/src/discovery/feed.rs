@@ -40,7 +40,13 @@ struct Prefixes {
     pods: String,
     nodes: String,
     http_routes: String,
+    grpc_routes: String,
+    tls_routes: String,
     tcp_routes: String,
+    grants: String,
+    backend_policies: String,
+    access_policies: String,
+    route_filters: String,
 }
 
 impl Prefixes {
@@ -54,12 +60,32 @@ impl Prefixes {
             pods: p("", "v1", "pods"),
             nodes: p("", "v1", "nodes"),
             http_routes: p("gateway.networking.k8s.io", "v1", "httproutes"),
+            grpc_routes: p("gateway.networking.k8s.io", "v1", "grpcroutes"),
+            tls_routes: p("gateway.networking.k8s.io", "v1", "tlsroutes"),
             tcp_routes: p("gateway.networking.k8s.io", "v1alpha2", "tcproutes"),
+            grants: p("gateway.networking.k8s.io", "v1", "referencegrants"),
+            backend_policies: p(own::GROUP, own::VERSION, "backendpolicies"),
+            access_policies: p(own::GROUP, own::VERSION, "accesspolicies"),
+            route_filters: p(own::GROUP, own::VERSION, "routefilters"),
         }
     }
 
-    fn all(&self) -> [&str; 6] {
-        [&self.services, &self.slices, &self.pods, &self.nodes, &self.http_routes, &self.tcp_routes].map(String::as_str)
+    fn all(&self) -> [&str; 12] {
+        [
+            &self.services,
+            &self.slices,
+            &self.pods,
+            &self.nodes,
+            &self.http_routes,
+            &self.grpc_routes,
+            &self.tls_routes,
+            &self.tcp_routes,
+            &self.grants,
+            &self.backend_policies,
+            &self.access_policies,
+            &self.route_filters,
+        ]
+        .map(String::as_str)
     }
 
     /// Takes one key's new value into `o`; false when the key is of no interest.
@@ -76,6 +102,18 @@ impl Prefixes {
             set(&mut o.http_routes, n, value)
         } else if let Some(n) = name(key, &self.tcp_routes) {
             set(&mut o.tcp_routes, n, value)
+        } else if let Some(n) = name(key, &self.grpc_routes) {
+            set(&mut o.grpc_routes, n, value)
+        } else if let Some(n) = name(key, &self.tls_routes) {
+            set(&mut o.tls_routes, n, value)
+        } else if let Some(n) = name(key, &self.grants) {
+            set(&mut o.grants, n, value)
+        } else if let Some(n) = name(key, &self.backend_policies) {
+            set(&mut o.backend_policies, n, value)
+        } else if let Some(n) = name(key, &self.access_policies) {
+            set(&mut o.access_policies, n, value)
+        } else if let Some(n) = name(key, &self.route_filters) {
+            set(&mut o.route_filters, n, value)
         } else {
             return false;
         }

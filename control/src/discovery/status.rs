@@ -45,7 +45,7 @@ async fn write(
     let (version, plural) = match route.kind {
         RouteKind::Http => ("v1", "httproutes"),
         RouteKind::Grpc => ("v1", "grpcroutes"),
-        RouteKind::Tls => ("v1alpha3", "tlsroutes"),
+        RouteKind::Tls => ("v1", "tlsroutes"),
         RouteKind::Tcp => ("v1alpha2", "tcproutes"),
     };
     let kind = kinds::find("gateway.networking.k8s.io", version, plural).expect("routes are in the table of kinds");

@@ -64,6 +64,22 @@ pub fn route(rules: Vec<Rule>) -> Resource {
     })
 }
 
+/// The service of `resources` with a policy.
+pub fn with_policy(mut resources: Vec<Resource>, policy: BackendPolicy) -> Vec<Resource> {
+    for r in &mut resources {
+        if let Resource::Service(service) = r {
+            service.backend_policy = Some(policy.clone());
+        }
+    }
+    resources
+}
+
+/// All counters of a sidecar.
+pub fn scrape(running: &Running) -> sluice_proxy::metrics::Scrape {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(running.scrape())
+}
+
 pub fn split(weights: &[(&str, u32)]) -> Resource {
     route(vec![Rule { backends: weights.iter().map(|(n, w)| backend(n, *w)).collect(), ..Rule::default() }])
 }

@@ -1,0 +1,78 @@
+//! The door of the app: who may come in, and how often. The policy decides (`sluice-traffic::access`); buckets are a
+//! worker's own, so that a limit is that of each worker.
+
+use crate::{live::Choice, reason::Reason, rule::Routed, worker::Worker};
+use http::Request;
+use sluice_model::{Identity, InboundLimit, Name};
+use sluice_traffic::{
+    access::{Call, decide, limits},
+    rate::Bucket,
+};
+use std::{cell::RefCell, collections::HashMap, net::SocketAddr, rc::Rc, sync::Arc};
+
+/// Buckets beyond this are emptied of those that are full; when none is, callers share one.
+const MAX_BUCKETS: usize = 4096;
+
+/// The app at an address, and who calls it over this connection.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub address: SocketAddr,
+    /// Proven by mTLS.
+    pub caller: Option<Arc<Identity>>,
+    choice: Choice,
+}
+
+impl Entry {
+    pub fn new(worker: &Worker, address: SocketAddr, caller: Option<Arc<Identity>>) -> Self {
+        let choice = Choice { cluster: worker.app(address), series: worker.inbound_series(address.port()) };
+        Self { address, caller, choice }
+    }
+
+    /// Lets a request in, or says why not.
+    pub fn admit<B>(&self, worker: &Worker, request: &Request<B>) -> Result<Routed, Reason> {
+        let request = Some((request.method().as_str(), request.uri().path()));
+        admit(worker, &Call { caller: self.caller.as_deref(), port: self.address.port(), request })?;
+        Ok(Routed::plain(self.choice.clone()))
+    }
+}
+
+/// Lets a request or connection in, or says why not.
+pub fn admit(worker: &Worker, call: &Call<'_>) -> Result<(), Reason> {
+    let live = worker.live();
+    let policy = &live.config.inbound.policy;
+    if !policy.access.is_empty() {
+        let verdict = decide(&policy.access, call);
+        if let Some(policy) = verdict.would_deny {
+            tracing::info!(%policy, caller = ?call.caller.map(ToString::to_string), port = call.port, request = ?call.request, "audit: would be denied");
+            worker.counters.audit();
+        }
+        if let Some(policy) = verdict.denied {
+            tracing::debug!(%policy, caller = ?call.caller.map(ToString::to_string), port = call.port, request = ?call.request, "denied");
+            return Err(Reason::Denied);
+        }
+    }
+    let now = worker.now_ns();
+    match limits(&policy.rate_limits, call).all(|(at, limit)| worker.buckets.take(at, limit, call.caller, now)) {
+        true => Ok(()),
+        false => Err(Reason::RateLimited),
+    }
+}
+
+/// Of which limit of which policy, and of whom.
+type Key = (Name, usize, Option<Rc<Identity>>);
+
+/// A worker's buckets.
+#[derive(Debug, Default)]
+pub struct Buckets(RefCell<HashMap<Key, Bucket>>);
+
+impl Buckets {
+    fn take(&self, at: usize, limit: &InboundLimit, caller: Option<&Identity>, now_ns: u64) -> bool {
+        let mut buckets = self.0.borrow_mut();
+        if buckets.len() >= MAX_BUCKETS {
+            buckets.retain(|_, b| !b.is_full(now_ns));
+        }
+        let own = limit.per_identity && buckets.len() < MAX_BUCKETS;
+        let key = (limit.policy.clone(), at, caller.filter(|_| own).map(|c| Rc::new(c.clone())));
+        buckets.entry(key).or_default().take(now_ns, limit.limit).is_ok()
+    }
+}
