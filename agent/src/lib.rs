@@ -19,6 +19,7 @@ pub mod relay;
 mod replay;
 pub mod run;
 pub mod server;
+mod sidecar;
 pub mod socket;
 pub mod uplink;
 pub mod view;

@@ -407,6 +407,7 @@ async fn start_pods(
     let (options, told) = (o.clone(), mtu.clone());
     let mtu_now = Box::new(move || options.pod_mtu(&told));
     let checker = Checker::start(o.node_name.clone(), &o.run_dir, dns, network.clone(), mtu_now);
+    let sidecars = sidecar::routes(sidecar::Sidecars { client: client.clone(), network: network.clone() });
     let deps = Arc::new(Deps {
         events: events.clone(),
         client: client.clone(),
@@ -424,7 +425,8 @@ async fn start_pods(
         .await
         .with_context(|| format!("listen for requests of logs and flows on port {}", o.log_port))?;
     let tls = server::tls(id)?;
-    let routes = server::routes(server::Logs { client, cri, node }).merge(flows).merge(checker.routes());
+    let routes =
+        server::routes(server::Logs { client, cri, node }).merge(flows).merge(checker.routes()).merge(sidecars);
     tokio::spawn(server::serve(listener, tls, routes));
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 pub mod backend;
 pub mod closed;
+pub mod contender;
 pub mod datagrams;
 pub mod echo;
 pub mod echo_state;

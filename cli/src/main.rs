@@ -12,6 +12,7 @@ mod machine;
 mod preflight;
 mod split;
 mod status;
+mod tap;
 mod token;
 mod uninstall;
 mod up;
@@ -76,6 +77,8 @@ enum Command {
     Check,
     /// Follow flows and drops live, on all nodes
     Flows(flows::Options),
+    /// Follow a pod's requests live, as its sidecar sees them, or show what the sidecar holds
+    Tap(tap::Options),
     /// Shift a service's traffic by weight, and wait until every sidecar and node has it in force
     Split {
         service: String,
@@ -158,6 +161,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         Command::Status => status::run(&config()?, false),
         Command::Check => check::run(&config()?, Cluster::load(&name).ok().flatten()),
         Command::Flows(ref options) => flows::run(&config()?, options),
+        Command::Tap(ref options) => tap::run(&config()?, options),
         Command::Split { ref service, ref weights, ref namespace, timeout } => {
             split::run(&config()?, namespace, service, weights, timeout)
         }

@@ -13,6 +13,10 @@ pub const ANNOTATION_MTLS: &str = "sluice.dev/mtls";
 pub const ANNOTATION_EXCLUDED_PORTS: &str = "sluice.dev/exclude-inbound-ports";
 pub const ANNOTATION_OPAQUE_PORTS: &str = "sluice.dev/opaque-ports";
 pub const CONTAINER: &str = "sluice-proxy";
+/// Pod annotation: requests that its sidecar writes to its log (`off`, `errors`, `all`).
+pub const ANNOTATION_ACCESS_LOG: &str = "sluice.dev/access-log";
+/// Namespace label: `enabled` lets those who tap see headers, which may hold secrets.
+pub const LABEL_TAP_HEADERS: &str = "sluice.dev/tap-headers";
 const INJECTED: &str = "injected";
 
 /// What an injected sidecar is made of.
@@ -21,6 +25,8 @@ pub struct Config {
     pub image: String,
     /// Ranges of services and pods, in CIDR notation with commas between.
     pub cluster_ranges: String,
+    /// Collector of spans (OTLP over HTTP), and the share of traces beginning at sidecars that are sampled.
+    pub tracing: Option<(String, f64)>,
 }
 
 /// The pod carries a sidecar of ours.
@@ -57,8 +63,24 @@ pub fn inject(pod: &mut Value, namespace_labels: &Value, config: &Config) {
     if !pod["spec"]["initContainers"].is_array() {
         pod["spec"]["initContainers"] = json!([]);
     }
+    let mut sidecar = container(config);
+    show(&mut sidecar, pod, namespace_labels, config);
     if let Some(list) = pod["spec"]["initContainers"].as_array_mut() {
-        list.insert(0, container(config));
+        list.insert(0, sidecar);
+    }
+}
+
+/// What a pod, its namespace and the cluster ask the sidecar to show of requests.
+fn show(container: &mut Value, pod: &Value, namespace_labels: &Value, config: &Config) {
+    let access = pod["metadata"]["annotations"][ANNOTATION_ACCESS_LOG].as_str();
+    let access = access.filter(|a| ["errors", "all"].contains(a)).map(|a| ("SLUICE_ACCESS_LOG", a.to_owned()));
+    let headers = (namespace_labels[LABEL_TAP_HEADERS] == "enabled").then(|| ("SLUICE_TAP_HEADERS", "true".to_owned()));
+    let tracing = config.tracing.iter().flat_map(|(collector, share)| {
+        [("SLUICE_OTLP_ENDPOINT", collector.clone()), ("SLUICE_TRACE_SAMPLE", share.to_string())]
+    });
+    if let Some(env) = container["env"].as_array_mut() {
+        let asked = access.into_iter().chain(headers).chain(tracing);
+        env.extend(asked.map(|(name, value)| json!({"name": name, "value": value})));
     }
 }
 
@@ -105,7 +127,28 @@ mod tests {
     }
 
     fn config() -> Config {
-        Config { image: "sluice.local/proxy:dev".into(), cluster_ranges: "10.96.0.0/16,10.244.0.0/16".into() }
+        Config {
+            image: "sluice.local/proxy:dev".into(),
+            cluster_ranges: "10.96.0.0/16,10.244.0.0/16".into(),
+            tracing: None,
+        }
+    }
+
+    #[test]
+    fn what_is_shown_of_requests_is_asked_for() {
+        let mut p = pod();
+        p["metadata"]["annotations"] = json!({ANNOTATION_ACCESS_LOG: "errors"});
+        let labels = json!({LABEL_INJECT: "enabled", LABEL_TAP_HEADERS: "enabled"});
+        inject(&mut p, &labels, &Config { tracing: Some(("http://c:4318/v1/traces".into(), 0.5)), ..config() });
+        let env = p["spec"]["initContainers"][0]["env"].as_array().expect("a list").clone();
+        for (name, value) in [
+            ("SLUICE_ACCESS_LOG", "errors"),
+            ("SLUICE_TAP_HEADERS", "true"),
+            ("SLUICE_OTLP_ENDPOINT", "http://c:4318/v1/traces"),
+            ("SLUICE_TRACE_SAMPLE", "0.5"),
+        ] {
+            assert!(env.contains(&json!({"name": name, "value": value})), "{name}");
+        }
     }
 
     #[test]

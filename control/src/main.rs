@@ -51,6 +51,12 @@ struct Serve {
     /// Image of the injected sidecar.
     #[arg(long, default_value = "sluice.local/proxy:dev")]
     proxy_image: String,
+    /// Collector of spans that injected sidecars send theirs to: OTLP over HTTP, http://host:4318/v1/traces.
+    #[arg(long)]
+    otlp_endpoint: Option<String>,
+    /// Share of the traces beginning at sidecars that are sampled, from 0 to 1.
+    #[arg(long, default_value_t = 0.01)]
+    trace_sample: f64,
     /// In every workload's identity.
     #[arg(long, default_value = "cluster.local")]
     trust_domain: String,
@@ -153,7 +159,9 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let inherited = server::inherited().context("take over inherited sockets")?;
-    let hook = mesh::pod_hook(serve.proxy_image.clone(), serve.service_cidr.iter().chain(serve.pod_cidr.iter()));
+    let ranges = serve.service_cidr.iter().chain(serve.pod_cidr.iter());
+    let tracing = serve.otlp_endpoint.clone().map(|collector| (collector, serve.trace_sample));
+    let hook = mesh::pod_hook(serve.proxy_image.clone(), ranges, tracing);
     let service = Service::start(&serve.config(), inherited, Some(hook)).await?;
     let (discovery, parts) = mesh::start(&service.parts, &serve.mesh()).await?;
     tracing::info!(%discovery, "serving discovery");

@@ -30,9 +30,13 @@ pub struct Config {
 pub const SERVER_NAME: &str = "sluice-control";
 
 /// Sees every new pod: injects the sidecar where its namespace asks for it.
-pub fn pod_hook(image: String, ranges: impl Iterator<Item = Cidr>) -> crate::api::registry::PodHook {
+pub fn pod_hook(
+    image: String,
+    ranges: impl Iterator<Item = Cidr>,
+    tracing: Option<(String, f64)>,
+) -> crate::api::registry::PodHook {
     let cluster_ranges = ranges.map(|range| range.to_string()).collect::<Vec<_>>().join(",");
-    let config = inject::Config { image, cluster_ranges };
+    let config = inject::Config { image, cluster_ranges, tracing };
     Box::new(move |pod, namespace| inject::inject(pod, &namespace["metadata"]["labels"], &config))
 }
 

@@ -80,7 +80,7 @@ pub async fn prepare(
         }
         let (original, copy) = body.copied();
         body = original;
-        let choice = Choice { cluster: cluster.clone(), series: Rc::default() };
+        let choice = Choice { cluster: cluster.clone(), series: Rc::default(), key: routed.choice.key.clone() };
         let head = Request::from_parts(parts.clone(), ());
         tokio::task::spawn_local(mirror_to(worker.clone(), choice, with_head_of(&head, copy)));
     }

@@ -9,6 +9,8 @@ use crate::{
     metrics::Scrape,
     status::Status,
     tls::Tls,
+    upstream::Pool,
+    worker::Ask,
 };
 use sluice_model::{Identity, Snapshot};
 use sluice_wire::{
@@ -55,21 +57,32 @@ pub struct Start {
 
 /// Collects the counters of all workers.
 #[derive(Clone)]
-pub struct Scraper(pub Vec<mpsc::Sender<oneshot::Sender<Scrape>>>);
+pub struct Scraper(pub Vec<mpsc::Sender<Ask>>);
 
 impl Scraper {
     pub async fn scrape(&self) -> Scrape {
         let mut sum = Scrape::default();
-        for worker in &self.0 {
+        self.ask(Ask::Scrape, |_, scrape| sum.merge(scrape)).await;
+        sum
+    }
+
+    /// What each worker has of each endpoint.
+    pub async fn pools(&self) -> Vec<(usize, Vec<Pool>)> {
+        let mut all = Vec::new();
+        self.ask(Ask::Pools, |worker, pools| all.push((worker, pools))).await;
+        all
+    }
+
+    async fn ask<T>(&self, ask: impl Fn(oneshot::Sender<T>) -> Ask, mut take: impl FnMut(usize, T)) {
+        for (at, worker) in self.0.iter().enumerate() {
             let (answer, answered) = oneshot::channel();
-            if worker.send(answer).await.is_err() {
+            if worker.send(ask(answer)).await.is_err() {
                 continue;
             }
-            if let Ok(Ok(scrape)) = tokio::time::timeout(SCRAPE_TIMEOUT, answered).await {
-                sum.merge(scrape);
+            if let Ok(Ok(answer)) = tokio::time::timeout(SCRAPE_TIMEOUT, answered).await {
+                take(at, answer);
             }
         }
-        sum
     }
 }
 

@@ -24,7 +24,8 @@ pub struct Entry {
 
 impl Entry {
     pub fn new(worker: &Worker, address: SocketAddr, caller: Option<Arc<Identity>>) -> Self {
-        let choice = Choice { cluster: worker.app(address), series: worker.inbound_series(address.port()) };
+        let key = worker.inbound_key(address.port());
+        let choice = Choice { cluster: worker.app(address), series: worker.series(key.clone()), key: key.into() };
         Self { address, caller, choice }
     }
 

@@ -9,12 +9,15 @@ use crate::{
     drain::Phase,
     guard::Entry,
     headers::{Needs, prepare_request, remove_hop_by_hop, restore_version},
+    metrics::SeriesKey,
     multiplex,
-    outbound::choose_http,
+    observe::Exchange,
+    outbound::{choose_http, host},
     reason::{self, Reason},
     rule::Routed,
     tcp,
     tls::Tls,
+    trace::Context,
     upstream::{InFlight, Sender},
     worker::Worker,
 };
@@ -26,6 +29,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
+use sluice_model::Identity;
 use std::{
     cell::Cell,
     convert::Infallible,
@@ -60,6 +64,22 @@ pub enum Side {
 impl Side {
     fn inbound(&self) -> bool {
         matches!(self, Self::Inbound(_) | Self::Mesh(..))
+    }
+
+    /// Who called, proven by mTLS.
+    fn caller(&self) -> Option<&Arc<Identity>> {
+        match self {
+            Self::Inbound(entry) | Self::Mesh(entry, _) => entry.caller.as_ref(),
+            Self::Outbound { .. } | Self::Refuse(_) => None,
+        }
+    }
+
+    /// What a request is counted as that goes nowhere.
+    fn key(&self, worker: &Worker) -> SeriesKey {
+        match self {
+            Self::Outbound { destination, target } => worker.target_key(*destination, target.get().1),
+            _ => worker.inbound_key(self.port()),
+        }
     }
 
     /// The port that was dialled.
@@ -176,10 +196,10 @@ async fn respond(worker: &Rc<Worker>, side: &Side, mut request: Request<Incoming
     };
     let mut response = match routed {
         Ok(routed) => match routed.asks.as_ref().and_then(|a| a.request_timeout) {
-            None => forward(worker, routed, request, side.port(), inbound).await,
-            Some(time) => Box::pin(forward_within(worker, routed, request, side.port(), time)).await,
+            None => forward(worker, routed, request, side).await,
+            Some(time) => Box::pin(forward_within(worker, routed, request, side, time)).await,
         },
-        Err(reason) => refuse(worker, reason),
+        Err(reason) => refuse_unrouted(worker, side, &request, reason),
     };
     if inbound && http1 && worker.draining() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -192,11 +212,11 @@ async fn forward_within(
     worker: &Rc<Worker>,
     routed: Routed,
     request: Request<Incoming>,
-    port: u16,
+    side: &Side,
     time: Duration,
 ) -> Response<Answer> {
     let deadline = tokio::time::Instant::now() + time;
-    match tokio::time::timeout_at(deadline, forward(worker, routed, request, port, false)).await {
+    match tokio::time::timeout_at(deadline, forward(worker, routed, request, side)).await {
         Ok(response) => response.map(|body| body.until(deadline)),
         Err(_) => refuse(worker, Reason::RequestTimeout),
     }
@@ -211,16 +231,41 @@ pub fn refuse(worker: &Worker, reason: Reason) -> Response<Answer> {
     response
 }
 
-/// Sends the request to an endpoint of the chosen backend and passes the answer on. `port` is the one that was dialled.
-async fn forward(
-    worker: &Rc<Worker>,
-    routed: Routed,
-    mut request: Request<Incoming>,
-    port: u16,
-    inbound: bool,
-) -> Response<Answer> {
+/// [`refuse`] before it was known where the request goes.
+fn refuse_unrouted(worker: &Rc<Worker>, side: &Side, request: &Request<Incoming>, reason: Reason) -> Response<Answer> {
+    let response = refuse(worker, reason);
+    if worker.observer.wanted() {
+        let key = side.key(worker);
+        let exchange = Exchange::begin(request, &key, host(request), side.caller(), worker.observer.shows_headers());
+        let (status, reason) = (Some(response.status().as_u16()), Some(reason.label()));
+        worker.observer.note(Exchange { status, reason, ..exchange });
+    }
+    response
+}
+
+/// Notes the request for those who want to see it, and gives it its place in its trace.
+fn watch(worker: &Worker, side: &Side, routed: &Routed, request: &mut Request<Incoming>, in_flight: &mut InFlight) {
+    let observer = &worker.observer;
+    let key = &routed.choice.key;
+    let mut exchange = Exchange::begin(request, key, host(request), side.caller(), observer.shows_headers());
+    let threshold = observer.tracing();
+    if threshold > 0 {
+        let fresh = [worker.random(), worker.random(), worker.random()];
+        let context = Context::of(request.headers(), fresh, worker.random(), threshold);
+        context.propagate(request.headers_mut());
+        exchange.trace = Some(context);
+    }
+    in_flight.watch(exchange, observer);
+}
+
+/// Sends the request to an endpoint of the chosen backend and passes the answer on.
+async fn forward(worker: &Rc<Worker>, routed: Routed, mut request: Request<Incoming>, side: &Side) -> Response<Answer> {
+    let (inbound, port) = (side.inbound(), side.port());
     let cluster = &routed.choice.cluster;
     let mut in_flight = Box::new(InFlight::new(routed.choice.series.clone(), Instant::now()));
+    if worker.observer.wanted() {
+        watch(worker, side, &routed, &mut request, &mut in_flight);
+    }
     let needs = prepare_request(&mut request);
     // Only tunnels take their end of the connection over; the others need no handle for it.
     let client = (needs == Needs::Tunnel).then(|| hyper::upgrade::on(&mut request));
@@ -254,6 +299,10 @@ async fn forward(
 
 /// The request ends with an answer that no backend made.
 fn answer_instead(mut in_flight: Box<InFlight>, response: Response<Answer>) -> Response<Answer> {
+    let said = response.headers().get(reason::HEADER).and_then(|v| v.to_str().ok());
+    if let Some(reason) = said.and_then(|said| Reason::ALL.iter().find(|r| r.label() == said)) {
+        in_flight.said(reason.label());
+    }
     in_flight.answered(response.status().as_u16(), None);
     response
 }

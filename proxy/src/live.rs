@@ -34,6 +34,8 @@ struct LiveTarget {
 pub struct Choice {
     pub cluster: Rc<LiveCluster>,
     pub series: Rc<Series>,
+    /// Of the series.
+    pub key: Rc<SeriesKey>,
 }
 
 impl Live {
@@ -118,7 +120,7 @@ fn build_target(
             backend: c.service.clone(),
             port: c.port,
         };
-        Choice { cluster: clusters[cluster].clone(), series: worker.series(key) }
+        Choice { cluster: clusters[cluster].clone(), series: worker.series(key.clone()), key: key.into() }
     };
     let rules = target.table.rules().iter().zip(&target.rules).map(|(rule, of)| {
         let old = before.and_then(|before| same_rule(rule, before));

@@ -8,6 +8,8 @@ use crate::{
     handover,
     listener::{self, Listener, Original},
     metrics::Scrape,
+    observe::{self, Exchange, Observer},
+    otlp,
     status::Status,
     worker,
 };
@@ -52,6 +54,7 @@ pub struct Settings {
     pub drain: Duration,
     /// Addresses of the cluster: nothing is sent there in the clear before it is known what they are.
     pub inside: Arc<[IpNet]>,
+    pub observe: observe::Settings,
 }
 
 /// A sidecar that runs.
@@ -88,6 +91,7 @@ impl Running {
         let (status, status_seen) = watch::channel(Arc::<Status>::default());
         let (to_hub, from_workers) = mpsc::channel(HUB_QUEUE);
         let workload = Name::new(settings.workload.namespace.clone(), settings.workload.name.clone());
+        let (observer, notes) = Observer::new(&settings.observe);
         let mut threads = Vec::new();
         let mut scrapes = Vec::new();
         for (index, listeners) in listening.of_workers.into_iter().enumerate() {
@@ -103,6 +107,7 @@ impl Running {
                 scrapes: asked,
                 to_hub: to_hub.clone(),
                 inside: settings.inside.clone(),
+                observer: observer.clone(),
             };
             threads.push(thread(&format!("worker-{index}"), move || worker::run(start))?);
         }
@@ -118,8 +123,14 @@ impl Running {
             scraper: scraper.clone(),
             status,
         };
-        let admin_parts = (admin, status_seen.clone(), scraper.clone());
-        threads.push(thread("control", move || run_control(start, admin_parts))?);
+        let served = admin::Served {
+            status: status_seen.clone(),
+            scraper: scraper.clone(),
+            config: config_seen,
+            observer: observer.clone(),
+        };
+        let writer = Writer { observer, notes, otlp: settings.observe.otlp, service: workload.to_string() };
+        threads.push(thread("control", move || run_control(start, admin, served, writer))?);
         let (outbound, inbound) = (listening.outbound, listening.inbound);
         let drain = settings.drain;
         Ok(Self { phase, scraper, status: status_seen, threads, drain, admin: admin_address, outbound, inbound })
@@ -166,14 +177,34 @@ fn thread(name: &str, run: impl FnOnce() -> io::Result<()> + Send + 'static) -> 
     std::thread::Builder::new().name(name.to_owned()).spawn(body).with_context(|| format!("start thread {name}"))
 }
 
-fn run_control(
-    start: control::Start,
-    (admin, status, scraper): (TcpListener, watch::Receiver<Arc<Status>>, Scraper),
-) -> io::Result<()> {
+/// Writes down what is seen of requests.
+struct Writer {
+    observer: Arc<Observer>,
+    notes: mpsc::Receiver<Exchange>,
+    otlp: Option<http::Uri>,
+    service: String,
+}
+
+/// Spans that may wait for the collector.
+const SPAN_QUEUE: usize = 4096;
+
+impl Writer {
+    fn spawn(self) {
+        let spans = self.otlp.map(|collector| {
+            let (spans, queued) = mpsc::channel(SPAN_QUEUE);
+            tokio::spawn(otlp::run(collector, self.service, queued));
+            spans
+        });
+        tokio::spawn(observe::write(self.observer, self.notes, spans));
+    }
+}
+
+fn run_control(start: control::Start, admin: TcpListener, served: admin::Served, writer: Writer) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let admin = tokio::net::TcpListener::from_std(admin)?;
-        tokio::spawn(admin::serve(admin, status, scraper));
+        tokio::spawn(admin::serve(admin, served));
+        writer.spawn();
         control::run(start).await;
         Ok(())
     })

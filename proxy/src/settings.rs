@@ -2,6 +2,7 @@
 
 use crate::{
     control::Source,
+    observe::{self, Access},
     run::{Listen, Settings},
     tls::Tls,
 };
@@ -44,6 +45,18 @@ pub struct Args {
     /// Ranges of the cluster's services and pods: nothing is sent there in the clear before it is known what they are
     #[arg(long, env = "SLUICE_CLUSTER_RANGES", value_delimiter = ',')]
     pub cluster_ranges: Vec<IpNet>,
+    /// Requests to write to the standard output, as JSON: off, errors or all
+    #[arg(long, env = "SLUICE_ACCESS_LOG", default_value = "off")]
+    pub access_log: Access,
+    /// Collector of spans, OTLP over HTTP: http://host:4318/v1/traces; none are made without
+    #[arg(long, env = "SLUICE_OTLP_ENDPOINT")]
+    pub otlp_endpoint: Option<http::Uri>,
+    /// Share of the traces beginning here that are sampled, from 0 to 1
+    #[arg(long, env = "SLUICE_TRACE_SAMPLE", default_value_t = 0.01)]
+    pub trace_sample: f64,
+    /// Let those who tap see headers, which may hold secrets
+    #[arg(long, env = "SLUICE_TAP_HEADERS")]
+    pub tap_headers: bool,
     /// After SIGTERM, the longest time for what is in flight
     #[arg(long, env = "SLUICE_DRAIN_SECONDS", default_value_t = 25)]
     pub drain_seconds: u64,
@@ -93,6 +106,12 @@ impl Args {
             admin: self.admin,
             drain: Duration::from_secs(self.drain_seconds),
             inside: self.cluster_ranges.into(),
+            observe: observe::Settings {
+                access: self.access_log,
+                otlp: self.otlp_endpoint,
+                sampled: self.trace_sample,
+                tap_headers: self.tap_headers,
+            },
         })
     }
 }

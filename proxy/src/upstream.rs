@@ -9,6 +9,7 @@ use crate::{
     io::Wire,
     metrics::{Series, add},
     multiplex::{self, Multiplex, Place},
+    observe::{Exchange, Observer},
     reason::Reason,
     tls::Offer,
     worker::Worker,
@@ -103,6 +104,17 @@ struct Idle {
     since: Instant,
 }
 
+/// What one worker has of an endpoint at a moment.
+#[derive(Clone, Debug)]
+pub struct Pool {
+    pub endpoint: Endpoint,
+    pub in_flight: u32,
+    pub connections: u32,
+    pub idle: usize,
+    /// 0: it is not.
+    pub ejected_for_ms: u64,
+}
+
 /// What a policy asks of connections.
 #[derive(Clone, Copy, Debug)]
 struct Tuning {
@@ -187,6 +199,17 @@ impl Upstream {
             idle: or(of.idle_timeout_ms, IDLE_FOR),
             keepalive: (of.keepalive_s > 0).then(|| Duration::from_secs(of.keepalive_s.into())),
         });
+    }
+
+    /// As the admin server shows it.
+    pub fn pool(&self, now_ms: u64) -> Pool {
+        Pool {
+            endpoint: self.endpoint.clone(),
+            in_flight: self.in_flight.get(),
+            connections: self.connections(),
+            idle: self.idle_len(),
+            ejected_for_ms: self.record.borrow().out_until_ms().saturating_sub(now_ms),
+        }
     }
 
     /// Connections that are open.
@@ -394,13 +417,33 @@ pub struct InFlight {
     started: Instant,
     status: Option<u16>,
     sender: Option<Sender>,
+    /// What is noted of it, where somebody wants to see requests.
+    seen: Option<Box<Seen>>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    exchange: Exchange,
+    observer: Arc<Observer>,
 }
 
 impl InFlight {
     pub fn new(series: Rc<Series>, started: Instant) -> Self {
         add(&series.requests, 1);
         add(&series.in_flight, 1);
-        Self { series, upstream: None, admitted: None, started, status: None, sender: None }
+        Self { series, upstream: None, admitted: None, started, status: None, sender: None, seen: None }
+    }
+
+    /// Somebody wants to see it: `exchange` is handed over when it has ended.
+    pub fn watch(&mut self, exchange: Exchange, observer: &Arc<Observer>) {
+        self.seen = Some(Box::new(Seen { exchange, observer: observer.clone() }));
+    }
+
+    /// The sidecar answered itself.
+    pub fn said(&mut self, reason: &'static str) {
+        if let Some(seen) = &mut self.seen {
+            seen.exchange.reason = Some(reason);
+        }
     }
 
     pub fn admitted(&mut self, place: Option<Held>) {
@@ -416,6 +459,13 @@ impl InFlight {
         self.leave();
         upstream.in_flight.set(upstream.in_flight.get() + 1);
         self.upstream = Some(upstream.clone());
+        if let Some(seen) = &mut self.seen {
+            seen.exchange.tries += 1;
+            seen.exchange.endpoint = Some(upstream.endpoint.address);
+            if seen.exchange.peer.is_none() {
+                seen.exchange.peer = upstream.endpoint.identity.clone();
+            }
+        }
     }
 
     /// The head of the answer came over this connection.
@@ -442,6 +492,10 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         self.leave();
         self.series.in_flight.set(self.series.in_flight.get() - 1);
-        self.series.answered(self.status, self.started.elapsed());
+        let took = self.started.elapsed();
+        self.series.answered(self.status, took);
+        if let Some(seen) = self.seen.take() {
+            seen.observer.note(Exchange { status: self.status, took, ..seen.exchange });
+        }
     }
 }

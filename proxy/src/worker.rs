@@ -11,9 +11,10 @@ use crate::{
     listener::{Listener, Original},
     live::Live,
     metrics::{Scrape, Series, SeriesKey, WorkerCounters, add},
+    observe::Observer,
     outbound,
     tls::{Offer, Tls},
-    upstream::Upstream,
+    upstream::{Pool, Upstream},
 };
 use ipnet::IpNet;
 use sluice_model::{Identity, Name};
@@ -49,6 +50,12 @@ const MAX_UNANSWERED: usize = 4096;
 /// How often idle connections are looked at and used destinations reported.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
 
+/// What a worker is asked by the control thread.
+pub enum Ask {
+    Scrape(oneshot::Sender<Scrape>),
+    Pools(oneshot::Sender<Vec<Pool>>),
+}
+
 /// What a worker thread is started with.
 pub struct Start {
     pub index: usize,
@@ -57,10 +64,11 @@ pub struct Start {
     pub seed: u64,
     pub config: watch::Receiver<Arc<Config>>,
     pub phase: watch::Receiver<Phase>,
-    pub scrapes: mpsc::Receiver<oneshot::Sender<Scrape>>,
+    pub scrapes: mpsc::Receiver<Ask>,
     pub to_hub: mpsc::Sender<FromWorker>,
     /// Addresses of the cluster.
     pub inside: Arc<[IpNet]>,
+    pub observer: Arc<Observer>,
 }
 
 /// The state of a worker's thread.
@@ -82,6 +90,8 @@ pub struct Worker {
     dialled: RefCell<HashMap<SocketAddr, u64>>,
     /// Destinations whose meaning did not come in time, and when that was.
     unanswered: RefCell<HashMap<SocketAddr, Instant>>,
+    /// Whether anybody wants to see requests.
+    pub observer: Arc<Observer>,
     /// Of the inbound policy's limits.
     pub buckets: Buckets,
     /// Copies for mirrors that are under way.
@@ -99,7 +109,7 @@ pub fn run(start: Start) -> std::io::Result<()> {
 }
 
 async fn serve(start: Start) -> std::io::Result<()> {
-    let Start { index, workload, listeners, seed, config, mut phase, scrapes, to_hub, inside } = start;
+    let Start { index, workload, listeners, seed, config, mut phase, scrapes, to_hub, inside, observer } = start;
     let worker = Rc::new(Worker {
         workload,
         live: RefCell::new(Rc::new(Live::empty())),
@@ -114,6 +124,7 @@ async fn serve(start: Start) -> std::io::Result<()> {
         connectors: RefCell::default(),
         dialled: RefCell::default(),
         unanswered: RefCell::default(),
+        observer,
         buckets: Buckets::default(),
         mirroring: Cell::default(),
         phase: phase.clone(),
@@ -191,12 +202,21 @@ async fn follow_config(worker: Rc<Worker>, index: usize, mut config: watch::Rece
     }
 }
 
-async fn answer_scrapes(worker: Rc<Worker>, mut scrapes: mpsc::Receiver<oneshot::Sender<Scrape>>) {
-    while let Some(answer) = scrapes.recv().await {
-        let series = worker.series.borrow();
-        let totals: BTreeMap<_, _> = series.iter().map(|(k, s)| (k.clone(), s.totals())).collect();
+async fn answer_scrapes(worker: Rc<Worker>, mut asked: mpsc::Receiver<Ask>) {
+    while let Some(ask) = asked.recv().await {
         // Whoever asked may have gone.
-        let _ = answer.send(Scrape::new(&worker.counters, totals));
+        match ask {
+            Ask::Scrape(answer) => {
+                let series = worker.series.borrow();
+                let totals: BTreeMap<_, _> = series.iter().map(|(k, s)| (k.clone(), s.totals())).collect();
+                let _ = answer.send(Scrape::new(&worker.counters, totals));
+            }
+            Ask::Pools(answer) => {
+                let now = worker.now_ms();
+                let pools = worker.upstreams.borrow().values().map(|u| u.pool(now)).collect();
+                let _ = answer.send(pools);
+            }
+        }
     }
 }
 
@@ -301,8 +321,20 @@ impl Worker {
 
     /// Counters of what arrives at the app's `port`.
     pub fn inbound_series(&self, port: u16) -> Rc<Series> {
+        self.series(self.inbound_key(port))
+    }
+
+    /// What is dialled at `destination`, the target at this place.
+    pub fn target_key(&self, destination: SocketAddr, target: usize) -> SeriesKey {
+        let direction = crate::metrics::Direction::Outbound;
+        let live = self.live.borrow();
+        let backend = live.config.targets.get(target).map(|t| t.service.clone()).unwrap_or_default();
+        SeriesKey { direction, route: None, backend, port: destination.port() }
+    }
+
+    pub fn inbound_key(&self, port: u16) -> SeriesKey {
         let direction = crate::metrics::Direction::Inbound;
-        self.series(SeriesKey { direction, route: None, backend: self.workload.clone(), port })
+        SeriesKey { direction, route: None, backend: self.workload.clone(), port }
     }
 
     /// The app at `address`, with its idle connections.

@@ -128,6 +128,13 @@ impl Cluster {
         Ok(text(&out))
     }
 
+    /// What it prints on its standard output.
+    pub fn sluice_out(&self, args: &[&str]) -> Result<String> {
+        let out = self.sluice(args).output()?;
+        ensure!(out.status.success(), "sluice {}: {}", args.join(" "), text(&out));
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
     fn kubectl_command(&self, args: &[&str]) -> Command {
         let mut c = Command::new("kubectl");
         c.arg("--kubeconfig").arg(self.dir().join("control/disk/control/admin.kubeconfig")).args(args);
@@ -180,6 +187,16 @@ impl Cluster {
             std::thread::sleep(Duration::from_millis(50));
         }
         bail!("not within {seconds} s: {what}{last}")
+    }
+
+    /// [`Cluster::wait`] for something.
+    pub fn wait_for<T>(&self, what: &str, seconds: u64, mut find: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+        let mut found = None;
+        self.wait(what, seconds, || {
+            found = find()?;
+            Ok(found.is_some())
+        })?;
+        found.context("it was waited for")
     }
 
     pub fn rollout(&self, namespace: &str, deployment: &str) -> Result<()> {

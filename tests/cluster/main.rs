@@ -10,6 +10,7 @@ mod families;
 mod firewalls;
 mod load;
 mod losses;
+mod mesh;
 mod network;
 
 use cluster::Cluster;
@@ -39,6 +40,8 @@ const TESTS: &[(&str, Test)] = &[
     ("canary_split_is_exact", canary::canary_split_is_exact),
     ("canary_shifts_under_load", canary::canary_shifts_under_load),
     ("strict_pods_refuse_plain_callers", canary::strict_pods_refuse_plain_callers),
+    ("routes_do_what_they_ask", mesh::routes_do_what_they_ask),
+    ("access_is_by_identity", mesh::access_is_by_identity),
     ("agent_and_control_killed_under_load", failures::agent_and_control_killed_under_load),
     ("a_lost_node_loses_its_pods", failures::a_lost_node_loses_its_pods),
     ("backends_go_under_load", losses::backends_go_under_load),

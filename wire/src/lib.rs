@@ -8,6 +8,7 @@ pub mod convert;
 pub mod flows;
 pub mod handover;
 pub mod join;
+pub mod sidecar;
 pub mod traffic;
 
 /// Generated from `proto/sluice/discovery/v1/discovery.proto`.

@@ -37,12 +37,20 @@ impl Scope {
         }
         for route in snapshot.routes().filter(|r| dialled.contains(&r.parent)) {
             add(Kind::Route, &route.name);
-            for backend in route.rules.iter().flat_map(|r| &r.backends) {
-                add(Kind::Service, &backend.service);
-                add(Kind::EndpointSet, &backend.service);
+            let backends = route.rules.iter().flat_map(|r| &r.backends).map(|b| &b.service);
+            let mirrors = route.rules.iter().flat_map(|r| &r.filters.mirrors).map(|m| &m.service);
+            for service in backends.chain(mirrors) {
+                add(Kind::Service, service);
+                add(Kind::EndpointSet, service);
             }
         }
-        let place = snapshot.workload(workload).map(|w| snapshot.place(&w.node)).unwrap_or_default();
+        // Where it is: its node's zone, for services that prefer theirs.
+        let own = snapshot.workload(workload);
+        let zoned = |k: &ResourceKey| snapshot.service(&k.name).is_some_and(prefers_zone);
+        if let Some(own) = own.filter(|_| keys.iter().any(zoned)) {
+            keys.insert(ResourceKey { kind: Kind::Node, name: Name::cluster(&own.node) });
+        }
+        let place = own.map(|w| snapshot.place(&w.node)).unwrap_or_default();
         let found = keys.iter().filter_map(|k| Some(seen_from(snapshot, place, snapshot.get(k)?)));
         Self { resources: Snapshot::from_shared(snapshot.revision, found), resolutions }
     }
@@ -89,6 +97,10 @@ impl Scope {
         let chunks: Vec<_> = changed.chain(removed).chain(resolutions).collect();
         if chunks.is_empty() { vec![empty()] } else { chunks }
     }
+}
+
+fn prefers_zone(service: &Service) -> bool {
+    service.backend_policy.as_ref().is_some_and(|p| p.locality.is_some())
 }
 
 /// Endpoint sets as callers at `place` may use them: the sidecar knows of no places.

@@ -1,22 +1,40 @@
-//! `make bench-proxy`: the sidecar beside nginx and HAProxy. Each proxy is alone on one core, client and backend are on
-//! another; CPU time of the proxy's process per request, rounds interleaved, medians compared. The sidecar routes,
-//! splits, balances and counts; the peers pass on. A pair of sidecars with mTLS between them is measured as one.
+//! `make bench-proxy`: the sidecar beside Envoy, nginx and HAProxy. Each proxy is alone on one core, client and backend are
+//! on another; CPU time of the proxy's processes per request, connection or gigabyte; rounds interleaved, medians compared.
+//! The sidecar routes, splits, balances and counts; the peers pass on. A pair of sidecars with mTLS is measured as one.
 
-use anyhow::{Context, bail};
-use clap::Parser;
+use anyhow::{Context, ensure};
+use clap::{Parser, ValueEnum};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
-use rustix::{
-    process::Pid,
-    thread::{CpuSet, sched_setaffinity},
+use sluice_bench::{
+    backend::Backend,
+    closed::{self, Plan},
+    contender::{Contender, contender, loopback, peer, pin, start},
+    stats::median,
 };
-use sluice_bench::{backend::Backend, closed, stats::median};
 use std::{
     fs,
-    net::{SocketAddr, TcpListener},
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
-    process::{Child, Command, Stdio},
-    time::{Duration, Instant},
+    process::Command,
+    time::Duration,
 };
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Scenario {
+    /// HTTP/1.1 over kept connections, as fast as may be
+    H1,
+    /// HTTP/1.1 at 2,000 requests a second over 16 connections
+    Paced,
+    /// A connection for each request
+    Churn,
+    /// HTTP/2 with prior knowledge, 16 connections of 32 streams (h2load)
+    H2,
+    /// Bytes of one TCP connection
+    Tcp,
+    /// Memory: idle, and with 1,000 and 10,000 connections that are silent
+    Idle,
+}
 
 #[derive(Parser)]
 struct Args {
@@ -27,83 +45,50 @@ struct Args {
     rounds: usize,
     #[arg(long, default_value_t = 32)]
     connections: usize,
+    /// Only these
+    #[arg(long, value_enum)]
+    only: Vec<Scenario>,
     /// Measure the sidecar alone
     #[arg(long)]
     alone: bool,
-}
-
-/// A proxy that runs, and what was measured of it.
-struct Contender {
-    name: &'static str,
-    address: SocketAddr,
-    /// More than one where a request passes several.
-    children: Vec<Child>,
-    cpu_us: Vec<f64>,
-    p50_us: Vec<f64>,
-}
-
-impl Drop for Contender {
-    fn drop(&mut self) {
-        for child in &mut self.children {
-            // It may have ended by itself.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
 }
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let dir = tempfile::tempdir()?;
     pin(0)?;
-    let backend = Backend::start_at("v1", "0.0.0.0:0".parse()?)?;
-    let port = backend.address.port();
-    let mut contenders = vec![sluice(dir.path(), port)?, mtls_pair(dir.path(), port)?];
-    if !args.alone {
-        contenders.extend(peer("nginx", include_str!("../../peers/nginx.conf"), &["-c"], dir.path(), port)?);
-        contenders.extend(peer("haproxy", include_str!("../../peers/haproxy.cfg"), &["-db", "-f"], dir.path(), port)?);
-    }
-    for c in &contenders {
-        // Pools filled, code warm.
-        closed::run(c.address, args.connections, args.requests / 5).with_context(|| c.name)?;
-    }
-    for _ in 0..args.rounds {
-        for c in &mut contenders {
-            measure(c, &args)?;
+    let all = Scenario::value_variants().iter().filter(|s| args.only.is_empty() || args.only.contains(s));
+    for scenario in all {
+        match scenario {
+            Scenario::H1 => h1(&args, dir.path())?,
+            Scenario::Paced => paced(&args, dir.path())?,
+            Scenario::Churn => churn(&args, dir.path())?,
+            Scenario::H2 => h2(&args, dir.path())?,
+            Scenario::Tcp => tcp(&args, dir.path())?,
+            Scenario::Idle => idle(&args, dir.path())?,
         }
     }
-    print_table(&contenders);
     Ok(())
 }
 
-/// This thread, and what it starts from now on, runs on `cpu` where there is one.
-fn pin(cpu: usize) -> anyhow::Result<()> {
-    if std::thread::available_parallelism()?.get() < 2 && cpu > 0 {
-        return Ok(());
+/// The sidecar and its peers in front of an HTTP backend.
+fn of_http(args: &Args, dir: &Path, port: u16) -> anyhow::Result<Vec<Contender>> {
+    let mut all = vec![sluice(dir, port, include_str!("../../peers/sluice.json"), "10.96.0.1:80")?];
+    if !args.alone {
+        let envoy = ["--concurrency", "1", "--log-level", "error", "--disable-hot-restart", "-c"];
+        all.extend(peer("envoy", "envoy", include_str!("../../peers/envoy.yaml"), &envoy, dir, port)?);
+        all.extend(peer("nginx", "nginx", include_str!("../../peers/nginx.conf"), &["-c"], dir, port)?);
+        all.extend(peer("haproxy", "haproxy", include_str!("../../peers/haproxy.cfg"), &["-db", "-f"], dir, port)?);
     }
-    let mut set = CpuSet::new();
-    set.set(cpu);
-    sched_setaffinity(None::<Pid>, &set).context("pin to a CPU")
+    Ok(all)
 }
 
-fn start(mut command: Command) -> anyhow::Result<Child> {
-    pin(1)?;
-    let child = command.stdout(Stdio::null()).stderr(Stdio::inherit()).spawn();
-    pin(0)?;
-    child.with_context(|| format!("start {command:?}"))
-}
-
-fn free_port() -> anyhow::Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
-}
-
-fn sluice(dir: &Path, backend: u16) -> anyhow::Result<Contender> {
-    let config = dir.join("sluice.json");
-    fs::write(&config, include_str!("../../peers/sluice.json").replace("@BACKEND@", &backend.to_string()))?;
-    let program = std::env::current_exe()?.with_file_name("sluice-proxy");
-    let listen = SocketAddr::from(([127, 0, 0, 1], free_port()?));
-    let mut command = Command::new(program);
-    command.arg("--static-config").arg(config).args(["--outbound-to", "10.96.0.1:80", "--workers", "1"]);
+fn sluice(dir: &Path, backend: u16, view: &str, to: &str) -> anyhow::Result<Contender> {
+    let listen = loopback()?;
+    let config = dir.join(format!("sluice-{}.json", listen.port()));
+    fs::write(&config, view.replace("@BACKEND@", &backend.to_string()))?;
+    let mut command = Command::new(std::env::current_exe()?.with_file_name("sluice-proxy"));
+    command.arg("--static-config").arg(config).args(["--outbound-to", to, "--workers", "1"]);
     command.args(["--outbound-listen", &listen.to_string(), "--admin", "127.0.0.1:0"]).env("SLUICE_LOG", "warn");
     contender("sluice", listen, vec![start(command)?])
 }
@@ -112,7 +97,7 @@ fn sluice(dir: &Path, backend: u16) -> anyhow::Result<Contender> {
 fn mtls_pair(dir: &Path, backend: u16) -> anyhow::Result<Contender> {
     let (near, far) = (dir.join("client"), dir.join("server"));
     make_certificates(&[(&near, "client"), (&far, "server")])?;
-    let listens = [free_port()?, free_port()?].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+    let listens = [loopback()?, loopback()?];
     let [outbound, inbound] = listens.map(|a| a.to_string());
     let view = include_str!("../../peers/sluice-mtls.json").replace("@SERVER@", &listens[1].port().to_string());
     let app = format!("127.0.0.1:{backend}");
@@ -128,7 +113,12 @@ fn mtls_pair(dir: &Path, backend: u16) -> anyhow::Result<Contender> {
         command.args(["--workers", "1", "--admin", "127.0.0.1:0"]).env("SLUICE_LOG", "warn");
         children.push(start(command)?);
     }
-    contender("mtls pair", listens[0], children)
+    let pair = contender("mtls pair", listens[0], children)?;
+    // The one behind may not listen yet.
+    while closed::run(plan(&pair, 1, 1)).is_err() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(pair)
 }
 
 /// For each folder a certificate of that service account, all of one authority.
@@ -149,93 +139,218 @@ fn make_certificates(accounts: &[(&Path, &str)]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `None`, and a word about it, when the peer is not installed.
-fn peer(
-    name: &'static str,
-    config: &str,
-    flags: &[&str],
-    dir: &Path,
-    backend: u16,
-) -> anyhow::Result<Option<Contender>> {
-    let listen = SocketAddr::from(([127, 0, 0, 1], free_port()?));
-    let values = [("@DIR@", dir.display().to_string()), ("@BACKEND@", backend.to_string())];
-    let text = values.iter().fold(config.replace("@LISTEN@", &listen.port().to_string()), |t, (k, v)| t.replace(k, v));
-    let file = dir.join(format!("{name}.conf"));
-    fs::write(&file, text)?;
-    let path =
-        ["/usr/sbin", "/usr/bin", "/usr/local/sbin"].iter().map(|d| Path::new(d).join(name)).find(|p| p.exists());
-    let Some(path) = path else {
-        println!("{name} is not installed; measured without it");
-        return Ok(None);
-    };
-    let mut command = Command::new(path);
-    command.args(flags).arg(file);
-    contender(name, listen, vec![start(command)?]).map(Some)
+fn plan(c: &Contender, connections: usize, requests: u64) -> Plan {
+    Plan { to: c.address, connections, requests, fresh: false, every: None }
 }
 
-fn contender(name: &'static str, address: SocketAddr, children: Vec<Child>) -> anyhow::Result<Contender> {
-    let mut contender = Contender { name, address, children, cpu_us: Vec::new(), p50_us: Vec::new() };
-    let until = Instant::now() + Duration::from_secs(10);
-    // One request: of several proxies behind each other, the last may not listen yet.
-    while closed::run(address, 1, 1).is_err() {
-        for child in &mut contender.children {
-            if Instant::now() > until || child.try_wait()?.is_some() {
-                bail!("{name} does not serve at {address}");
-            }
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(contender)
-}
-
-fn measure(c: &mut Contender, args: &Args) -> anyhow::Result<()> {
-    let before = cpu_ns(c)?;
-    let mut times = closed::run(c.address, args.connections, args.requests).with_context(|| c.name)?;
-    let used = cpu_ns(c)? - before;
-    times.sort_unstable();
-    c.cpu_us.push(used as f64 / 1000.0 / args.requests as f64);
-    c.p50_us.push(times[times.len() / 2].as_secs_f64() * 1e6);
+fn h1(args: &Args, dir: &Path) -> anyhow::Result<()> {
+    let backend = Backend::start_at("v1", "0.0.0.0:0".parse()?)?;
+    let mut all = of_http(args, dir, backend.address.port())?;
+    all.push(mtls_pair(dir, backend.address.port())?);
+    rounds(&mut all, args.rounds, |c| plan(c, args.connections, args.requests))?;
+    table(&format!("HTTP/1.1, {} kept connections", args.connections), "us/request", &all);
+    results("h1_cpu_us_per_request_vs", &all);
+    result("mtls_pair_h1_cpu_us_per_request", of(&all, "mtls pair"), 0.0, "us");
     Ok(())
 }
 
-/// CPU time of all threads of the processes, from the scheduler's own clock: ticks would be too coarse.
-fn cpu_ns(c: &Contender) -> anyhow::Result<u64> {
-    let mut sum = 0;
-    for child in &c.children {
-        for task in fs::read_dir(format!("/proc/{}/task", child.id()))? {
-            let text = fs::read_to_string(task?.path().join("schedstat"))?;
-            sum += text.split(' ').next().and_then(|n| n.parse::<u64>().ok()).context("schedstat")?;
+/// The latency that a proxy adds at a sidecar's usual rate.
+fn paced(args: &Args, dir: &Path) -> anyhow::Result<()> {
+    let backend = Backend::start_at("v1", "0.0.0.0:0".parse()?)?;
+    let mut all = of_http(args, dir, backend.address.port())?;
+    let to = SocketAddr::from(([127, 0, 0, 1], backend.address.port()));
+    all.push(contender("direct", to, vec![])?);
+    let every = Some(Duration::from_millis(8));
+    rounds(&mut all, args.rounds, |c| Plan { every, ..plan(c, 16, args.requests / 10) })?;
+    table("HTTP/1.1, 2,000 requests a second over 16 connections", "us/request", &all);
+    let direct = all.iter().find(|c| c.name == "direct").context("the direct arm")?;
+    let (p50, p99) = (median(&direct.p50_us), median(&direct.p99_us));
+    let added = |name: &str, of: fn(&Contender) -> &Vec<f64>, less: f64| {
+        all.iter().find(|c| c.name == name).map_or(0.0, |c| median(of(c)) - less)
+    };
+    for (name, of, less) in [("p50", (|c| &c.p50_us) as fn(&Contender) -> &Vec<f64>, p50), ("p99", |c| &c.p99_us, p99)]
+    {
+        let name = format!("{name}_added_us_at_2000rps_vs_envoy");
+        result(&name, added("sluice", of, less), added("envoy", of, less), "us");
+    }
+    Ok(())
+}
+
+fn churn(args: &Args, dir: &Path) -> anyhow::Result<()> {
+    let backend = Backend::start_at("v1", "0.0.0.0:0".parse()?)?;
+    let mut all = of_http(args, dir, backend.address.port())?;
+    rounds(&mut all, args.rounds, |c| Plan { fresh: true, ..plan(c, args.connections, args.requests / 10) })?;
+    table("HTTP/1.1, a connection for each request", "us/connection", &all);
+    results("churn_cpu_us_per_request_vs", &all);
+    Ok(())
+}
+
+fn h2(args: &Args, dir: &Path) -> anyhow::Result<()> {
+    if !Path::new("/usr/bin/h2load").exists() {
+        println!("h2load is not installed (nghttp2-client); HTTP/2 is not measured");
+        return Ok(());
+    }
+    let port = loopback()?.port();
+    let mut command = Command::new(std::env::current_exe()?.with_file_name("echo"));
+    command.args(["serve", "--quiet", "--address", "0.0.0.0", "--http", &port.to_string()]);
+    let at = SocketAddr::from(([127, 0, 0, 1], port));
+    let child = command.stdout(std::process::Stdio::null()).spawn().context("start echo")?;
+    let backend = contender("backend", at, vec![child])?;
+    let mut all = vec![sluice(dir, port, include_str!("../../peers/sluice.json"), "10.96.0.1:80")?];
+    if !args.alone {
+        let envoy = ["--concurrency", "1", "--log-level", "error", "--disable-hot-restart", "-c"];
+        all.extend(peer("envoy", "envoy", include_str!("../../peers/envoy-h2.yaml"), &envoy, dir, port)?);
+        let nginx = include_str!("../../peers/nginx.conf").replace("@LISTEN@;", "@LISTEN@ http2;");
+        all.extend(peer("nginx", "nginx", &nginx, &["-c"], dir, port)?);
+        let haproxy = include_str!("../../peers/haproxy.cfg").replace("@LISTEN@", "@LISTEN@ proto h2");
+        let haproxy = haproxy.replace("@BACKEND@", "@BACKEND@ proto h2");
+        all.extend(peer("haproxy", "haproxy", &haproxy, &["-db", "-f"], dir, port)?);
+    }
+    for _ in 0..args.rounds {
+        for c in &mut all {
+            let before = c.cpu_ns()?;
+            let requests = args.requests.to_string();
+            let url = format!("http://{}/", c.address);
+            let out =
+                Command::new("h2load").args(["-n", &requests, "-c", "16", "-m", "32", "-t", "1", &url]).output()?;
+            let said = String::from_utf8_lossy(&out.stdout);
+            ensure!(said.contains(&format!("{requests} succeeded")), "{}: {said}", c.name);
+            c.cpu_us.push((c.cpu_ns()? - before) as f64 / 1000.0 / args.requests as f64);
         }
     }
-    Ok(sum)
+    drop(backend);
+    table("HTTP/2, 16 connections of 32 streams", "us/request", &all);
+    results("h2_cpu_us_per_request_vs", &all);
+    Ok(())
 }
 
-fn private_kib(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
-    line.and_then(|l| l.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
+fn tcp(args: &Args, dir: &Path) -> anyhow::Result<()> {
+    const GIGABYTES: u64 = 1;
+    let listener = TcpListener::bind("0.0.0.0:0")?;
+    let port = listener.local_addr()?.port();
+    std::thread::spawn(move || listener.incoming().flatten().for_each(swallow));
+    let mut all = vec![sluice(dir, port, include_str!("../../peers/sluice-tcp.json"), "10.96.0.1:80")?];
+    if !args.alone {
+        let envoy = ["--concurrency", "1", "--log-level", "error", "--disable-hot-restart", "-c"];
+        all.extend(peer("envoy", "envoy", include_str!("../../peers/envoy-tcp.yaml"), &envoy, dir, port)?);
+        let haproxy = include_str!("../../peers/haproxy.cfg").replace("mode http", "mode tcp");
+        let haproxy = haproxy.replace("    option http-keep-alive\n    http-reuse always\n", "");
+        all.extend(peer("haproxy", "haproxy", &haproxy, &["-db", "-f"], dir, port)?);
+    }
+    for _ in 0..args.rounds {
+        for c in &mut all {
+            let before = c.cpu_ns()?;
+            pour(c.address, GIGABYTES << 30).with_context(|| c.name)?;
+            // Seconds per gigabyte, in the table's unit.
+            c.cpu_us.push((c.cpu_ns()? - before) as f64 / 1e9 / GIGABYTES as f64);
+        }
+    }
+    table("TCP, one connection", "s/GB", &all);
+    result("tcp_cpu_s_per_gb_vs_envoy", of(&all, "sluice"), of(&all, "envoy"), "s/GB");
+    Ok(())
 }
 
-fn print_table(contenders: &[Contender]) {
+/// Reads to the end, and answers with how many bytes there were.
+fn swallow(mut stream: TcpStream) {
+    std::thread::spawn(move || {
+        let (mut buffer, mut sum) = (vec![0; 256 * 1024], 0u64);
+        while let Ok(n) = stream.read(&mut buffer) {
+            if n == 0 {
+                // The client may have gone.
+                let _ = stream.write_all(&sum.to_be_bytes());
+                return;
+            }
+            sum += n as u64;
+        }
+    });
+}
+
+fn pour(to: SocketAddr, bytes: u64) -> anyhow::Result<()> {
+    let mut stream = TcpStream::connect(to)?;
+    let buffer = vec![7; 256 * 1024];
+    let mut left = bytes;
+    while left > 0 {
+        let n = left.min(buffer.len() as u64) as usize;
+        stream.write_all(&buffer[..n])?;
+        left -= n as u64;
+    }
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut arrived = [0; 8];
+    stream.read_exact(&mut arrived)?;
+    ensure!(u64::from_be_bytes(arrived) == bytes, "{} of {bytes} bytes arrived", u64::from_be_bytes(arrived));
+    Ok(())
+}
+
+fn idle(args: &Args, dir: &Path) -> anyhow::Result<()> {
+    let backend = Backend::start_at("v1", "0.0.0.0:0".parse()?)?;
+    let all = of_http(args, dir, backend.address.port())?;
+    println!("{:10} {:>14} {:>22} {:>23}", "proxy", "idle RSS, KiB", "with 1,000, KiB each", "with 10,000, KiB each");
+    for c in &all {
+        let alone = c.private_kib();
+        let mut each = [0.0; 2];
+        for (count, each) in [1_000, 10_000].into_iter().zip(&mut each) {
+            match closed::idle(c.address, count) {
+                Ok(held) => *each = c.private_kib().saturating_sub(alone) as f64 / held.len() as f64,
+                Err(error) => println!("{}: {count} connections: {error}", c.name),
+            }
+        }
+        println!("{:10} {alone:>14} {:>22.2} {:>23.2}", c.name, each[0], each[1]);
+        if c.name == "sluice" {
+            result("idle_rss_mb", alone as f64 / 1024.0, 0.0, "MB");
+            result("idle_connection_kib", each[1], 0.0, "KiB");
+        }
+    }
+    Ok(())
+}
+
+/// Interleaved, after one round that fills pools and warms code.
+fn rounds(all: &mut [Contender], count: usize, plan: impl Fn(&Contender) -> Plan) -> anyhow::Result<()> {
+    for c in all.iter() {
+        let plan = plan(c);
+        closed::run(Plan { requests: plan.requests / 5, ..plan }).with_context(|| c.name)?;
+    }
+    for _ in 0..count {
+        for c in all.iter_mut() {
+            let plan = plan(c);
+            let before = c.cpu_ns()?;
+            let mut times = closed::run(plan).with_context(|| c.name)?;
+            c.cpu_us.push((c.cpu_ns()? - before) as f64 / 1000.0 / plan.requests as f64);
+            times.sort_unstable();
+            let at = |share: f64| times[(times.len() as f64 * share) as usize].as_secs_f64() * 1e6;
+            c.p50_us.push(at(0.5));
+            c.p99_us.push(at(0.99));
+        }
+    }
+    Ok(())
+}
+
+fn of(all: &[Contender], name: &str) -> f64 {
+    all.iter().find(|c| c.name == name).map_or(0.0, |c| median(&c.cpu_us))
+}
+
+fn table(title: &str, unit: &str, all: &[Contender]) {
     println!(
-        "{:10} {:>16} {:>18} {:>10} {:>12}",
-        "proxy", "CPU us/request", "(least to most)", "p50 us", "private KiB"
+        "{title}\n{:10} {:>18} {:>18} {:>8} {:>8}",
+        "proxy",
+        format!("CPU {unit}"),
+        "(least to most)",
+        "p50 us",
+        "p99 us"
     );
-    for c in contenders {
+    for c in all {
         let spread = c.cpu_us.iter().fold((f64::MAX, 0.0f64), |(a, b), v| (a.min(*v), b.max(*v)));
-        println!(
-            "{:10} {:>16.2} {:>18} {:>10.0} {:>12}",
-            c.name,
-            median(&c.cpu_us),
-            format!("({:.2}-{:.2})", spread.0, spread.1),
-            median(&c.p50_us),
-            c.children.iter().map(|child| private_kib(child.id())).sum::<u64>()
-        );
+        let spread = format!("({:.2}-{:.2})", spread.0, spread.1);
+        let (cpu, p50, p99) = (median(&c.cpu_us), median(&c.p50_us), median(&c.p99_us));
+        println!("{:10} {cpu:>18.2} {spread:>18} {p50:>8.0} {p99:>8.0}", c.name);
     }
-    let of = |name| contenders.iter().find(|c| c.name == name).map_or(0.0, |c| median(&c.cpu_us));
-    for peer in ["nginx", "haproxy"] {
-        let (ours, theirs) = (of("sluice"), of(peer));
-        println!("RESULT h1_cpu_us_per_request_vs_{peer} ours={ours:.2} peer={theirs:.2} unit=us");
+}
+
+fn results(prefix: &str, all: &[Contender]) {
+    for peer in ["envoy", "nginx", "haproxy"] {
+        result(&format!("{prefix}_{peer}"), of(all, "sluice"), of(all, peer), "us");
     }
-    println!("RESULT mtls_pair_h1_cpu_us_per_request ours={:.2} peer=0 unit=us", of("mtls pair"));
+}
+
+fn result(name: &str, ours: f64, peer: f64, unit: &str) {
+    println!("RESULT {name} ours={ours:.2} peer={peer:.2} unit={unit}");
 }

@@ -17,6 +17,7 @@ use tokio_rustls::TlsConnector;
 use sluice_wire::{
     check::{PATH as CHECK_PATH, PATHS_PATH},
     flows::{COUNTERS_PATH, PATH as FLOWS_PATH},
+    sidecar::PATH as SIDECAR_PATH,
 };
 
 use super::http::Body;
@@ -35,7 +36,7 @@ pub const PROXY: &str = "proxy";
 /// The node's path behind `proxy/…`, if it is one of those that are passed on.
 pub fn path(subresource: &str) -> Option<&'static str> {
     let asked = subresource.strip_prefix(PROXY)?;
-    [FLOWS_PATH, COUNTERS_PATH, CHECK_PATH, PATHS_PATH].into_iter().find(|path| *path == asked)
+    [FLOWS_PATH, COUNTERS_PATH, CHECK_PATH, PATHS_PATH, SIDECAR_PATH].into_iter().find(|path| *path == asked)
 }
 
 /// Answers `GET /api/v1/nodes/<node>/proxy/<path>`.
@@ -99,6 +100,7 @@ mod tests {
     fn no_other_path_of_a_node_is_reached() {
         assert_eq!((path("proxy/flows"), path("proxy/counters")), (Some("/flows"), Some("/counters")));
         assert_eq!((path("proxy/check"), path("proxy/paths")), (Some("/check"), Some("/paths")));
+        assert_eq!(path("proxy/sidecar"), Some("/sidecar"));
         for other in
             ["", "proxy", "proxy/", "flows", "proxy/containerLogs", "proxy/flows/", "proxy//flows", "proxyflows"]
         {

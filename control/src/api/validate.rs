@@ -521,11 +521,16 @@ fn rule_values(rule: &Value, path: &str) -> Vec<Invalid> {
     };
     let duration = |text: &str| duration::parse_ms(text).is_some();
     for field in ["timeouts.request", "timeouts.backendRequest", "retry.backoff"] {
-        check(at(rule, field), format!("{path}.{field}"), &duration, "must be a duration such as 10s or 500ms");
+        check(
+            at(rule, field).unwrap_or(&Value::Null),
+            format!("{path}.{field}"),
+            &duration,
+            "must be a duration such as 10s or 500ms",
+        );
     }
     let pattern = |text: &str| text.parse::<Pattern>().is_ok();
     for (i, one) in list(rule, "matches").iter().enumerate() {
-        let mut values = vec![(at(one, "path"), format!("matches[{i}].path"))];
+        let mut values = vec![(&one["path"], format!("matches[{i}].path"))];
         for group in ["headers", "queryParams"] {
             let all = list(one, group).iter().enumerate();
             values.extend(all.map(|(j, value)| (value, format!("matches[{i}].{group}[{j}]"))));

@@ -272,9 +272,11 @@ fn a_missing_backend_keeps_its_share_and_is_reported() {
 fn what_sluice_does_not_do_is_refused_whole() {
     for rules in [
         json!([{"filters": [{"type": "URLRewrite"}]}]),
-        json!([{"matches": [{"path": {"type": "RegularExpression", "value": ".*"}}]}]),
-        json!([{"matches": [{"queryParams": [{"name": "a", "value": "b"}]}]}]),
-        json!([{"timeouts": {"request": "1s"}}]),
+        json!([{"filters": [{"type": "CORS", "cors": {}}]}]),
+        json!([{"matches": [{"path": {"type": "RegularExpression", "value": "("}}]}]),
+        json!([{"backendRefs": [{"name": "web-v1", "port": 80, "filters": [{"type": "RequestMirror"}]}]}]),
+        json!([{"filters": [{"type": "ExtensionRef", "extensionRef": {"group": "x", "kind": "Y", "name": "z"}}]}]),
+        json!([{"timeouts": {"request": "1.5s"}}]),
     ] {
         let mut o = objects();
         put(&mut o.http_routes, "canary", route(rules.clone()));
@@ -301,4 +303,159 @@ fn parents_that_do_not_fit_are_not_accepted_and_gateways_left_alone() {
         let got = statuses[0].parents.first().map(|p| p.accepted.clone().expect_err("refused").0);
         assert_eq!(got, reason);
     }
+}
+
+#[test]
+fn rules_carry_all_that_a_route_asks() {
+    let mut o = objects();
+    let spec = json!({"rateLimit": {"requests": 5}, "maxRequestBytes": 10,
+                      "fault": {"delay": {"duration": "100ms", "percent": 50}, "abort": {"status": 503}}});
+    put(&mut o.route_filters, "limits", json!({"spec": spec}));
+    let rules = json!([{
+        "matches": [{"path": {"type": "RegularExpression", "value": "/a[0-9]"},
+                     "queryParams": [{"name": "q", "value": "1"}],
+                     "headers": [{"name": "X-Team", "type": "RegularExpression", "value": "a|b"}]}],
+        "filters": [
+            {"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [{"name": "X-A", "value": "1"}]}},
+            {"type": "ResponseHeaderModifier", "responseHeaderModifier": {"remove": ["X-B"]}},
+            {"type": "URLRewrite", "urlRewrite": {"hostname": "h", "path": {"type": "ReplacePrefixMatch",
+                                                                            "replacePrefixMatch": "/x"}}},
+            {"type": "RequestMirror", "requestMirror": {"backendRef": {"name": "web-v2", "port": 80}, "percent": 5}},
+            {"type": "ExtensionRef", "extensionRef": {"group": "sluice.dev", "kind": "RouteFilter", "name": "limits"}}
+        ],
+        "timeouts": {"request": "10s", "backendRequest": "0s"},
+        "retry": {"codes": [503], "attempts": 2, "backoff": "100ms"},
+        "sessionPersistence": {"sessionName": "version"},
+        "backendRefs": [{"name": "web-v1", "port": 80, "filters": [
+            {"type": "RequestHeaderModifier", "requestHeaderModifier": {"add": [{"name": "y", "value": "2"}]}}]}]
+    }]);
+    put(&mut o.http_routes, "canary", route(rules));
+    let (s, statuses) = snapshot(&o);
+    assert_eq!(statuses[0].parents[0].accepted, Ok(()));
+    let rule = &s.route(&m::Name::new("shop", "canary")).expect("a route").rules[0];
+    assert!(matches!(&rule.matches[0].path, m::PathMatch::Regex(p) if p.as_str() == "/a[0-9]"));
+    assert_eq!((rule.matches[0].query.len(), rule.matches[0].headers[0].name.as_str()), (1, "x-team"));
+    assert_eq!(rule.filters.request_headers.set, [("x-a".to_owned(), "1".to_owned())]);
+    assert_eq!(rule.filters.response_headers.remove, ["x-b"]);
+    assert_eq!(rule.filters.mirrors[0].share, m::Fraction { numerator: 5, denominator: 100 });
+    assert_eq!(rule.timeouts, m::Timeouts { request_ms: Some(10_000), backend_request_ms: None });
+    assert_eq!(rule.retry, Some(m::Retry { codes: vec![503], attempts: Some(2), backoff_ms: Some(100) }));
+    assert_eq!(rule.sticky, Some(m::Sticky::Cookie("version".into())));
+    assert_eq!(rule.rate_limit, Some(m::RateLimit { requests: 5, per_ms: 1000, burst: 5 }));
+    assert_eq!(rule.max_body_bytes, Some(10));
+    assert_eq!(rule.fault.delay, Some((100, m::Fraction { numerator: 50, denominator: 100 })));
+    assert_eq!(rule.backends[0].filters.request_headers.add.len(), 1);
+    assert!(!rule.catch_all());
+}
+
+#[test]
+fn a_filter_that_is_not_there_keeps_its_route_out() {
+    let mut o = objects();
+    let reference = json!({"group": "sluice.dev", "kind": "RouteFilter", "name": "gone"});
+    put(
+        &mut o.http_routes,
+        "canary",
+        route(json!([{"filters": [{"type": "ExtensionRef", "extensionRef": reference}]}])),
+    );
+    let (s, statuses) = snapshot(&o);
+    assert!(s.routes().next().is_none());
+    assert!(matches!(&statuses[0].parents[0].accepted, Err(("FilterNotFound", _))));
+}
+
+#[test]
+fn grpc_methods_become_paths_and_tls_routes_go_by_name() {
+    let mut o = objects();
+    let parent = json!([{"group": "", "kind": "Service", "name": "web"}]);
+    let method = |service: Value, method: Value, kind: &str| json!({"method": {"type": kind, "service": service, "method": method}});
+    let grpc = json!({"spec": {"parentRefs": parent, "rules": [{"matches": [
+        method("a.B".into(), "Get".into(), "Exact"),
+        method("a.B".into(), Value::Null, "Exact"),
+        method(Value::Null, "Get".into(), "Exact"),
+        method("a\\..*".into(), Value::Null, "RegularExpression"),
+    ], "backendRefs": [{"name": "web-v1", "port": 80}]}]}});
+    put(&mut o.grpc_routes, "g", grpc);
+    let tls = json!({"spec": {"parentRefs": parent, "hostnames": ["A.example"],
+                              "rules": [{"backendRefs": [{"name": "web-v2", "port": 80}]}]}});
+    put(&mut o.tls_routes, "t", tls);
+    let (s, statuses) = snapshot(&o);
+    assert!(statuses.iter().all(|r| r.parents[0].accepted.is_ok()), "{statuses:?}");
+    let grpc = s.routes().find(|r| r.kind == m::RouteKind::Grpc).expect("a route");
+    let paths: Vec<String> = grpc.rules[0].matches.iter().map(|x| format!("{:?}", x.path)).collect();
+    assert_eq!(
+        paths,
+        ["Exact(\"/a.B/Get\")", "Prefix(\"/a.B\")", "Regex(//[^/]+/Get/)", "Regex(//(?:a\\..*)/(?:[^/]+)/)"]
+    );
+    let tls = s.routes().find(|r| r.kind == m::RouteKind::Tls).expect("a route");
+    assert_eq!(tls.rules[0].matches[0].hosts, ["a.example"]);
+    assert!(!tls.rules[0].catch_all(), "callers without a sidecar do not follow it");
+}
+
+#[test]
+fn another_namespaces_service_needs_its_leave() {
+    let mut o = objects();
+    let web = o.services[&m::Name::new("shop", "web-v2")].as_ref().clone();
+    o.services.insert(m::Name::new("other", "web-v2"), Arc::new(web));
+    let rules = json!([{"backendRefs": [{"name": "web-v2", "namespace": "other", "port": 80}]}]);
+    put(&mut o.http_routes, "canary", route(rules));
+    let resolved = |o: &Objects| snapshot(o).1[0].parents[0].resolved.clone();
+    assert!(matches!(resolved(&o), Err(("RefNotPermitted", _))));
+    let grant = |kind: &str, name: &str| {
+        let from = json!([{"group": "gateway.networking.k8s.io", "kind": kind, "namespace": "shop"}]);
+        let to = json!([{"group": "", "kind": "Service", "name": name}]);
+        Arc::new(serde_json::from_value(json!({"metadata": {}, "spec": {"from": from, "to": to}})).expect("a grant"))
+    };
+    for (kind, name, allowed) in
+        [("TCPRoute", "web-v2", false), ("HTTPRoute", "web", false), ("HTTPRoute", "web-v2", true)]
+    {
+        o.grants.insert(m::Name::new("other", "g"), grant(kind, name));
+        assert_eq!(resolved(&o).is_ok(), allowed, "{kind} {name}");
+    }
+}
+
+#[test]
+fn policies_reach_their_services_and_pods() {
+    let mut o = objects();
+    let policy = |at: &str, spec: Value| json!({"metadata": {"creationTimestamp": at}, "spec": spec});
+    let to_web = json!([{"kind": "Service", "name": "web"}]);
+    let young = json!({"targetRefs": to_web, "balancing": {"policy": "RoundRobin"}});
+    let old = json!({"targetRefs": to_web, "balancing": {"policy": "Maglev", "hashOn": {"header": "X-User"}},
+                     "outlierDetection": {"consecutiveFailures": 3}, "slowStart": "30s", "whenEmpty": "Redistribute"});
+    put(&mut o.backend_policies, "a-young", policy("2026-01-02T00:00:00Z", young));
+    put(&mut o.backend_policies, "b-old", policy("2026-01-01T00:00:00Z", old));
+    let (s, _) = snapshot(&o);
+    let got = s.service(&m::Name::new("shop", "web")).expect("a service").backend_policy.clone().expect("a policy");
+    assert_eq!(got.balance, m::Balance::Maglev(m::HashKey::Header("x-user".into())));
+    assert_eq!(got.outlier.map(|o| (o.consecutive, o.interval_ms)), Some((3, 10_000)));
+    assert_eq!((got.slow_start_ms, got.redistribute), (30_000, true));
+    assert_eq!(s.service(&m::Name::new("shop", "web-v1")).expect("a service").backend_policy, None);
+}
+
+#[test]
+fn specs_that_make_no_sense_are_told_with_their_field() {
+    use crate::compile::policies::{access, backend_policy, route_filter};
+    let backend = |spec: Value| backend_policy(&serde_json::from_value(spec).expect("a spec")).expect_err("wrong").0;
+    let to = json!([{"kind": "Service", "name": "web"}]);
+    assert_eq!(backend(json!({"targetRefs": []})), "spec.targetRefs");
+    assert_eq!(backend(json!({"targetRefs": [{"kind": "Pod", "name": "x"}]})), "spec.targetRefs[0].kind");
+    assert_eq!(backend(json!({"targetRefs": to, "balancing": {"policy": "Maglev"}})), "spec.balancing.hashOn");
+    assert_eq!(backend(json!({"targetRefs": to, "slowStart": "soon"})), "spec.slowStart");
+    assert_eq!(
+        backend(json!({"targetRefs": to, "outlierDetection": {"maxEjectedPercent": 101}})),
+        "spec.outlierDetection.maxEjectedPercent"
+    );
+    let access = |spec: Value| {
+        access(&serde_json::from_value(spec).expect("a spec"), &m::Name::new("shop", "p"), "cluster.local")
+    };
+    let field = |spec: Value| access(spec).expect_err("wrong").0;
+    assert_eq!(field(json!({})), "spec.action");
+    assert_eq!(field(json!({"action": "Maybe"})), "spec.action");
+    assert_eq!(field(json!({"action": "Allow", "rules": [{"from": [{}]}]})), "spec.rules[0].from[0]");
+    assert_eq!(field(json!({"action": "Allow", "rules": [{"to": [{"ports": [0]}]}]})), "spec.rules[0].to[0].ports[0]");
+    assert_eq!(field(json!({"rateLimits": [{"requests": 1, "per": "0s"}]})), "spec.rateLimits[0].per");
+    let allowed = access(json!({"action": "Allow", "rules": [{"from": [{"serviceAccount": "web"}]}]})).expect("right");
+    let identity = allowed.rules[0].from[0].identity.as_ref().expect("an identity").to_string();
+    assert_eq!(identity, "spiffe://cluster.local/ns/shop/sa/web", "of the policy's own namespace");
+    let filter = json!({"fault": {"abort": {"status": 99}}});
+    let filter = serde_json::from_value(filter).expect("a spec");
+    assert_eq!(route_filter(&filter, &mut m::Rule::default()).expect_err("wrong").0, "spec.fault.abort.status");
 }

@@ -4,6 +4,7 @@ use super::Counters;
 use crate::{
     api::kinds,
     compile::{Objects, RouteStatus, compile},
+    own,
     pool::Pool,
     store::{ListQuery, Store, StoreError, Watch, WatchItem},
 };

@@ -42,7 +42,7 @@ pub fn updates(epoch: &str, to: &Snapshot, full: bool, delta: &Delta) -> Vec<v1:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sluice_model::{InboundMode, Name, Policy, Revision, Workload};
+    use sluice_model::{Name, Policy, Revision, Workload};
 
     fn workload(name: &str, node: &str) -> [Resource; 2] {
         let name = Name::new("ns", name);

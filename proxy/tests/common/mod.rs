@@ -100,6 +100,7 @@ pub fn settings(resources: Vec<Resource>) -> Settings {
         admin: LOCAL,
         drain: Duration::from_secs(10),
         inside: [].into(),
+        observe: Default::default(),
     }
 }
 
