@@ -465,6 +465,8 @@ pub mod hook {
     pub const WIRE: u8 = 2;
     /// Packet from the node's own network stack.
     pub const HOST: u8 = 3;
+    /// New connection at the listeners of a pod's namespace.
+    pub const LISTENER: u8 = 4;
 }
 
 /// A new flow or a drop, as it goes through the ring buffer.
@@ -475,7 +477,7 @@ pub struct Event {
     pub time_ns: u64,
     /// Of the caller's socket; 0 for packets.
     pub netns: u64,
-    /// As it came. A socket's own end is not known yet: [`Addr::UNSET`] and 0.
+    /// As it came. The own end of a socket that dials is not known yet: [`Addr::UNSET`] and 0.
     pub before: Flow,
     /// As it goes on; the same where nothing is translated.
     pub after: Flow,

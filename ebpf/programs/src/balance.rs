@@ -5,7 +5,7 @@
 use crate::maps::{
     AFFINITY, BACKENDS, CLIENTS, HOST_PORTS, LOCALS, MAGLEV, MEMBERS, PODS, REVERSE, SERVICES, SETTINGS, SOURCES, count,
 };
-use crate::work::Work;
+use crate::{told, work::Work};
 use aya_ebpf::{
     btf_maps::lpm_trie::Key,
     helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_boot_ns},
@@ -99,6 +99,8 @@ pub enum Found {
     /// Not a service address.
     Unknown,
     None,
+    /// The service changed each time that it was looked at.
+    RaceLost,
     /// A service that is not for this client.
     Denied,
     Backend,
@@ -107,6 +109,7 @@ pub enum Found {
 impl Choice {
     pub const UNKNOWN: Self = Self::without(Found::Unknown);
     pub const NONE: Self = Self::without(Found::None);
+    pub const RACE_LOST: Self = Self::without(Found::RaceLost);
     pub const DENIED: Self = Self::without(Found::Denied);
 
     const fn without(found: Found) -> Self {
@@ -234,8 +237,7 @@ pub fn choose(ctx: &SockAddrContext, dial: &Dial, proto: u8, by_weight: u32, in_
         }
         count(Reason::Raced);
     }
-    count(Reason::RaceLost);
-    Choice::NONE
+    Choice::RACE_LOST
 }
 
 /// An address of the node, on which node ports and host ports are; loopback is that for its own processes alone.
@@ -409,9 +411,15 @@ fn group(service: &Service, by_weight: u32) -> Option<&Group> {
 
 /// For a caller in none of the service's source ranges.
 #[inline(always)]
-pub fn deny() -> Verdict {
-    count(Reason::RefusedSourceRange);
+pub fn deny(ctx: &SockAddrContext, dial: &Dial, proto: u8) -> Verdict {
+    told::refused(ctx, dial, proto, Reason::RefusedSourceRange);
     Verdict::DENY
+}
+
+#[inline(always)]
+fn refuse(ctx: &SockAddrContext, dial: &Dial, proto: u8, reason: Reason) -> Verdict {
+    told::refused(ctx, dial, proto, reason);
+    Verdict::REFUSE
 }
 
 /// connect of a socket that is not captured.
@@ -420,14 +428,12 @@ pub fn connect(ctx: &SockAddrContext, dial: Dial, proto: u8) -> Verdict {
     let choice = choose(ctx, &dial, proto, random(), random());
     match choice.found {
         Found::Unknown => Verdict::LEAVE,
-        Found::None => {
-            count(Reason::NoBackend);
-            Verdict::REFUSE
-        }
-        Found::Denied => deny(),
+        Found::None => refuse(ctx, &dial, proto, Reason::NoBackend),
+        Found::RaceLost => refuse(ctx, &dial, proto, Reason::RaceLost),
+        Found::Denied => deny(ctx, &dial, proto),
         Found::Backend => {
             let to = choice.to;
-            count(Reason::Translated);
+            told::call(ctx, &dial, &to, proto, Reason::Translated);
             remember(socket(ctx), dial, to, proto);
             Verdict::replace(to)
         }
@@ -444,23 +450,25 @@ pub fn sendmsg(ctx: &SockAddrContext, dial: Dial) -> Verdict {
     let choice = choose(ctx, &dial, proto, (number >> 32) as u32, number as u32);
     match choice.found {
         Found::Unknown => Verdict::LEAVE,
-        Found::None => {
-            count(Reason::NoBackend);
-            Verdict::REFUSE
-        }
-        Found::Denied => deny(),
+        Found::None => refuse(ctx, &dial, proto, Reason::NoBackend),
+        Found::RaceLost => refuse(ctx, &dial, proto, Reason::RaceLost),
+        Found::Denied => deny(ctx, &dial, proto),
         Found::Backend => {
             let to = choice.to;
-            count(Reason::TranslatedDatagram);
-            remember(cookie, dial, to, proto);
+            // The datagrams that follow go the same way: one event, and only the counter moves.
+            match remember(cookie, dial, to, proto) {
+                true => told::call(ctx, &dial, &to, proto, Reason::TranslatedDatagram),
+                false => count(Reason::TranslatedDatagram),
+            }
             Verdict::replace(to)
         }
     }
 }
 
-/// Of two services that lead one socket to the same backend, the last used is the one that is shown.
+/// Of two services that lead one socket to the same backend, the last used is the one that is shown. False where it is
+/// known already.
 #[inline(always)]
-fn remember(socket: u64, from: Dial, to: Dial, proto: u8) {
+fn remember(socket: u64, from: Dial, to: Dial, proto: u8) -> bool {
     let key = ReverseKey { socket, addr: to.addr, port_be: to.port_be, proto, pad: [0; 5] };
     let value = Reverse { addr: from.addr, port_be: from.port_be, pad: 0 };
     // A socket that sends many datagrams writes once: the entry is there already.
@@ -469,11 +477,12 @@ fn remember(socket: u64, from: Dial, to: Dial, proto: u8) {
         && old.port_be == value.port_be
         && old.addr.same(&value.addr)
     {
-        return;
+        return false;
     }
     if REVERSE.insert(&key, &value, 0).is_err() {
         count(Reason::ReverseFull);
     }
+    true
 }
 
 #[inline(always)]

@@ -12,6 +12,7 @@ mod neighbour;
 mod packet;
 mod route;
 mod steer;
+mod told;
 mod work;
 mod xdp;
 
