@@ -9,13 +9,15 @@ mod ports;
 mod repair;
 mod reset;
 
+pub use repair::Extent;
+
 use crate::{attest, error::describe, flows::kernel};
 use node::Wires;
 use pods::{Overrides, PodTable};
 use ports::{Ports, Ways};
-use sluice_cni::{Lease, Store, packets, store::Lock};
+use sluice_cni::{Lease, Store, packets, store::Lock, wiring};
 use sluice_ebpf::{
-    common::{DSR, MASQUERADE},
+    common::{DSR, MASQUERADE, ServiceKey},
     compile::{self, Compiler, DnsOverlay},
     loader::{self, Loaded, Place},
     maps::{Counters, ServiceMaps, pin_dir},
@@ -60,6 +62,8 @@ pub enum Error {
     Packets(#[source] packets::Error),
     #[error("bring the maps of the node's links and addresses to what they are")]
     Ports(#[source] sluice_ebpf::Error),
+    #[error("close sockets whose backend has gone")]
+    Sockets(#[source] reset::Error),
     #[error("set up the node's own network")]
     Node(#[source] sluice_netlink::Error),
 }
@@ -101,6 +105,7 @@ pub struct PodInfo {
     pub uid: String,
     pub namespace: String,
     pub name: String,
+    /// Empty where it is not known.
     pub netns: PathBuf,
     pub addresses: Vec<IpAddr>,
     pub netns_cookie: u64,
@@ -145,6 +150,10 @@ pub struct Datapath {
     /// Nothing before the first snapshot: the entries of the agent before us stay as they are.
     compiler: Compiler,
     overrides: Overrides,
+    /// Sockets whose backends went before this process began were closed.
+    reset: bool,
+    /// What could not be had when the last snapshot was applied.
+    standing: Vec<String>,
 }
 
 impl Datapath {
@@ -206,6 +215,8 @@ impl Datapath {
             renewed: watch::channel(()).0,
             compiler,
             overrides,
+            reset: false,
+            standing: vec![],
         };
         datapath.reconcile_ports(None)?;
         // No program of another layout runs any more, neither in a link nor as a filter.
@@ -273,15 +284,49 @@ impl Datapath {
         applied.services = table?;
         applied.pods = pods?;
         let leases = self.store.held().map_err(Error::Leases)?;
-        let netns = leases.iter().map(|l| l.netns.clone());
-        let withdrawn = self.table.take_withdrawn();
-        let (closed, failed) = reset::reset(&self.table, &withdrawn, netns);
-        applied.closed = closed;
-        applied.problems.extend(failed.iter().map(|e| describe(e)));
+        // The first time for an agent before us, which may have been killed before it closed them.
+        if !self.table.take_withdrawn().is_empty() || !std::mem::replace(&mut self.reset, true) {
+            let (closed, failed) = reset::reset(&self.table, self.table.stranded(), namespaces(&leases));
+            applied.closed = closed;
+            applied.problems.extend(failed.iter().map(|e| describe(e)));
+        }
         // A node that cannot be reached is no reason to keep the whole cluster from this snapshot.
         applied.problems.extend(self.wires.reconcile(&leases).err().map(|e| describe(&e)));
         applied.problems.extend(self.reconcile_ports(Some(snapshot)).err().map(|e| describe(&e)));
+        self.standing = self.problems();
+        applied.problems.extend(self.standing.iter().cloned());
         Ok(applied)
+    }
+
+    /// What cannot be had of what was applied has changed since it was said: it is to be applied again.
+    pub fn is_news(&self) -> bool {
+        self.compiler.compiled().is_some() && self.standing != self.problems()
+    }
+
+    /// What cannot be had at present, and is tried again.
+    fn problems(&self) -> Vec<String> {
+        self.unfit().into_iter().chain(self.ports.problems().cloned()).collect()
+    }
+
+    /// Services for which a map has no room.
+    fn unfit(&self) -> Vec<String> {
+        /// Beyond these their number must do.
+        const NAMED: usize = 20;
+        let compiled = self.compiler.compiled();
+        let say = |(key, cause): (&ServiceKey, &str)| {
+            let (ip, port) = (sluice_ebpf::ip(key.addr).to_canonical(), u16::from_be(key.port_be));
+            let service =
+                compiled.and_then(|c| c.owner(key)).map_or_else(String::new, |name| format!("service {name}: "));
+            format!(
+                "{service}{} has no room on this node, so that its callers are refused ({cause}); have fewer services \
+                or endpoints",
+                SocketAddr::new(ip, port)
+            )
+        };
+        let mut said: Vec<String> = self.table.unfit().take(NAMED).map(say).collect();
+        let more = self.table.unfit().count() - said.len();
+        said.extend((more > 0).then(|| format!("{more} more addresses of services have no room on this node")));
+        said
     }
 
     /// Says what a pod is before the snapshot does: between its namespace's making and its first container. The
@@ -292,9 +337,19 @@ impl Datapath {
         self.locked(|d, _| d.apply_pods().map(drop))
     }
 
-    /// The pods that the plugin has made and not yet been told to remove.
+    /// The pods that the plugin has made and not yet been told to remove. Of one whose lease cannot be read it is not known
+    /// where its namespace is.
     pub fn pods(&self) -> Result<Vec<PodInfo>, Error> {
-        Ok(self.store.held().map_err(Error::Leases)?.into_iter().map(PodInfo::from).collect())
+        let held = self.store.held().map_err(Error::Leases)?;
+        let damaged = self.damaged(&held)?;
+        Ok(held.into_iter().chain(damaged).map(PodInfo::from).collect())
+    }
+
+    /// What can be known of the leases that cannot be read, where `held` are the others.
+    fn damaged(&self, held: &[Lease]) -> Result<Vec<Lease>, Error> {
+        let entries = self.store.damaged(held).map_err(Error::Leases)?;
+        let guess = |e| wiring::guess(e, Some(&self.pod_table.maps)).map_err(Error::Leases);
+        entries.iter().map(guess).collect()
     }
 
     /// The programs' counters with their labels, since boot; and how many connections their packets belong to.
@@ -351,6 +406,11 @@ fn settle(config: &DatapathConfig, bpffs: &Path, host_netns: u64) -> Result<Arc<
     });
     told.map_err(Error::Settings)?;
     Ok(Arc::new(settings))
+}
+
+/// Of the pods.
+fn namespaces(leases: &[Lease]) -> impl Iterator<Item = PathBuf> {
+    leases.iter().map(|l| l.netns.clone())
 }
 
 /// Indexes of the links of pods that are there.

@@ -1,11 +1,12 @@
 //! Health-check node ports: load balancers outside the cluster ask each node by HTTP whether it has an endpoint of a
 //! service whose `externalTrafficPolicy` is `Local`, and send traffic only to nodes that say yes. Answers are those of
-//! kube-proxy: 200 with the number of endpoints, or 503.
+//! kube-proxy: 200 with the number of endpoints that are ready, or 503. One that terminates and still serves takes what comes
+//! all the same, but is no reason to send more.
 
 use crate::view::View;
 use axum::{Json, Router, extract::State, http::StatusCode, routing::get};
 use serde_json::{Value, json};
-use sluice_model::{Name, Place, Snapshot};
+use sluice_model::{Name, Snapshot};
 use std::{
     collections::BTreeMap,
     io,
@@ -23,12 +24,12 @@ struct Asked {
 
 /// PURE: by port; of two services with one port the first by name.
 fn asked(snapshot: &Snapshot, node: &str) -> BTreeMap<u16, Asked> {
-    let place = Place { node, zone: "" };
     let mut ports = BTreeMap::new();
     for service in snapshot.services() {
         let Some(port) = service.health_check_node_port else { continue };
         let here = |set: &sluice_model::EndpointSet| {
-            set.seen_from_outside(service, place).endpoints.iter().filter(|e| e.ready).count()
+            // Of endpoints of the fallback `ready` says that they take traffic.
+            set.endpoints.iter().filter(|e| e.ready && !e.draining && e.node == node).count()
         };
         let endpoints = snapshot.endpoint_set(&service.name).map_or(0, here);
         ports.entry(port).or_insert_with(|| Asked { service: service.name.clone(), endpoints });
@@ -162,6 +163,33 @@ mod tests {
         let mut text = String::new();
         c.read_to_string(&mut text)?;
         Ok(text)
+    }
+
+    /// Of the endpoints here those that are ready count; those that only serve until they are gone do not.
+    #[test]
+    fn ready_endpoints_of_the_node_count() {
+        // Node, ready with the fallback applied, draining.
+        let table: [(&[(&str, bool, bool)], usize); 6] = [
+            (&[("n1", true, false), ("n1", true, false), ("n2", true, false)], 2),
+            (&[("n1", false, false), ("n2", true, false)], 0),
+            (&[("n1", true, true), ("n2", true, true)], 0),
+            (&[("n1", true, true)], 0),
+            (&[("n1", true, false), ("n1", false, true)], 1),
+            (&[("n1", false, true), ("n2", true, false)], 0),
+        ];
+        for (endpoints, wanted) in table {
+            let nodes: Vec<&str> = endpoints.iter().map(|(node, ..)| *node).collect();
+            let mut resources: Vec<Resource> = vec![];
+            let before = snapshot(30_900, &nodes);
+            resources.extend(before.services().cloned().map(Resource::Service));
+            let mut set = before.endpoint_set(&Name::new("shop", "web")).expect("a set").clone();
+            for (endpoint, (_, ready, draining)) in set.endpoints.iter_mut().zip(endpoints) {
+                (endpoint.ready, endpoint.draining) = (*ready, *draining);
+            }
+            resources.push(Resource::EndpointSet(set));
+            let asked = asked(&Snapshot::new(Revision(2), resources), "n1");
+            assert_eq!(asked[&30_900].endpoints, wanted, "{endpoints:?}");
+        }
     }
 
     #[tokio::test(flavor = "multi_thread")]

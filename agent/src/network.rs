@@ -8,7 +8,7 @@ mod told;
 use crate::{
     attest::Gate,
     blocking::blocking,
-    datapath::Datapath,
+    datapath::{Datapath, Extent},
     error::describe,
     handover::{self, Handover, Listening},
     pods::{
@@ -182,7 +182,7 @@ impl Network {
                 Ok(features) => verified.kernel = features,
                 Err(e) => verified.errors.push(describe(&e)),
             }
-            match datapath.repair() {
+            match datapath.repair(Extent::Whole) {
                 Ok(differences) => verified.differences = differences,
                 Err(e) => verified.errors.push(describe(&e)),
             }
@@ -220,8 +220,7 @@ impl Network {
                 }
                 () = links.changed() => self.clone().follow().await,
                 _ = repair.tick() => {
-                    self.clone().repair().await;
-                    if told.refused() {
+                    if self.clone().repair().await || told.refused() {
                         let view = views.borrow().clone();
                         say(told.retried(self.clone().apply(view).await));
                     }
@@ -264,9 +263,13 @@ impl Network {
         }
     }
 
-    async fn repair(self: Arc<Self>) {
+    /// Whether what is told of the view is to be told anew.
+    async fn repair(self: Arc<Self>) -> bool {
         let work = move || {
-            let datapath = self.datapath().repair().map_err(|e| describe(&e));
+            let (datapath, news) = {
+                let mut datapath = self.datapath();
+                (datapath.repair(Extent::Some).map_err(|e| describe(&e)), datapath.is_news())
+            };
             // After the pods' entries, which the registrations complete.
             let registrations = self.handover.repair().map_err(|e| describe(&e));
             for outcome in [datapath, registrations] {
@@ -285,10 +288,12 @@ impl Network {
             }
             let snapshot = self.views.borrow().snapshot.clone();
             self.serve_all(&snapshot);
+            news
         };
-        if let Err(error) = tokio::task::spawn_blocking(work).await {
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
             tracing::error!(%error, "repair failed");
-        }
+            false
+        })
     }
 
     /// After a restart, for pods that another agent's life began, and again until it has come about: serves every
@@ -302,7 +307,7 @@ impl Network {
         };
         let mut unserved = HashMap::new();
         for w in snapshot.workloads().filter(|w| w.node == self.node && w.meshed) {
-            if let Some(netns) = here.get(&w.uid)
+            if let Some(netns) = here.get(&w.uid).filter(|netns| !netns.as_os_str().is_empty())
                 && let Err(error) = self.serve(&w.name, &w.uid, netns)
             {
                 unserved.insert(w.uid.clone(), error);
@@ -401,7 +406,8 @@ impl Network {
     }
 
     fn netns(&self, uid: &str) -> Option<PathBuf> {
-        self.datapath().pods().ok()?.into_iter().find(|p| p.uid == uid).map(|p| p.netns)
+        let pods = self.datapath().pods().ok()?;
+        pods.into_iter().find(|p| p.uid == uid && !p.netns.as_os_str().is_empty()).map(|p| p.netns)
     }
 }
 

@@ -136,6 +136,8 @@ fn lease_for(
         match node.store.read(&entry)? {
             Some(lease) if lease.netns_cookie == inside.cookie => {
                 same_as_asked(&lease, &request.asked)?;
+                host_ports_are_free(maps, &lease, &entries)?;
+                wiring::set_host_ports(maps, &lease)?;
                 return Ok((lease, false));
             }
             // The same container id in another namespace: the old one ended without a DEL.
@@ -146,11 +148,24 @@ fn lease_for(
     }
     refuse_second(maps, &entries, inside)?;
     let lease = new_lease(request, node, lock, &entries, inside)?;
-    if let Some(port) = wiring::taken_host_port(maps, &lease)? {
-        return Err(Error::HostPort { port, why: "it leads to another pod" });
-    }
+    host_ports_are_free(maps, &lease, &entries)?;
     node.store.write(lock, &lease)?;
+    // Under the same lock: of two that want one port, the second sees that the first has it.
+    if let Err(e) = wiring::set_host_ports(maps, &lease) {
+        let entries = node.store.entries().unwrap_or_default();
+        if let Some(entry) = Store::find(&entries, &request.attachment) {
+            let _ = node.store.remove(lock, entry); // the error that counts is the one below
+        }
+        return Err(e);
+    }
     Ok((lease, true))
+}
+
+fn host_ports_are_free(maps: &PodMaps, lease: &Lease, entries: &[Entry]) -> Result<()> {
+    match wiring::taken_host_port(maps, lease, entries)? {
+        Some(port) => Err(Error::HostPort { port, why: "it leads to another pod" }),
+        None => Ok(()),
+    }
 }
 
 /// A repeated ADD cannot change what the first has made.
@@ -279,7 +294,7 @@ fn check(config: &Config, env: &Environment<'_>) -> Result<()> {
     if inside.cookie != lease.netns_cookie {
         return Err(drift("the lease is for another network namespace".into()));
     }
-    let missing = wiring::missing(&mut node.host, &mut inside, &lease, config.mtu)?;
+    let missing = wiring::missing(&mut node.host, &mut inside, &lease)?;
     if !missing.is_empty() {
         return Err(drift(missing.join("; ")));
     }

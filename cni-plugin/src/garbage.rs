@@ -120,6 +120,12 @@ fn forget_orphans(config: &Config, store: &Store) -> Result<()> {
     for (addr, _) in maps.addrs.entries().map_err(failed)?.into_iter().filter(|(_, a)| !known.contains(&a.netns)) {
         maps.addrs.remove(&addr).map_err(failed)?;
     }
+    let held = store.entries()?.into_iter().filter(|e| e.releasing.is_none());
+    let addresses: BTreeSet<_> = held.flat_map(|e| e.addresses).map(sluice_ebpf::addr).collect();
+    let ports = maps.host_ports.entries().map_err(failed)?;
+    for (key, _) in ports.into_iter().filter(|(_, to)| !addresses.contains(&to.addr)) {
+        maps.host_ports.remove(&key).map_err(failed)?;
+    }
     let attached = loader::attached_pods(&config.bpffs).map_err(failed)?;
     let mut orphans = attached.into_iter().filter(|c| !known.contains(c));
     orphans.try_for_each(|c| loader::detach_pod(&config.bpffs, c).map_err(failed))

@@ -20,6 +20,17 @@ pub enum Error {
     Link(#[from] sluice_netlink::Error),
 }
 
+impl Error {
+    /// The link is gone, and with it what was on it.
+    pub fn is_gone(&self) -> bool {
+        let errno = match self {
+            Self::Programs(e) => e.errno(),
+            Self::Link(e) => e.errno(),
+        };
+        errno == Some(rustix::io::Errno::NODEV.raw_os_error())
+    }
+}
+
 type Result<T> = std::result::Result<T, Error>;
 
 /// On the node's end of a pod's link, in place of what is there.
@@ -62,16 +73,11 @@ pub fn detach_device(bpffs: &Path, ifindex: u32) -> Result<()> {
 pub fn renew_pods(bpffs: &Path, connection: &mut Connection, links: &[u32]) -> Result<()> {
     for ifindex in links {
         match attach_pod(bpffs, connection, *ifindex) {
-            Err(Error::Link(e)) if gone(&e) => {}
+            Err(e) if e.is_gone() => {}
             other => other?,
         }
     }
     Ok(loader::detach_pod_links(bpffs)?)
-}
-
-/// With the link went what was on it.
-fn gone(e: &sluice_netlink::Error) -> bool {
-    e.errno() == Some(rustix::io::Errno::NODEV.raw_os_error())
 }
 
 fn direction(p: &Packets) -> Direction {
@@ -96,8 +102,8 @@ fn detach_filters(programs: &[Packets], ifindex: u32) -> Result<()> {
         }
         if ours { filter::remove_clsact(&mut connection, ifindex).map(drop) } else { Ok(()) }
     };
-    match detach() {
-        Err(e) if gone(&e) => Ok(()),
-        other => Ok(other?),
+    match detach().map_err(Error::Link) {
+        Err(e) if e.is_gone() => Ok(()),
+        other => other,
     }
 }

@@ -176,10 +176,19 @@ impl Store {
         serde_json::from_slice(&text).map(Some).map_err(|_| damaged())
     }
 
-    /// Leases that are held; damaged ones are left out.
+    /// Leases that are held; damaged ones are left out, see [`Self::damaged`].
     pub fn held(&self) -> Result<Vec<Lease>> {
         let held = self.entries()?.into_iter().filter(|e| e.releasing.is_none());
         Ok(held.filter_map(|e| self.read(&e).ok().flatten()).collect())
+    }
+
+    /// Held leases whose files cannot be read, where `held` are the others. Their pods may run: what can be known of them is
+    /// [`crate::wiring::guess`]'s to say.
+    pub fn damaged(&self, held: &[Lease]) -> Result<Vec<Entry>> {
+        let known: BTreeSet<(&str, &str)> = held.iter().map(|l| (l.container.as_str(), l.ifname.as_str())).collect();
+        let unknown = |a: &Attachment| !known.contains(&(a.container.as_str(), a.ifname.as_str()));
+        let others = self.entries()?.into_iter().filter(|e| e.releasing.is_none() && unknown(&e.attachment));
+        Ok(others.filter(|e| matches!(self.read(e), Err(Error::Damaged { .. }))).collect())
     }
 
     /// Held leases that are at least as old: an ADD that is under way has its lease, but not everything else yet.
@@ -374,5 +383,6 @@ mod tests {
         assert_eq!(entries[0].addresses.len(), 1);
         assert!(matches!(store.read(&entries[0]), Err(Error::Damaged { .. })));
         assert_eq!(store.held().expect("held"), []);
+        assert_eq!(store.damaged(&[]).expect("damaged"), entries);
     }
 }

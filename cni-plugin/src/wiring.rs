@@ -15,7 +15,7 @@ use sluice_ebpf::{
         UDP,
     },
     loader,
-    maps::{PodMaps, padded, pin_dir},
+    maps::{PodMaps, padded, pin_dir, unpadded},
 };
 use sluice_netlink::{
     Connection, Netns, kernel,
@@ -106,13 +106,14 @@ pub fn wire(host: &mut Connection, inside: &mut Inside, lease: &Lease, mtu: Opti
     let (pod, node) = states(&inner, &outer, lease);
     bring(&mut inside.connection, &pod, fresh).map_err(&failed)?;
     bring(host, &node, fresh).map_err(&failed)?;
-    let [ingress, egress] = buckets(&lease.bandwidth, mtu);
+    let [ingress, egress] = buckets(&lease.bandwidth, outer.mtu);
     limit(host, outer.index, ingress, lease)?;
     limit(&mut inside.connection, inner.index, egress, lease)?;
     Ok(outer.index)
 }
 
-/// For the node's end, which sends what comes to the pod, and for the pod's end.
+/// For the node's end, which sends what comes to the pod, and for the pod's end; by the MTU that the link has, whatever new
+/// links get by now.
 fn buckets(bandwidth: &Bandwidth, mtu: Option<u32>) -> [Option<TokenBucket>; 2] {
     [bandwidth.ingress, bandwidth.egress].map(|l| l.map(|l| l.bucket(mtu)))
 }
@@ -164,7 +165,7 @@ fn bring(connection: &mut Connection, wanted: &State, fresh: bool) -> std::resul
 }
 
 /// What is missing of a pod's wiring.
-pub fn missing(host: &mut Connection, inside: &mut Inside, lease: &Lease, mtu: Option<u32>) -> Result<Vec<String>> {
+pub fn missing(host: &mut Connection, inside: &mut Inside, lease: &Lease) -> Result<Vec<String>> {
     let failed = wiring(lease);
     let inner = link::find(&mut inside.connection, &lease.ifname).map_err(&failed)?;
     let outer = link::find(host, &lease.link).map_err(&failed)?;
@@ -177,7 +178,7 @@ pub fn missing(host: &mut Connection, inside: &mut Inside, lease: &Lease, mtu: O
         let present = kernel::read(connection).map_err(&failed)?;
         text.extend(plan::plan(wanted, &present, None).iter().map(|o| format!("missing: {o}")));
     }
-    let [ingress, egress] = buckets(&lease.bandwidth, mtu);
+    let [ingress, egress] = buckets(&lease.bandwidth, outer.mtu);
     let ends = [(host, outer.index, ingress), (&mut inside.connection, inner.index, egress)];
     for (connection, link, bucket) in ends {
         let Some(bucket) = bucket else { continue };
@@ -224,15 +225,44 @@ pub(crate) fn host_ports(lease: &Lease) -> Vec<(ServiceKey, Reverse)> {
     entries
 }
 
-/// The first host port of the lease that another pod has.
-pub(crate) fn taken_host_port(maps: &PodMaps, lease: &Lease) -> Result<Option<u16>> {
-    for (key, to) in host_ports(lease) {
-        let other = maps.host_ports.get(&key).map_err(maps_error(lease))?.is_some_and(|held| held.addr != to.addr);
-        if other {
-            return Ok(Some(u16::from_be(key.port_be)));
-        }
+/// The first host port of the lease that another pod has. A port on every address of a family is in the way of the same on
+/// one of them. What is nobody's (left by a plugin that was killed) is in nobody's way.
+pub(crate) fn taken_host_port(maps: &PodMaps, lease: &Lease, entries: &[Entry]) -> Result<Option<u16>> {
+    let wanted = host_ports(lease);
+    if wanted.is_empty() {
+        return Ok(None);
     }
-    Ok(None)
+    let others = entries.iter().filter(|e| e.releasing.is_none() && !lease.is_for(&e.attachment));
+    let others: BTreeSet<_> = others.flat_map(|e| &e.addresses).map(|ip| sluice_ebpf::addr(*ip)).collect();
+    let present = maps.host_ports.entries().map_err(maps_error(lease))?;
+    let taken = |key: &ServiceKey| present.iter().any(|(k, to)| overlap(key, k) && others.contains(&to.addr));
+    Ok(wanted.iter().find(|(key, _)| taken(key)).map(|(key, _)| u16::from_be(key.port_be)))
+}
+
+/// All or none.
+pub(crate) fn set_host_ports(maps: &PodMaps, lease: &Lease) -> Result<()> {
+    let set = host_ports(lease).iter().try_for_each(|(key, to)| maps.host_ports.set(key, to));
+    set.map_err(|e| {
+        let _ = give_back_host_ports(maps, lease); // the error that counts is the one below
+        maps_error(lease)(e)
+    })
+}
+
+/// What is in the map for the pod's addresses.
+fn give_back_host_ports(maps: &PodMaps, lease: &Lease) -> Result<()> {
+    let failed = maps_error(lease);
+    let own: BTreeSet<_> = lease.addresses.iter().map(|ip| sluice_ebpf::addr(*ip)).collect();
+    for (key, _) in maps.host_ports.entries().map_err(&failed)?.iter().filter(|(_, to)| own.contains(&to.addr)) {
+        maps.host_ports.remove(key).map_err(&failed)?;
+    }
+    Ok(())
+}
+
+/// Whether a packet could be meant for either.
+fn overlap(a: &ServiceKey, b: &ServiceKey) -> bool {
+    let any = |k: &ServiceKey| k.addr == k.addr.unspecified();
+    let same = a.addr == b.addr || (any(a) || any(b)) && a.addr.is_v4() == b.addr.is_v4();
+    (a.port_be, a.proto) == (b.port_be, b.proto) && same
 }
 
 /// Puts the pod into the maps and steering into its namespace: ADD's last step, under the lock.
@@ -300,16 +330,14 @@ pub fn delist(bpffs: &Path, maps: &PodMaps, lease: &Lease) -> Result<()> {
             maps.addrs.remove(addr).map_err(&failed)?;
         }
     }
-    for (key, _) in maps.host_ports.entries().map_err(&failed)?.iter().filter(|(_, to)| own.contains(&to.addr)) {
-        maps.host_ports.remove(key).map_err(&failed)?;
-    }
+    give_back_host_ports(maps, lease)?;
     let ports = maps.ports.entries().map_err(&failed)?;
     let mut excluded = ports.into_iter().map(|(k, _)| k).filter(|k: &PortKey| own.contains(&k.addr));
     excluded.try_for_each(|k| maps.ports.remove(&k).map(drop)).map_err(&failed)
 }
 
 /// What can be known of a lease whose file cannot be read: its name, and what the maps say of its addresses.
-pub(crate) fn guess(entry: &Entry, maps: Option<&PodMaps>) -> Result<Lease> {
+pub fn guess(entry: &Entry, maps: Option<&PodMaps>) -> Result<Lease> {
     let mut lease = Lease {
         container: entry.attachment.container.clone(),
         ifname: entry.attachment.ifname.clone(),
@@ -326,6 +354,10 @@ pub(crate) fn guess(entry: &Entry, maps: Option<&PodMaps>) -> Result<Lease> {
     if let (Some(maps), Some(ip)) = (maps, lease.addresses.first()) {
         let known = maps.addrs.get(&sluice_ebpf::addr(*ip)).map_err(maps_error(&lease))?;
         lease.netns_cookie = known.map_or(0, |a| a.netns);
+        if let Some(pod) = maps.pods.get(&lease.netns_cookie).map_err(maps_error(&lease))? {
+            let [namespace, name, uid] = [&pod.namespace[..], &pod.name, &pod.uid].map(unpadded);
+            lease.pod = PodRef { namespace, name, uid };
+        }
     }
     Ok(lease)
 }

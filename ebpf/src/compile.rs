@@ -155,6 +155,11 @@ pub fn compile(snapshot: &Snapshot, node: &str, dns: impl IntoIterator<Item = Dn
 }
 
 impl Compiled {
+    /// The service whose entry it is.
+    pub fn owner(&self, key: &ServiceKey) -> Option<&Name> {
+        self.owners.get(&ServiceKey { scope: INSIDE, ..*key })
+    }
+
     /// After nothing but `sets` changed: services and routes, and so owners and problems, are what they were.
     fn lead_anew(&mut self, snapshot: &Snapshot, node: &str, sets: &BTreeSet<Name>) {
         let routes = routes_by_parent(snapshot);

@@ -63,6 +63,16 @@ impl Error {
             _ => None,
         }
     }
+
+    /// A map has no room, or the kernel no memory for it.
+    pub fn is_full(&self) -> bool {
+        matches!(self.errno(), Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM))
+    }
+
+    /// In one line.
+    pub(crate) fn with_cause(&self) -> String {
+        std::error::Error::source(self).map_or_else(|| self.to_string(), |cause| format!("{self}: {cause}"))
+    }
 }
 
 pub(crate) type Result<T> = std::result::Result<T, Error>;

@@ -67,6 +67,11 @@ impl Wanted {
         Self { node_local, groups, ..Self::default() }
     }
 
+    /// The same without a backend: for who cannot be served.
+    pub fn refusing(&self) -> Self {
+        Self { node_local: self.node_local, outside: self.outside, ..Self::default() }
+    }
+
     /// Clients keep their backends for so many seconds.
     pub fn affine(self, affinity_s: Option<u32>) -> Self {
         Self { affinity_s: affinity_s.unwrap_or(0), ..self }

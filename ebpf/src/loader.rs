@@ -26,7 +26,7 @@ use std::{
 
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sluice.bpf.o"));
 
-const CGROUP_PROGRAMS: [(&str, Hook); 8] = [
+const CGROUP_PROGRAMS: [(&str, Hook); 9] = [
     ("connect4", Hook::Connect4),
     ("connect6", Hook::Connect6),
     ("sendmsg4", Hook::Sendmsg4),
@@ -35,6 +35,7 @@ const CGROUP_PROGRAMS: [(&str, Hook); 8] = [
     ("recvmsg6", Hook::Recvmsg6),
     ("getpeername4", Hook::Getpeername4),
     ("getpeername6", Hook::Getpeername6),
+    ("sock_release", Hook::SockRelease),
 ];
 const STEER: &str = "steer_pod";
 /// A packet program at one side of a link.
@@ -416,6 +417,7 @@ fn open_object(dir: &Path, set_retval: bool, ingress_ifindex: bool) -> Result<Eb
         let program = object.program_mut(name).ok_or(Error::NoProgram(name))?;
         let loaded = match program {
             Program::CgroupSockAddr(p) => p.load(),
+            Program::CgroupSock(p) => p.load(),
             Program::SkLookup(p) => p.load(),
             Program::SchedClassifier(p) => p.load(),
             _ => return Err(Error::NoProgram(name)),

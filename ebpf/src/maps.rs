@@ -299,6 +299,8 @@ pub struct ServiceMaps {
     pub members: HashMap<MemberKey, u32>,
     pub maglev: HashMap<MaglevKey, MaglevBlock>,
     pub reverse: HashMap<ReverseKey, Reverse>,
+    pub connected: HashMap<ReverseKey, Reverse>,
+    pub host_ports: HashMap<ServiceKey, Reverse>,
     pub sources: HashMap<SourceRange, u32>,
 }
 
@@ -310,6 +312,8 @@ impl ServiceMaps {
             members: HashMap::open(dir, map::MEMBERS)?,
             maglev: HashMap::open(dir, map::MAGLEV)?,
             reverse: HashMap::open(dir, map::REVERSE)?,
+            connected: HashMap::open(dir, map::CONNECTED)?,
+            host_ports: HashMap::open(dir, map::HOST_PORTS)?,
             sources: HashMap::open(dir, map::SOURCES)?,
         })
     }

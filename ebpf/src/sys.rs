@@ -35,6 +35,7 @@ pub(crate) enum Hook {
     Recvmsg6 = 20,
     Getpeername4 = 29,
     Getpeername6 = 30,
+    SockRelease = 34,
     SkLookup = 36,
     Xdp = 37,
     TcxIngress = 46,

@@ -9,7 +9,10 @@ use kernel::since;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sluice_ebpf::{
     Error,
-    common::{Addr, MASQUERADE, Range, Reason, ServiceKey, Settings, WATCH_DROPS, WATCH_FLOWS, map},
+    common::{
+        Addr, Backend, BackendKey, MASQUERADE, MemberKey, Range, Reason, Service, ServiceKey, Settings, WATCH_DROPS,
+        WATCH_FLOWS, map,
+    },
     events::{EventReader, since_boot},
     layout::{Sources, Target, Wanted, WantedGroup},
     loader::{self, Place},
@@ -107,12 +110,12 @@ fn the_table_writes_differences_and_survives_a_restart() {
     let mut table = ServiceTable::open(maps()).expect("open");
     let (mut both, other) = (one_service(80, 3), one_service(81, 2000));
     both.extend(other.clone());
-    assert_eq!(table.apply(&both).expect("apply"), Changes { written: 2, removed: 0, unchanged: 0 });
+    assert_eq!(table.apply(&both).expect("apply"), Changes { written: 2, ..Changes::default() });
 
     let mut table = ServiceTable::open(maps()).expect("reopen");
-    assert_eq!(table.apply(&both).expect("apply"), Changes { written: 0, removed: 0, unchanged: 2 });
+    assert_eq!(table.apply(&both).expect("apply"), Changes { unchanged: 2, ..Changes::default() });
     both.extend(one_service(80, 4));
-    assert_eq!(table.apply(&both).expect("apply"), Changes { written: 1, removed: 0, unchanged: 1 });
+    assert_eq!(table.apply(&both).expect("apply"), Changes { written: 1, unchanged: 1, ..Changes::default() });
     assert_eq!(maps().backends.entries().expect("entries").len(), 2004);
 
     // Somebody deletes a backend behind the table's back.
@@ -198,4 +201,115 @@ fn source_ranges_follow_the_services() {
     assert_eq!(ranges(), 2);
     table.apply(&BTreeMap::new()).expect("apply");
     assert_eq!(ranges(), 0);
+}
+
+/// Fills a map with what is nobody's; how much that was, from the number on.
+fn fill<K: sluice_ebpf::common::Plain, V: sluice_ebpf::common::Plain + Default>(
+    map: &sluice_ebpf::maps::HashMap<K, V>,
+    key: impl Fn(u32) -> K,
+) -> u32 {
+    let full = |n: &u32| map.set(&key(*n), &V::default()).is_err_and(|e| e.is_full());
+    (0..).find(full).expect("the map has a bound")
+}
+
+/// Their ports, each with the map that its cause names.
+fn unfit(table: &ServiceTable) -> Vec<(u16, &'static str)> {
+    let maps = [map::SERVICES, map::BACKENDS, map::MEMBERS];
+    let named = |cause: &str| maps.into_iter().find(|m| cause.contains(m)).expect("it names a map");
+    table.unfit().map(|(k, cause)| (u16::from_be(k.port_be), named(cause))).collect()
+}
+
+/// A service that does not fit keeps no other from changing: it refuses its callers, is named, and fits when there is room.
+#[test]
+fn a_service_that_does_not_fit_stops_no_other() {
+    let ground = Ground::new("full");
+    loader::load(&ground.place).expect("load");
+    let dir = pin_dir(&ground.place.bpffs);
+    let maps = ServiceMaps::open(&dir).expect("maps");
+    let mut table = ServiceTable::open(ServiceMaps::open(&dir).expect("maps")).expect("open");
+    let all = |parts: &[BTreeMap<ServiceKey, Arc<Wanted>>]| parts.iter().cloned().flatten().collect::<BTreeMap<_, _>>();
+    let groups = |port: u16| {
+        let service = maps.services.get(one_service(port, 1).keys().next().expect("one")).expect("read");
+        service.map(|s| s.group[..s.groups as usize].iter().map(|g| g.count).sum::<u32>())
+    };
+    let sticky = |port: u16, targets: u16| -> BTreeMap<_, _> {
+        let services = one_service(port, targets).into_iter();
+        services.map(|(key, w)| (key, Arc::new((*w).clone().affine(Some(60))))).collect()
+    };
+    table.apply(&all(&[one_service(80, 3), sticky(81, 2)])).expect("apply");
+
+    let stray = |n| BackendKey { set: u32::MAX, index: n };
+    let filled = fill(&maps.backends, stray);
+    // One that shrinks fits, one that grows takes the room of its old state, a new one refuses, an empty one is no matter.
+    let wanted = all(&[one_service(80, 2), sticky(81, 2), one_service(82, 9), one_service(83, 0), one_service(84, 7)]);
+    let changes = table.apply(&wanted).expect("no error of all");
+    assert_eq!((changes.unchanged, changes.unfit), (1, 2), "{changes:?}");
+    assert_eq!(unfit(&table), [(82, map::BACKENDS), (84, map::BACKENDS)]);
+    assert_eq!([80, 81, 82, 83, 84].map(groups), [Some(2), Some(2), Some(0), Some(0), Some(0)]);
+    assert_eq!(table.apply(&wanted).expect("again").unfit, 2);
+    // One that loses a backend, and does not fit, does not go on leading there.
+    let grown = all(&[one_service(80, 40), sticky(81, 2), one_service(83, 0)]);
+    assert_eq!(table.apply(&grown).expect("apply").unfit, 1);
+    assert_eq!([80, 82].map(groups), [Some(0), None]);
+    (0..filled).for_each(|n| assert!(maps.backends.remove(&stray(n)).expect("remove")));
+    let changes = table.apply(&grown).expect("apply");
+    assert_eq!((changes.written, changes.unfit, table.unfit().count()), (1, 0, 0));
+    assert_eq!(groups(80), Some(40));
+    assert_eq!(table.apply(&grown).expect("apply"), Changes { unchanged: 3, ..Changes::default() });
+
+    let stray = |n| MemberKey { set: u32::MAX, port_be: 0, pad: 0, addr: Addr::from_v4(n) };
+    let filled = fill(&maps.members, stray);
+    let wanted = all(&[grown.clone(), sticky(81, 5), sticky(85, 3)]);
+    assert_eq!(table.apply(&wanted).expect("apply").unfit, 2);
+    assert_eq!(unfit(&table), [(81, map::MEMBERS), (85, map::MEMBERS)]);
+    assert_eq!([81, 85].map(groups), [Some(0), Some(0)]);
+    (0..filled).for_each(|n| assert!(maps.members.remove(&stray(n)).expect("remove")));
+    assert_eq!(table.apply(&wanted).expect("apply").written, 2);
+    assert_eq!([81, 85].map(groups), [Some(5), Some(3)]);
+
+    let stray = |n| ServiceKey { addr: Addr::from_v4(n), ..ServiceKey::default() };
+    let filled = fill(&maps.services, stray);
+    let wanted = all(&[wanted, one_service(80, 5), one_service(86, 1)]);
+    assert_eq!(table.apply(&wanted).expect("apply").unfit, 1);
+    assert_eq!(unfit(&table), [(86, map::SERVICES)]);
+    assert_eq!([80, 86].map(groups), [Some(5), None], "what is there can change");
+    (0..filled).for_each(|n| assert!(maps.services.remove(&stray(n)).expect("remove")));
+    assert_eq!(table.apply(&wanted).expect("apply").written, 1);
+    assert_eq!(groups(86), Some(1));
+}
+
+/// What others changed is found a part at a time, and put right by the next application: damage, loss, and strays.
+#[test]
+fn looking_finds_in_parts_what_reading_all_finds() {
+    let ground = Ground::new("look");
+    loader::load(&ground.place).expect("load");
+    let dir = pin_dir(&ground.place.bpffs);
+    let maps = ServiceMaps::open(&dir).expect("maps");
+    let mut table = ServiceTable::open(ServiceMaps::open(&dir).expect("maps")).expect("open");
+    let wanted: BTreeMap<_, _> = (1..=40).flat_map(|port| one_service(port, 400)).collect();
+    table.apply(&wanted).expect("apply");
+    // More than one look holds.
+    let round = |table: &mut ServiceTable| -> usize {
+        let looks = (0..12).map(|_| {
+            table.look().expect("look");
+            let changes = table.apply(&wanted).expect("apply");
+            changes.written + changes.removed
+        });
+        looks.sum()
+    };
+    assert_eq!(round(&mut table), 0);
+    let services = maps.services.entries().expect("entries");
+    maps.services.remove(&services[0].0).expect("remove");
+    maps.services.set(&services[1].0, &Service { affinity_s: 9, ..services[1].1 }).expect("damage");
+    maps.backends.remove(&BackendKey { set: services[2].1.set, index: 7 }).expect("remove");
+    maps.services.set(&ServiceKey { proto: 17, ..services[3].0 }, &Service::default()).expect("a stray");
+    maps.backends.set(&BackendKey { set: 70_000, index: 0 }, &Backend::default()).expect("a stray");
+    maps.members.set(&MemberKey { set: 70_000, ..MemberKey::default() }, &1).expect("a stray");
+    assert_eq!(round(&mut table), 4);
+    assert_eq!(maps.services.entries().expect("entries").len(), 40);
+    assert_eq!(maps.backends.entries().expect("entries").len(), 40 * 400);
+    assert_eq!(maps.members.entries().expect("entries").len(), 0);
+    assert_eq!(round(&mut table), 0);
+    table.reread().expect("reread");
+    assert_eq!(table.apply(&wanted).expect("apply").unchanged, 40);
 }

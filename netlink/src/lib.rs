@@ -4,7 +4,7 @@
 //! [`plan`] is pure: wanted state against present state gives operations; so is [`between`], which chooses the ways to
 //! other nodes. [`kernel`] reads the present state and
 //! carries operations out, [`link`] makes and removes veth pairs and lists the node's devices, [`qdisc`] limits what
-//! links carry, [`filter`] puts programs on them, [`watch`] hears of changes, [`diag`] finds and closes sockets. No eBPF
+//! links carry, [`filter`] puts programs on them, [`groups`] joins multicast groups, [`watch`] hears of changes, [`diag`] finds and closes sockets. No eBPF
 //! is loaded here, and nothing decides about what is wanted.
 
 #![allow(unsafe_code)] // setns, unshare and two socket options have no safe wrapper; each use says why it is sound
@@ -15,6 +15,7 @@ mod device;
 pub mod diag;
 mod error;
 pub mod filter;
+pub mod groups;
 pub mod kernel;
 pub mod lab;
 pub mod link;

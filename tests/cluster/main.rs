@@ -8,6 +8,7 @@ mod deploy;
 mod failures;
 mod families;
 mod firewalls;
+mod flows;
 mod load;
 mod losses;
 mod mesh;
@@ -31,6 +32,7 @@ const TESTS: &[(&str, Test)] = &[
     ("containers_of_a_pod_share_localhost", network::containers_of_a_pod_share_localhost),
     ("external_names_lead_elsewhere", network::external_names_lead_elsewhere),
     ("check_walks_the_paths", check::check_walks_the_paths),
+    ("flows_show_who_calls_whom", flows::flows_show_who_calls_whom),
     ("install_waits_for_the_plugin", check::install_waits_for_the_plugin),
     ("kernel_state_is_put_right", network::kernel_state_is_put_right),
     ("services_of_both_families", families::services_of_both_families),

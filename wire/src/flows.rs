@@ -185,7 +185,7 @@ pub struct Flow {
     /// As it goes on; absent where that is the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<Tuple>,
-    /// Where it was seen: `socket`, `pod`, `wire`, `host`, or the number.
+    /// Where it was seen: `socket`, `pod`, `wire`, `host`, `listener`, or the number.
     pub hook: String,
     /// Link over which it came; absent for sockets.
     #[serde(default, skip_serializing_if = "Option::is_none")]

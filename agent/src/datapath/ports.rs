@@ -11,7 +11,9 @@ use sluice_ebpf::{
 };
 use sluice_model::Snapshot;
 use sluice_netlink::{
-    Connection, announce, kernel, link as device,
+    Connection, announce,
+    groups::{Groups, solicited},
+    kernel, link as device,
     plan::{Address, Prefix},
 };
 use std::{
@@ -50,16 +52,42 @@ pub(super) struct Ports {
     attached: BTreeSet<u32>,
     /// Links whose drivers have been asked to take the program for XDP, or to let go of it.
     asked: BTreeSet<u32>,
+    /// Groups in which the network solicits the announced addresses.
+    groups: Groups,
+    /// The cluster's ranges as they were written last, and how often they were found so since.
+    brought: (BTreeMap<Range, u32>, u32),
+    problems: Problems,
+}
+
+/// What cannot be had at present; it is tried again with each reconciliation.
+#[derive(Debug, Default)]
+struct Problems {
+    links: Vec<String>,
+    ranges: Vec<String>,
+    announced: Vec<String>,
 }
 
 /// An announcement may be lost; RFC 5227 §2.3 sends two.
 const ANNOUNCEMENTS: u32 = 3;
+/// Reconciliations after which the cluster's ranges are compared with the map though nothing has changed: they are many, and
+/// the map can only be read one by one.
+const RANGES_EVERY: u32 = 30;
 
 impl Ports {
     pub(super) fn open(bpffs: &Path, excluded: Vec<Prefix>, ways: Ways) -> Result<Self, sluice_ebpf::Error> {
         let maps = NodeMaps::open(&pin_dir(bpffs))?;
-        let (attached, asked) = (BTreeSet::new(), BTreeSet::new());
-        Ok(Self { bpffs: bpffs.to_owned(), maps, excluded, to_announce: BTreeMap::new(), ways, attached, asked })
+        Ok(Self {
+            bpffs: bpffs.to_owned(),
+            maps,
+            excluded,
+            to_announce: BTreeMap::new(),
+            ways,
+            attached: BTreeSet::new(),
+            asked: BTreeSet::new(),
+            groups: Groups::default(),
+            brought: (BTreeMap::new(), RANGES_EVERY),
+            problems: Problems::default(),
+        })
     }
 
     /// Programs are filters.
@@ -72,7 +100,14 @@ impl Ports {
         self.maps = NodeMaps::open(&pin_dir(&self.bpffs))?;
         self.attached.clear();
         self.asked.clear();
+        self.brought.1 = RANGES_EVERY;
         Ok(())
+    }
+
+    /// What cannot be had at present.
+    pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
+        let Problems { links, ranges, announced } = &self.problems;
+        links.iter().chain(ranges).chain(announced)
     }
 
     /// Brings maps and attachments to the node as it is; what had to be done. Without a snapshot, ranges and announced
@@ -88,13 +123,15 @@ impl Ports {
         let addresses = kernel::read_addresses(connection).map_err(Error::Node)?;
         let mut wanted = wanted(&devices, &addresses, snapshot, node, &self.excluded);
         mark_adjacent(&mut wanted.cluster, adjacent);
-        let mut done = bring_maps(&self.maps, &wanted, snapshot.is_some()).map_err(Error::Ports)?;
+        let mut done = bring_maps(&self.maps, &wanted).map_err(Error::Ports)?;
+        let outward: Vec<&device::Device> = devices.iter().filter(|d| d.kind.as_deref() != Some("vxlan")).collect();
         if snapshot.is_some() {
-            self.announce(&wanted.announced)?;
+            self.bring_ranges(&wanted.cluster, &mut done)?;
+            self.announce(&wanted.announced, &outward)?;
         }
-        self.attach(&wanted, &mut done)?;
+        self.attach(&wanted, &devices, &mut done)?;
         for (ip, left) in &mut self.to_announce {
-            for device in devices.iter().filter(|d| d.kind.as_deref() != Some("vxlan")) {
+            for device in &outward {
                 // Best effort: whoever asks is answered.
                 let _ = announce::announce(device.index, device.mac, *ip);
             }
@@ -105,46 +142,91 @@ impl Ports {
     }
 
     /// Takes over what is new: told to the network a few times.
-    fn announce(&mut self, wanted: &BTreeSet<Addr>) -> Result<(), Error> {
+    fn announce(&mut self, wanted: &BTreeSet<Addr>, outward: &[&device::Device]) -> Result<(), Error> {
         let before: BTreeSet<Addr> =
             self.maps.announced.entries().map_err(Error::Ports)?.into_iter().map(|(a, _)| a).collect();
-        bring_set(&self.maps.announced, wanted).map_err(Error::Ports)?;
+        let brought = bring_set(&self.maps.announced, wanted).map_err(Error::Ports)?;
+        self.problems.announced.clear();
+        self.problems.announced.extend(brought.unfit("announced addresses", "nobody answers for them"));
         let fresh = wanted.difference(&before).map(|a| (sluice_ebpf::ip(*a), ANNOUNCEMENTS));
         self.to_announce.extend(fresh);
         self.to_announce.retain(|ip, _| wanted.contains(&addr(*ip)));
+        // Devices and switches may keep solicitations from who is not in the address's group.
+        let six = wanted.iter().filter_map(|a| match sluice_ebpf::ip(*a) {
+            IpAddr::V6(ip) => Some(solicited(ip)),
+            IpAddr::V4(_) => None,
+        });
+        let links = || outward.iter().filter(|d| !d.addresses.is_empty()).map(|d| d.index);
+        let wanted = six.flat_map(|group| links().map(move |link| (link, group))).collect();
+        self.problems.announced.extend(self.groups.keep(&wanted).err().map(|e| describe(&e)));
         Ok(())
     }
 
-    fn attach(&mut self, wanted: &Wanted, done: &mut Vec<String>) -> Result<(), Error> {
+    /// Ranges for which there is no room are named: nothing else waits for them.
+    fn bring_ranges(&mut self, wanted: &BTreeMap<Range, u32>, done: &mut Vec<String>) -> Result<(), Error> {
+        let (before, times) = &mut self.brought;
+        if before == wanted && *times < RANGES_EVERY {
+            *times += 1;
+            return Ok(());
+        }
+        let brought = bring(&self.maps.cluster, wanted).map_err(Error::Ports)?;
+        note(done, brought.changed, "ranges of the cluster");
+        let effect = "pods reach them under an address of this node, where they are masqueraded";
+        self.problems.ranges = brought.unfit("ranges of the cluster's nodes", effect).into_iter().collect();
+        self.brought = (wanted.clone(), 0);
+        Ok(())
+    }
+
+    /// What cannot be done on one link keeps no other from its programs: it is named, and tried again.
+    fn attach(&mut self, wanted: &Wanted, devices: &[device::Device], done: &mut Vec<String>) -> Result<(), Error> {
         let attached = loader::attached_devices(&self.bpffs).map_err(Error::Ports)?;
         let gone: BTreeSet<u32> =
             attached.union(&self.attached).filter(|i| !wanted.devices.contains_key(i)).copied().collect();
+        let mut problems = Vec::new();
         for index in gone {
-            packets::detach_device(&self.bpffs, index).map_err(Error::Packets)?;
+            if let Err(e) = packets::detach_device(&self.bpffs, index) {
+                problems.push(format!("link {index}: programs not taken off: {}", describe(&e)));
+                continue;
+            }
             self.attached.remove(&index);
             self.asked.remove(&index);
             done.push(format!("programs of link {index}, which is no link of the node's any more"));
         }
-        for index in wanted.devices.keys() {
-            // Filters have no pins: what an agent before us has put there is replaced once.
-            if self.ways.clsact && self.attached.contains(index) {
-                continue;
+        for device in devices.iter().filter(|d| wanted.devices.contains_key(&d.index)) {
+            match self.attach_one(device.index, done) {
+                Ok(()) => {}
+                // It went after the node's links were listed.
+                Err(e) if e.is_gone() => {}
+                Err(e) => problems.push(format!(
+                    "link {} ({}): packets that come in there pass the node's services by: {}",
+                    device.name,
+                    device.index,
+                    describe(&e)
+                )),
             }
-            if packets::attach_device(&self.bpffs, *index, self.ways.clsact).map_err(Error::Packets)? {
+        }
+        self.problems.links = problems;
+        Ok(())
+    }
+
+    fn attach_one(&mut self, index: u32, done: &mut Vec<String>) -> Result<(), packets::Error> {
+        // Filters have no pins: what an agent before us has put there is replaced once.
+        if !(self.ways.clsact && self.attached.contains(&index)) {
+            if packets::attach_device(&self.bpffs, index, self.ways.clsact)? {
                 done.push(format!("link {index} had no programs"));
             }
-            self.attached.insert(*index);
+            self.attached.insert(index);
         }
-        let unasked: Vec<u32> = wanted.devices.keys().filter(|i| !self.asked.contains(i)).copied().collect();
-        for index in unasked {
-            self.asked.insert(index);
-            if !self.ways.xdp {
-                loader::detach_xdp(&self.bpffs, index).map_err(Error::Ports)?;
-            } else if let Err(why) = loader::attach_xdp(&self.bpffs, index) {
-                // `from_wire` does all that it would have done.
-                done.push(format!("link {index} goes without XDP: {}", describe(&why)));
-            }
+        if self.asked.contains(&index) {
+            return Ok(());
         }
+        if !self.ways.xdp {
+            loader::detach_xdp(&self.bpffs, index)?;
+        } else if let Err(why) = loader::attach_xdp(&self.bpffs, index) {
+            // `from_wire` does all that it would have done.
+            done.push(format!("link {index} goes without XDP: {}", describe(&why)));
+        }
+        self.asked.insert(index);
         Ok(())
     }
 }
@@ -161,20 +243,18 @@ pub(super) fn fill(
     let addresses = kernel::read_addresses(connection).map_err(Error::Node)?;
     let wanted = wanted(&devices, &addresses, Some(snapshot), node, excluded);
     let bring = |maps: NodeMaps| {
-        bring_maps(&maps, &wanted, true)?;
+        bring_maps(&maps, &wanted)?;
+        bring(&maps.cluster, &wanted.cluster)?;
         bring_set(&maps.announced, &wanted.announced).map(drop)
     };
     NodeMaps::open(&pin_dir(bpffs)).and_then(bring).map_err(Error::Ports)
 }
 
-/// All but the announced addresses; what had to be done.
-fn bring_maps(maps: &NodeMaps, wanted: &Wanted, told: bool) -> Result<Vec<String>, sluice_ebpf::Error> {
+/// The node's own addresses and links; what had to be done.
+fn bring_maps(maps: &NodeMaps, wanted: &Wanted) -> Result<Vec<String>, sluice_ebpf::Error> {
     let mut done = Vec::new();
-    note(&mut done, bring_set(&maps.locals, &wanted.locals)?, "addresses of the node");
-    note(&mut done, bring(&maps.devices, &wanted.devices)?, "links of the node");
-    if told {
-        note(&mut done, bring(&maps.cluster, &wanted.cluster)?, "ranges of the cluster");
-    }
+    note(&mut done, bring_set(&maps.locals, &wanted.locals)?.all()?, "addresses of the node");
+    note(&mut done, bring(&maps.devices, &wanted.devices)?.all()?, "links of the node");
     Ok(done)
 }
 
@@ -225,28 +305,51 @@ fn range(p: Prefix) -> Range {
     Range { len, addr: addr(p.address) }
 }
 
-/// The number of entries that were different.
+/// What came of bringing a map to what is wanted.
+struct Brought {
+    changed: usize,
+    wanted: usize,
+    /// How many have no room, and why.
+    unfit: Option<(usize, sluice_ebpf::Error)>,
+}
+
+impl Brought {
+    /// Where all must have room: the number of entries that were different.
+    fn all(self) -> Result<usize, sluice_ebpf::Error> {
+        self.unfit.map_or(Ok(self.changed), |(_, cause)| Err(cause))
+    }
+
+    fn unfit(&self, what: &str, effect: &str) -> Option<String> {
+        let (count, cause) = self.unfit.as_ref()?;
+        Some(format!("{count} of {} {what} have no room on this node: {effect} ({})", self.wanted, describe(cause)))
+    }
+}
+
+/// What is not wanted goes first: it makes room.
 fn bring<K: sluice_ebpf::common::Plain + Ord, V: sluice_ebpf::common::Plain + PartialEq>(
     map: &HashMap<K, V>,
     wanted: &BTreeMap<K, V>,
-) -> Result<usize, sluice_ebpf::Error> {
+) -> Result<Brought, sluice_ebpf::Error> {
     let present: BTreeMap<K, V> = map.all()?.into_iter().collect();
-    let mut changed = 0;
-    for (key, value) in wanted.iter().filter(|(k, v)| present.get(k) != Some(v)) {
-        map.set(key, value)?;
-        changed += 1;
-    }
+    let mut brought = Brought { changed: 0, wanted: wanted.len(), unfit: None };
     for key in present.keys().filter(|k| !wanted.contains_key(k)) {
         map.remove(key)?;
-        changed += 1;
+        brought.changed += 1;
     }
-    Ok(changed)
+    for (key, value) in wanted.iter().filter(|(k, v)| present.get(k) != Some(v)) {
+        match map.set(key, value) {
+            Ok(()) => brought.changed += 1,
+            Err(e) if e.is_full() => brought.unfit.get_or_insert((0, e)).0 += 1,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(brought)
 }
 
 fn bring_set<K: sluice_ebpf::common::Plain + Ord>(
     map: &HashMap<K, u32>,
     wanted: &BTreeSet<K>,
-) -> Result<usize, sluice_ebpf::Error> {
+) -> Result<Brought, sluice_ebpf::Error> {
     bring(map, &wanted.iter().map(|k| (*k, 1)).collect())
 }
 
@@ -316,5 +419,112 @@ mod tests {
         let node = 1 | CLUSTER_NODE;
         assert_eq!(cluster, [(24, 1), (24, 1 | CLUSTER_ADJACENT), (24, 1), (32, node), (32, node)]);
         assert!(wanted(&devices, &addresses, None, "n1", &[]).announced.is_empty());
+    }
+
+    /// A machine of its own with two links, and a BPF file system. Needs root.
+    struct Machine {
+        base: PathBuf,
+        place: loader::Place,
+        netns: sluice_netlink::Netns,
+    }
+
+    impl Machine {
+        fn new() -> Self {
+            use rustix::mount::{MountFlags, mount};
+            let id = format!("sluice-test-ports-{}", std::process::id());
+            let base = std::env::temp_dir().join(&id);
+            let bpffs = base.join("bpf");
+            std::fs::create_dir_all(&bpffs).expect("folder");
+            mount("bpf", &bpffs, "bpf", MountFlags::empty(), None).expect("mount bpffs (root is needed)");
+            let cgroup = crate::attest::cgroup_root().expect("cgroup2").join(&id);
+            std::fs::create_dir(&cgroup).expect("cgroup");
+            let place = loader::Place { bpffs, cgroup };
+            loader::load(&place).expect("load");
+            let netns = sluice_netlink::ns::make_named(&base.join("node")).expect("namespace");
+            for (name, address) in [("one", "192.0.2.1"), ("two", "198.51.100.1")] {
+                sluice_netlink::lab::bridge(&netns, name, ip(address), 24).expect(name);
+            }
+            Self { base, place, netns }
+        }
+    }
+
+    impl Drop for Machine {
+        fn drop(&mut self) {
+            use rustix::mount::{UnmountFlags, unmount};
+            let _ = sluice_netlink::ns::remove_named(&self.base.join("node"));
+            let _ = unmount(&self.place.bpffs, UnmountFlags::DETACH);
+            let _ = std::fs::remove_dir(&self.place.cgroup);
+            let _ = std::fs::remove_dir_all(&self.base);
+        }
+    }
+
+    /// Given a link that takes no programs and more nodes than the map has room for, the other link gets its programs, the
+    /// announced addresses are answered for and solicitations for them come in; both are named, and what can be had later
+    /// is had then.
+    #[test]
+    fn what_cannot_be_had_keeps_nothing_else_waiting() {
+        let machine = Machine::new();
+        machine.netns.run(|| story(&machine)).expect("inside");
+    }
+
+    fn story(machine: &Machine) {
+        let bpffs = &machine.place.bpffs;
+        let mut connection = Connection::open().expect("connection");
+        let mut index = |name: &str| device::find(&mut connection, name).expect("find").expect(name).index;
+        let (one, two) = (index("one"), index("two"));
+        let ways = Ways { clsact: !loader::has_tcx(bpffs).expect("look"), xdp: false };
+        let mut ports = Ports::open(bpffs, vec![], ways).expect("open");
+        // Where the first link's pin would be is something else.
+        let taken = pin_dir(bpffs).join("devices").join(format!("{one}_in"));
+        std::fs::create_dir(&taken).expect("folder");
+        let node = |n: u32| {
+            let [_, a, b, c] = n.to_be_bytes();
+            Resource::Node(Node {
+                name: Name::cluster(format!("n{n}")),
+                addresses: vec![ip(&format!("10.{a}.{b}.{c}")), ip(&format!("fd00::{n:x}"))],
+                pod_cidrs: vec![format!("100.{}.{b}.{c}/32", 64 + a), format!("fd01:{n:x}::/64")],
+                zone: String::new(),
+                ready: true,
+            })
+        };
+        let announced = |address: &str| {
+            let announcements = vec![Announcement { address: ip(address), node: "n1".into() }];
+            Resource::Service(Service { name: Name::new("shop", "web"), announcements, ..Service::default() })
+        };
+        let bound = sluice_ebpf::common::bound::CLUSTER as u32;
+        let many = |address| Snapshot::new(Revision(1), (1..=bound / 4 + 10).map(node).chain([announced(address)]));
+        let mut reconcile = |ports: &mut Ports, snapshot: &Snapshot| {
+            ports.reconcile(&mut connection, Some(snapshot), "n1", &BTreeSet::new()).expect("goes on");
+            ports.problems().cloned().collect::<Vec<String>>()
+        };
+        let groups = || std::fs::read_to_string("/proc/thread-self/net/igmp6").expect("the kernel's table");
+        let member = |link: &str, group: &str| {
+            let line = |l: &&str| l.split_whitespace().nth(1) == Some(link) && l.contains(group);
+            groups().lines().filter(line).count() == 1
+        };
+        let snapshot = many("2001:db8::12:3456");
+        let problems = reconcile(&mut ports, &snapshot);
+        let text = problems.join("\n");
+        assert_eq!(problems.len(), 2, "{text}");
+        assert!(
+            text.contains(&format!("link one ({one})")) && text.contains(&format!("40 of {}", bound + 40)),
+            "{text}"
+        );
+        assert_eq!(NodeMaps::open(&pin_dir(bpffs)).expect("maps").cluster.keys().expect("keys").len() as u32, bound);
+        assert!(!ports.attached.contains(&one) && ports.attached.contains(&two));
+        assert!(ports.maps.announced.get(&addr(ip("2001:db8::12:3456"))).expect("read").is_some());
+        for link in ["one", "two"] {
+            assert!(member(link, "ff0200000000000000000001ff123456"), "{link}: {}", groups());
+        }
+        assert_eq!(reconcile(&mut ports, &snapshot), problems, "nothing has changed");
+
+        std::fs::remove_dir(&taken).expect("folder");
+        let few = Snapshot::new(Revision(2), [node(1), announced("2001:db8::9")]);
+        assert_eq!(reconcile(&mut ports, &few), Vec::<String>::new());
+        assert!(ports.attached.contains(&one) && taken.exists());
+        for link in ["one", "two"] {
+            assert!(member(link, "ff0200000000000000000001ff000009"), "{link}: {}", groups());
+            assert!(!member(link, "ff0200000000000000000001ff123456"), "{link}: {}", groups());
+        }
     }
 }

@@ -1,30 +1,40 @@
 //! Drift: what others changed in the kernel is put back. Called every second.
 
-use super::{Datapath, Error, open_maps};
+use super::{Datapath, Error, namespaces, open_maps, reset};
 use sluice_cni::{
     Lease, command,
     store::Lock,
     wiring::{self, Inside},
 };
 use sluice_ebpf::{
+    common::Addr,
     loader,
     maps::{padded, pin_dir},
     sweep::Sweeper,
 };
 use sluice_netlink::link;
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 /// An ADD takes milliseconds; what is missing of a pod after this is drift.
 const SETTLED: Duration = Duration::from_secs(2);
 
+/// How much is compared: the services are many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    Whole,
+    /// Some of them, the next ones the next time.
+    Some,
+}
+
 impl Datapath {
     /// Compares the kernel with what is wanted and restores; says what was wrong. Also ends leases whose links have
     /// gone. Goes on after a failure, and returns the first one.
-    pub fn repair(&mut self) -> Result<Vec<String>, Error> {
+    pub fn repair(&mut self, extent: Extent) -> Result<Vec<String>, Error> {
         let mut wrong = Vec::new();
         let outcomes = [
             self.repair_programs(&mut wrong),
-            self.repair_services(&mut wrong),
+            self.repair_services(extent, &mut wrong),
+            self.repair_sockets(),
             self.repair_pods(&mut wrong),
             self.repair_node(&mut wrong),
             self.sweep(),
@@ -48,9 +58,13 @@ impl Datapath {
         Ok(())
     }
 
-    fn repair_services(&mut self, wrong: &mut Vec<String>) -> Result<(), Error> {
+    fn repair_services(&mut self, extent: Extent, wrong: &mut Vec<String>) -> Result<(), Error> {
         let Some(compiled) = self.compiler.compiled() else { return Ok(()) };
-        self.table.reread().map_err(Error::Services)?;
+        let looked = match extent {
+            Extent::Whole => self.table.reread(),
+            Extent::Some => self.table.look(),
+        };
+        looked.map_err(Error::Services)?;
         let changes = self.table.apply(&compiled.services).map_err(Error::Services)?;
         if changes.written + changes.removed > 0 {
             wrong.push(format!("{} service entries", changes.written + changes.removed));
@@ -58,11 +72,32 @@ impl Datapath {
         Ok(())
     }
 
+    /// Closes sockets that lead to nobody: of host ports, whose pods go without a word to us, and such as were connected in
+    /// the moment that their service changed.
+    fn repair_sockets(&mut self) -> Result<(), Error> {
+        // Before the first view it is not known who leads where.
+        if !self.reset {
+            return Ok(());
+        }
+        let stranded = self.table.stranded_next().map_err(Error::Services)?;
+        if stranded.is_empty() {
+            return Ok(());
+        }
+        let leases = self.store.held().map_err(Error::Leases)?;
+        let (closed, failed) = reset::reset(&self.table, Ok(stranded), namespaces(&leases));
+        if closed > 0 {
+            tracing::info!(sockets = closed, "closed connected UDP sockets whose backend has gone");
+        }
+        failed.into_iter().next().map_or(Ok(()), |e| Err(Error::Sockets(e)))
+    }
+
     fn repair_pods(&mut self, wrong: &mut Vec<String>) -> Result<(), Error> {
         let outcome = self.locked(|d, lock| {
             command::free_released(&d.store, d.wires.connection(), lock, None).map_err(Error::Leases)?;
             let leases = d.store.held().map_err(Error::Leases)?;
-            d.remove_strays(&leases, wrong)?;
+            // A pod whose lease cannot be read runs all the same.
+            let damaged = d.damaged(&leases)?;
+            d.remove_strays(&leases.into_iter().chain(damaged).collect::<Vec<_>>(), wrong)?;
             for lease in &d.store.settled(SETTLED).map_err(Error::Leases)? {
                 d.repair_pod(lease, lock, wrong)?;
             }
@@ -86,8 +121,11 @@ impl Datapath {
         for (addr, _) in maps.addrs.entries().map_err(Error::Pods)?.into_iter().filter(|(_, a)| !known(a.netns)) {
             maps.addrs.remove(&addr).map_err(Error::Pods)?;
         }
+        // A pod that is being made has its host ports before it is in the maps.
+        let leased: BTreeSet<Addr> =
+            leases.iter().flat_map(|l| &l.addresses).map(|ip| sluice_ebpf::addr(*ip)).collect();
         for (key, to) in maps.host_ports.entries().map_err(Error::Pods)? {
-            if maps.addrs.get(&to.addr).map_err(Error::Pods)?.is_none() {
+            if !leased.contains(&to.addr) {
                 maps.host_ports.remove(&key).map_err(Error::Pods)?;
                 wrong.push(format!("host port {} of no pod", u16::from_be(key.port_be)));
             }

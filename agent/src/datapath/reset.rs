@@ -1,17 +1,13 @@
-//! Connected UDP sockets whose backend a service has lost are closed: their owners are told at once (ECONNABORTED) and
+//! Connected UDP sockets whose backend a service, node port or host port has lost are closed: their owners are told at once (ECONNABORTED) and
 //! connect again, instead of sending to nobody for ever. TCP goes on until the backend ends it. A socket that was
 //! connected to a pod's own address, or by another service that still has the backend, is not touched.
 
 use sluice_ebpf::{
-    common::{ServiceKey, UDP},
     layout::Target,
-    table::ServiceTable,
+    table::{ServiceTable, Stranded},
 };
 use sluice_netlink::{Netns, diag};
-use std::{
-    collections::{BTreeSet, HashMap, HashSet},
-    path::PathBuf,
-};
+use std::path::PathBuf;
 
 /// What could not be looked through; its sockets stay.
 #[derive(Debug, thiserror::Error)]
@@ -29,14 +25,10 @@ pub enum Error {
 /// Closes them in the node's own namespace and in those of its pods. How many, and what failed.
 pub fn reset(
     table: &ServiceTable,
-    withdrawn: &BTreeSet<(ServiceKey, Target)>,
+    stranded: Result<Stranded, sluice_ebpf::Error>,
     pods: impl IntoIterator<Item = PathBuf>,
 ) -> (usize, Vec<Error>) {
-    let withdrawn: BTreeSet<_> = withdrawn.iter().filter(|(key, _)| key.proto == UDP).copied().collect();
-    if withdrawn.is_empty() {
-        return (0, vec![]);
-    }
-    let stranded = match table.stranded(&withdrawn) {
+    let stranded = match stranded {
         Ok(stranded) if stranded.is_empty() => return (0, vec![]),
         Ok(stranded) => stranded,
         Err(e) => return (0, vec![Error::Translations(e)]),
@@ -53,11 +45,15 @@ pub fn reset(
             take(path.display().to_string(), netns.run(|| close(&stranded)).and_then(|done| done));
         }
     }
+    // What could not be looked through is tried again.
+    if failed.is_empty() {
+        failed.extend(table.forget(&stranded).err().map(Error::Translations));
+    }
     (closed, failed)
 }
 
 /// In the calling thread's namespace. Only a socket that still is connected to the backend that was lost.
-fn close(stranded: &HashMap<u64, HashSet<Target>>) -> Result<usize, sluice_netlink::Error> {
+fn close(stranded: &Stranded) -> Result<usize, sluice_netlink::Error> {
     let mut sockets = diag::Sockets::open()?;
     let mut closed = 0;
     for socket in sockets.connected_udp()? {

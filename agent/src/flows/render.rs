@@ -142,6 +142,7 @@ fn hook_name(number: u8) -> String {
         hook::POD => "pod".to_owned(),
         hook::WIRE => "wire".to_owned(),
         hook::HOST => "host".to_owned(),
+        hook::LISTENER => "listener".to_owned(),
         other => other.to_string(),
     }
 }
@@ -275,6 +276,8 @@ mod tests {
             (Reason::NoBackend, hook::SOCKET, 1, same, Verdict::Refused),
             (Reason::NoBackend, hook::SOCKET, 0, same, Verdict::Refused),
             (Reason::DroppedNoRoute, hook::POD, 1, same, Verdict::Dropped),
+            (Reason::SteeredInbound, hook::LISTENER, 0, same, Verdict::Captured),
+            (Reason::DroppedInbound, hook::LISTENER, 1, same, Verdict::Dropped),
             (Reason::Forwarded, hook::POD, 1, same, Verdict::Dropped),
         ];
         for (reason, hook, dropped, after, wanted) in table {

@@ -30,8 +30,10 @@ impl Told {
 
     /// What came of trying the same again.
     pub fn retried(&mut self, verdict: Verdict) -> News {
-        let said =
-            |l: &Verdict| (&l.epoch, l.revision, &l.result) == (&verdict.epoch, verdict.revision, &verdict.result);
+        let said = |l: &Verdict| {
+            let problems = verdict.result.is_err() || l.problems == verdict.problems;
+            (&l.epoch, l.revision, &l.result) == (&verdict.epoch, verdict.revision, &verdict.result) && problems
+        };
         self.due |= !self.last.as_ref().is_some_and(said);
         self.keep(verdict)
     }

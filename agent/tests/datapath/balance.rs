@@ -179,6 +179,7 @@ pub fn story(ground: &Ground) {
     placement::story(ground, &client, [&b1, &b2, &b3]);
     ground.apply(all.clone());
     drift_is_repaired(&client);
+    a_pod_of_a_damaged_lease_goes_on(&client, &b1);
     drift_of_a_registration_is_repaired(ground, &all);
     a_refusal_is_taken_back(ground, &all);
     [b1, b2, b3, client].into_iter().for_each(|p| ground.end_pod(p));
@@ -347,6 +348,31 @@ fn drift_is_repaired(client: &TestPod) {
     std::fs::remove_file("/sys/fs/bpf/sluice/v1/links/connect4").expect("damage");
     let to: SocketAddr = DIALS[0].parse().expect("address");
     until("connect is translated again", || client.netns.run(|| ask(to)).expect("run").is_ok());
+}
+
+/// What cannot be read is no reason to cut off who runs: no entry of the pod is taken for a stray, until DEL.
+fn a_pod_of_a_damaged_lease_goes_on(client: &TestPod, backend: &TestPod) {
+    use sluice_ebpf::maps::{PodMaps, ServiceMaps, pin_dir};
+    let boots = std::fs::read_dir(std::path::Path::new(sluice_cni::STATE_DIR).join("leases")).expect("leases");
+    let mut leases = boots.flatten().flat_map(|boot| std::fs::read_dir(boot.path()).into_iter().flatten().flatten());
+    let of = |e: &std::fs::DirEntry| e.file_name().to_string_lossy().ends_with(&format!("@{}@eth0", backend.name));
+    let lease = leases.find(of).expect("the pod's lease").path();
+    let text = std::fs::read(&lease).expect("read");
+    std::fs::write(&lease, "{").expect("damage");
+    // The repair of services comes before that of pods: when it was done twice, pods were looked at in between.
+    let dir = pin_dir(std::path::Path::new("/sys/fs/bpf"));
+    let services = ServiceMaps::open(&dir).expect("maps").services;
+    for _ in 0..2 {
+        let (key, _) = services.entries().expect("entries")[0];
+        services.remove(&key).expect("damage");
+        until("the service entry is back", || services.get(&key).expect("read").is_some());
+    }
+    let pods = PodMaps::open(&dir).expect("maps");
+    assert!(pods.pods.get(&backend.netns.cookie().expect("cookie")).expect("read").is_some());
+    assert!(pods.addrs.get(&sluice_ebpf::addr(backend.ip())).expect("read").is_some());
+    let to = SocketAddr::new(backend.ip(), 8080);
+    assert_eq!(client.netns.run(|| ask(to)).expect("run").expect("an answer"), backend.name);
+    std::fs::write(&lease, text).expect("restore");
 }
 
 /// A sidecar that is not exempt any more would be given its own connections, for ever.

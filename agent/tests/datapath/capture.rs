@@ -82,7 +82,7 @@ pub fn story(ground: &Ground) {
 const CLOSED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 80);
 const OPEN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 81);
 
-fn balancer(n: &str, external: Ipv4Addr, range: &str) -> Resource {
+pub fn balancer(n: &str, external: Ipv4Addr, range: &str) -> Resource {
     let Resource::Service(s) = service(n, &[]) else { unreachable!("a service") };
     let (external_ips, restricted_ips) = (vec![external.into()], vec![external.into()]);
     Resource::Service(Service { external_ips, restricted_ips, source_ranges: vec![range.parse().expect(range)], ..s })

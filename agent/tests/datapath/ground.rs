@@ -218,10 +218,15 @@ impl Ground {
 
     /// A pod made by the real plugin.
     pub fn pod(&self, name: &str) -> TestPod {
+        self.pod_with(name, &[])
+    }
+
+    /// With these further fields of the plugin's configuration.
+    pub fn pod_with(&self, name: &str, more: &[(&str, Value)]) -> TestPod {
         let path = PathBuf::from(format!("/run/sluice-test/pods/{name}"));
         let netns = ns::make_named(&path).expect("namespace");
         self.pods.borrow_mut().push(path);
-        let answer = self.cni("ADD", name, &netns);
+        let answer = self.cni("ADD", name, &netns, more);
         let ips = answer["ips"].as_array().expect("ips");
         let address = |ip: &Value| ip["address"].as_str()?.split('/').next()?.parse().ok();
         let addresses = ips.iter().map(|ip| address(ip).expect("an address")).collect();
@@ -229,17 +234,18 @@ impl Ground {
     }
 
     pub fn end_pod(&self, pod: TestPod) {
-        self.cni("DEL", &pod.name, &pod.netns);
+        self.cni("DEL", &pod.name, &pod.netns, &[]);
         let path = pod.netns.path().to_owned();
         drop(pod);
         self.pods.borrow_mut().retain(|p| *p != path);
         ns::remove_named(&path).expect("remove");
     }
 
-    fn cni(&self, verb: &str, name: &str, netns: &Netns) -> Value {
-        let config = json!({
+    fn cni(&self, verb: &str, name: &str, netns: &Netns, more: &[(&str, Value)]) -> Value {
+        let mut config = json!({
             "cniVersion": "1.0.0", "name": "sluice", "type": "sluice-cni", "ranges": ["10.244.1.0/24", "fd00:1::/64"],
         });
+        more.iter().for_each(|(field, value)| config[*field] = value.clone());
         let mut child = Command::new(&self.plugin)
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", name)

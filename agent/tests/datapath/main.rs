@@ -11,6 +11,7 @@ mod outside;
 mod parts;
 mod placement;
 mod refusals;
+mod told;
 
 use ground::Ground;
 
@@ -24,7 +25,7 @@ fn main() {
         return;
     }
     type Story = fn(&Ground);
-    let stories: [(&str, Story); 8] = [
+    let stories: [(&str, Story); 9] = [
         ("outside", outside::story),
         ("outside-clsact", outside::without_tcx),
         ("outside-xdp", outside::with_xdp),
@@ -33,6 +34,7 @@ fn main() {
         ("refusals", refusals::story),
         ("capture", capture::story),
         ("between", between::story),
+        ("told", told::story),
     ];
     let plugin = ground::build_plugin();
     let ground = Ground::new(plugin);

@@ -2,8 +2,8 @@
 //! backend that has gone is told.
 
 use crate::{
-    balance::{ask, ask_udp, endpoints, node, service},
-    ground::{Ground, TestPod},
+    balance::{ask, ask_udp, endpoints, node, serve, service},
+    ground::{Ground, TestPod, until},
 };
 use sluice_ebpf::common::{Affinity, AffinityKey, map};
 use sluice_model::{Distribution, InternalPolicy, Resource, Service};
@@ -18,6 +18,8 @@ pub fn story(ground: &Ground, client: &TestPod, pods: [&TestPod; 3]) {
     clients_stay_with_their_backends(ground, client, pods);
     policies_keep_traffic_near(ground, client, [pods[0], pods[1]]);
     datagrams_are_not_sent_to_who_has_gone(ground, client, [pods[0], pods[1]]);
+    nor_by_other_ways(ground, client, [pods[0], pods[1]]);
+    sockets_are_known_while_they_are_open(ground, client, pods[0]);
 }
 
 fn changed(resource: Resource, change: impl FnOnce(&mut Service)) -> Resource {
@@ -101,17 +103,6 @@ fn datagrams_are_not_sent_to_who_has_gone(ground: &Ground, client: &TestPod, [b1
         ground.apply([node()].into_iter().chain(services.clone()).chain(sets).collect());
     };
     view(b1);
-    let connect = |to: SocketAddr| {
-        let s = UdpSocket::bind("0.0.0.0:0").expect("bind");
-        s.set_read_timeout(Some(Duration::from_secs(5))).expect("timeout");
-        s.connect(to).expect("connect");
-        s
-    };
-    let say = |s: &UdpSocket| {
-        let mut buffer = [0; 64];
-        let n = s.send(b"?").and_then(|_| s.recv(&mut buffer))?;
-        Ok::<_, io::Error>(String::from_utf8_lossy(&buffer[..n]).into_owned())
-    };
     let [moves, stays]: [SocketAddr; 2] = ["10.96.0.8:80", "10.96.0.9:80"].map(|a| a.parse().expect(a));
     let direct = SocketAddr::new(b1.ip(), 8080);
     let [lost, same, plain] = client.netns.run(|| [moves, stays, direct].map(connect)).expect("run");
@@ -133,4 +124,94 @@ fn datagrams_are_not_sent_to_who_has_gone(ground: &Ground, client: &TestPod, [b1
     }
     client.netns.run(|| lost.connect(moves)).expect("run").expect("connect again");
     assert_eq!(say(&lost).expect("an answer"), "b2");
+}
+
+fn connect(to: SocketAddr) -> UdpSocket {
+    let s = UdpSocket::bind("0.0.0.0:0").expect("bind");
+    s.set_read_timeout(Some(Duration::from_secs(5))).expect("timeout");
+    s.connect(to).expect("connect");
+    s
+}
+
+fn say(s: &UdpSocket) -> io::Result<String> {
+    let mut buffer = [0; 64];
+    let n = s.send(b"?").and_then(|_| s.recv(&mut buffer))?;
+    Ok(String::from_utf8_lossy(&buffer[..n]).into_owned())
+}
+
+/// Until it is closed it has no error; whoever waits for an answer is told.
+fn closed(s: &UdpSocket) -> bool {
+    s.peer_addr().is_err_and(|e| e.kind() == io::ErrorKind::NotConnected)
+}
+
+/// By a node port, at an address of the node's and at loopback; by a host port, whose pod just goes; and by an agent that
+/// was killed before it closed them.
+fn nor_by_other_ways(ground: &Ground, client: &TestPod, [b1, b2]: [&TestPod; 2]) {
+    const NODE_PORT: u16 = 30_080;
+    let view = |to: &TestPod| {
+        let ported = changed(service("moves", &["10.96.0.8"]), |s| s.ports[1].node_port = Some(NODE_PORT));
+        vec![node(), ported, endpoints("moves", &[to])]
+    };
+    let at = |ip: &str, port| SocketAddr::new(ip.parse().expect(ip), port);
+    ground.apply(view(b1));
+    let from_pod = client.netns.run(|| connect(at("192.168.77.1", NODE_PORT))).expect("run");
+    let from_node = connect(at("127.0.0.1", NODE_PORT));
+    for s in [&from_pod, &from_node] {
+        assert_eq!(say(s).expect("an answer"), "b1");
+    }
+    ground.apply(view(b2));
+    for s in [&from_pod, &from_node] {
+        assert!(closed(s), "the node port leads elsewhere now");
+    }
+
+    let mapping = serde_json::json!([{"hostPort": 18_053, "containerPort": 8080, "protocol": "udp"}]);
+    let pod = ground.pod_with("ported", &[("runtimeConfig", serde_json::json!({"portMappings": mapping}))]);
+    serve(&pod);
+    let from_pod = client.netns.run(|| connect(at("192.168.77.1", 18_053))).expect("run");
+    let from_node = connect(at("127.0.0.1", 18_053));
+    let elsewhere = client.netns.run(|| connect(at("192.168.77.1", NODE_PORT))).expect("run");
+    for s in [&from_pod, &from_node] {
+        assert_eq!(say(s).expect("an answer"), "ported");
+    }
+    ground.end_pod(pod);
+    for s in [&from_pod, &from_node] {
+        until("the socket to the host port is closed", || closed(s));
+    }
+    assert_eq!(say(&elsewhere).expect("an answer"), "b2");
+
+    // The maps say already what the next agent wants: it finds nothing that was withdrawn.
+    ground.kill_agent();
+    let dir = sluice_ebpf::maps::pin_dir(std::path::Path::new("/sys/fs/bpf"));
+    let maps = sluice_ebpf::maps::ServiceMaps::open(&dir).expect("maps");
+    let snapshot = sluice_model::Snapshot::new(sluice_model::Revision(1), view(b1));
+    let compiled = sluice_ebpf::compile::compile(&snapshot, crate::ground::NODE, []);
+    let mut table = sluice_ebpf::table::ServiceTable::open(maps).expect("table");
+    table.apply(&compiled.services).expect("as an agent that is killed right after");
+    ground.publish(view(b1));
+    ground.start_agent();
+    ground.in_force();
+    assert!(closed(&elsewhere), "by an agent that did not withdraw the backend itself");
+}
+
+/// What is noted of a socket goes with it: ten thousand that were closed do not make one forgotten that is open.
+fn sockets_are_known_while_they_are_open(ground: &Ground, client: &TestPod, backend: &TestPod) {
+    let to: SocketAddr = "10.96.0.8:80".parse().expect("address");
+    ground.apply(vec![node(), service("moves", &["10.96.0.8"]), endpoints("moves", &[backend])]);
+    let dir = sluice_ebpf::maps::pin_dir(std::path::Path::new("/sys/fs/bpf"));
+    let maps = sluice_ebpf::maps::ServiceMaps::open(&dir).expect("maps");
+    let known = |map: &sluice_ebpf::maps::HashMap<_, _>| {
+        let dialled = sluice_ebpf::addr(to.ip());
+        let all: Vec<(sluice_ebpf::common::ReverseKey, sluice_ebpf::common::Reverse)> = map.entries().expect("entries");
+        all.iter().filter(|(_, from)| from.addr == dialled).count()
+    };
+    let before = (known(&maps.reverse), known(&maps.connected));
+    let open = client.netns.run(|| connect(to)).expect("run");
+    let stream = client.netns.run(|| std::net::TcpStream::connect(to)).expect("run").expect("connect");
+    assert_eq!((known(&maps.reverse), known(&maps.connected)), (before.0 + 1, before.1 + 1));
+    let calls = || (0..200).for_each(|_| drop((ask(to).expect("an answer"), ask_udp(to, true).expect("an answer"))));
+    client.netns.run(calls).expect("run");
+    assert_eq!((known(&maps.reverse), known(&maps.connected)), (before.0 + 1, before.1 + 1));
+    assert_eq!(open.peer_addr().expect("known"), to);
+    drop((open, stream));
+    assert_eq!((known(&maps.reverse), known(&maps.connected)), before);
 }

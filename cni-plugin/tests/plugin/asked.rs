@@ -216,3 +216,93 @@ fn host_ports_lead_to_their_pod() {
     let (ok, answer) = node.with("ADD", "b", Some(b.path()), asks("udp"));
     assert!(ok, "free again: {answer}");
 }
+
+/// Of all that want one port at once, one gets it; and on every address is also on each.
+#[test]
+fn a_host_port_is_one_pods() {
+    const CALLS: usize = 12;
+    let node = Node::new("oneport", true);
+    let pods: Vec<Netns> = (0..CALLS).map(|n| node.pod(&n.to_string())).collect();
+    let asks = |port: u16, ip: &str| {
+        json!({"runtimeConfig": {"portMappings": [
+            {"hostPort": port, "containerPort": 443, "protocol": "tcp", "hostIP": ip},
+        ]}})
+    };
+    for (round, ips) in [["", ""], ["192.0.2.1", "192.0.2.1"], ["", "192.0.2.1"]].into_iter().enumerate() {
+        let port = 8443 + round as u16;
+        let answers: Vec<(bool, Value)> = std::thread::scope(|s| {
+            let (node, asks) = (&node, &asks);
+            let threads: Vec<_> = pods
+                .iter()
+                .enumerate()
+                .map(|(n, pod)| {
+                    let ask = asks(port, ips[n % 2]);
+                    s.spawn(move || node.with("ADD", &n.to_string(), Some(pod.path()), ask))
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().expect("an ADD")).collect()
+        });
+        let served = answers.iter().filter(|(ok, _)| *ok).count();
+        // Where some want it on one address and some on all, the first decides who is in whose way: never two.
+        assert_eq!(served, 1, "{ips:?}: {answers:?}");
+        assert!(answers.iter().all(|(ok, answer)| *ok || answer["code"] == 108), "{answers:?}");
+        assert_eq!(node.lease_files().iter().filter(|f| f.ends_with("@eth0")).count(), 1);
+        (0..CALLS).for_each(|n| drop(node.ok("DEL", &n.to_string(), Some(pods[n].path()))));
+        assert!(node.maps().host_ports.entries().expect("entries").is_empty());
+    }
+    // On addresses of their own they are not in each other's way.
+    for (n, ip) in ["192.0.2.1", "192.0.2.2", "2001:db8::1"].into_iter().enumerate() {
+        let (ok, answer) = node.with("ADD", &n.to_string(), Some(pods[n].path()), asks(9000, ip));
+        assert!(ok, "{ip}: {answer}");
+    }
+    assert_eq!(node.with("ADD", "5", Some(pods[5].path()), asks(9000, "")).1["code"], 108);
+    // What a plugin that was killed has left, under an address that nobody has, keeps nobody out.
+    let maps = node.maps();
+    let (mut key, to) = maps.host_ports.entries().expect("entries")[0];
+    key.port_be = 9001_u16.to_be();
+    let nobody = sluice_ebpf::addr("10.244.1.200".parse().expect("address"));
+    maps.host_ports.set(&key, &sluice_ebpf::common::Reverse { addr: nobody, ..to }).expect("left behind");
+    let (ok, answer) = node.with("ADD", "6", Some(pods[6].path()), asks(9001, ""));
+    assert!(ok, "{answer}");
+    node.gc(&["6"]);
+    assert!(maps.host_ports.get(&key).expect("read").is_none(), "GC removes what is nobody's");
+}
+
+/// The limit of a link goes by the link's own MTU, whatever new pods get by now.
+#[test]
+fn a_limit_outlives_a_change_of_the_mtu() {
+    let node = Node::new("mtu", true);
+    let pod = node.pod("a");
+    // So slow that the burst is one packet.
+    let limits = json!({"bandwidth": {"ingressRate": 8_000, "egressRate": 8_000}});
+    let with = |verb, mtu: u32| node.with(verb, "a", Some(pod.path()), json!({"mtu": mtu, "runtimeConfig": limits}));
+    let (ok, answer) = with("ADD", 1400);
+    assert!(ok, "{answer}");
+    for mtu in [1400, 9000] {
+        let (ok, answer) = with("CHECK", mtu);
+        assert!(ok, "the node's MTU is {mtu} now: {answer}");
+    }
+    assert!(with("ADD", 9000).0);
+    assert!(with("CHECK", 9000).0);
+}
+
+/// What the plugin cannot read or write (code 5), and does nothing then.
+#[test]
+fn input_and_output_that_fail_are_named() {
+    let node = Node::new("io", true);
+    let pod = node.pod("a");
+    let file = node.base.join("file");
+    fs::write(&file, "").expect("write");
+    let (ok, answer) = node.with("ADD", "a", Some(pod.path()), json!({"stateDir": file}));
+    assert!(!ok && answer["code"] == 5, "{answer}");
+    // A folder cannot be read as the configuration is.
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_sluice-cni"))
+        .env_clear()
+        .env("CNI_COMMAND", "STATUS")
+        .stdin(fs::File::open(&node.base).expect("open"))
+        .output()
+        .expect("run");
+    let answer: Value = serde_json::from_slice(&output.stdout).expect("an answer");
+    assert!(!output.status.success() && answer["code"] == 5, "{answer}");
+    assert_eq!((node.links(), node.lease_files()), (vec![], vec![]));
+}

@@ -210,6 +210,17 @@ fn how_a_service_may_be_reached() {
     let set = s.endpoint_set(&web.name).expect("a set");
     let seen: Vec<_> = set.endpoints.iter().map(|e| (e.ready, e.draining, e.zone.as_str())).collect();
     assert_eq!(seen, [(true, false, "a"), (false, true, "a")]);
+    // Published before they are ready, and until they are gone: they take traffic, whatever the service serves meanwhile.
+    let early = json!({"ready": true, "serving": false, "terminating": false});
+    let late = json!({"ready": true, "serving": true, "terminating": true});
+    put(
+        &mut o.slices,
+        "web-abc",
+        slice(&[early, late, json!({"ready": false, "serving": false, "terminating": true})]),
+    );
+    let (s, _) = snapshot(&o);
+    let set = s.endpoint_set(&m::Name::new("shop", "web")).expect("a set");
+    assert_eq!(set.endpoints.iter().map(|e| e.ready).collect::<Vec<_>>(), [true, true, false]);
     let plain = s.service(&m::Name::new("shop", "web-v1")).expect("a service");
     assert_eq!((plain.affinity_s, plain.internal_policy), (None, m::InternalPolicy::Cluster));
 }

@@ -355,9 +355,18 @@ mod tests {
         let unready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});
         let dying = json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}});
         assert_eq!(conditions(&service, &pod(1, json!({})), true), [true, true, false]);
-        assert_eq!(conditions(&service, &pod(1, unready), true), [false, false, false]);
-        assert_eq!(conditions(&service, &pod(1, dying), true), [false, true, true]);
+        assert_eq!(conditions(&service, &pod(1, unready.clone()), true), [false, false, false]);
+        assert_eq!(conditions(&service, &pod(1, dying.clone()), true), [false, true, true]);
         assert_eq!(conditions(&service, &pod(1, json!({})), false), [false, false, false]);
+        let mut always = service.clone();
+        always.spec.as_mut().expect("a spec").publish_not_ready_addresses = Some(true);
+        let both = json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"},
+            "status": {"conditions": [{"type": "Ready", "status": "False"}]}});
+        assert_eq!(conditions(&always, &pod(1, unready.clone()), true), [true, false, false], "ready from the start");
+        assert_eq!(conditions(&always, &pod(1, json!({})), false), [true, false, false]);
+        assert_eq!(conditions(&always, &pod(1, dying.clone()), true), [true, true, true]);
+        assert_eq!(conditions(&always, &pod(1, both.clone()), true), [true, false, true], "and to the end");
+        assert_eq!(conditions(&service, &pod(1, both), true), [false, false, true]);
         let none = |change: Value| endpoint(&service, &pod(1, change), Family::V4, &|_| true).is_none();
         assert!(none(json!({"status": {"phase": "Succeeded"}})));
         assert!(none(json!({"status": {"podIP": null}})));

@@ -465,6 +465,8 @@ pub mod hook {
     pub const WIRE: u8 = 2;
     /// Packet from the node's own network stack.
     pub const HOST: u8 = 3;
+    /// New connection at the listeners of a pod's namespace.
+    pub const LISTENER: u8 = 4;
 }
 
 /// A new flow or a drop, as it goes through the ring buffer.
@@ -475,7 +477,7 @@ pub struct Event {
     pub time_ns: u64,
     /// Of the caller's socket; 0 for packets.
     pub netns: u64,
-    /// As it came. A socket's own end is not known yet: [`Addr::UNSET`] and 0.
+    /// As it came. The own end of a socket that dials is not known yet: [`Addr::UNSET`] and 0.
     pub before: Flow,
     /// As it goes on; the same where nothing is translated.
     pub after: Flow,
@@ -770,18 +772,21 @@ pub mod map {
     pub const SETTINGS: &str = "SETTINGS";
     pub const EVENTS: &str = "EVENTS";
     pub const SOURCES: &str = "SOURCES";
-    pub const ALL: [&str; 23] = [
+    pub const CONNECTED: &str = "CONNECTED";
+    pub const ALL: [&str; 24] = [
         SERVICES, BACKENDS, REVERSE, PODS, ADDRS, INTENTS, PORTS, LISTENERS, COUNTERS, MEMBERS, AFFINITY, MAGLEV,
         CLIENTS, HOST_PORTS, FLOWS, FRAGMENTS, LOCALS, CLUSTER, DEVICES, ANNOUNCED, SETTINGS, EVENTS, SOURCES,
+        CONNECTED,
     ];
 }
 
-/// Sizes of the maps. At the bound an update fails and is reported by who made it; `REVERSE`,
+/// Sizes of the maps. At the bound an update fails and is reported by who made it; `REVERSE`, `CONNECTED`,
 /// `AFFINITY`, `CLIENTS`, `FLOWS` and `FRAGMENTS` forget their oldest entries.
 pub mod bound {
     pub const SERVICES: usize = 65_536;
     pub const BACKENDS: usize = 524_288;
     pub const REVERSE: usize = 131_072;
+    pub const CONNECTED: usize = 65_536;
     pub const PODS: usize = 4_096;
     pub const ADDRS: usize = 2 * PODS;
     pub const INTENTS: usize = 4_096;

@@ -1,16 +1,18 @@
 //! Service load balancing at the socket: service address → backend on connect and sendmsg, and back on recvmsg and
-//! getpeername. It keeps no state per packet. `REVERSE` gives the application its own words back, `AFFINITY` keeps a
-//! client with its backend where the service asks for that; both may forget.
+//! getpeername. It keeps no state per packet. `CONNECTED` (of connected UDP sockets) and `REVERSE` (of all others) give
+//! the application its own words back until the socket is closed, `AFFINITY` keeps a client with its backend where the
+//! service asks for that; all may forget.
 
 use crate::maps::{
-    AFFINITY, BACKENDS, CLIENTS, HOST_PORTS, LOCALS, MAGLEV, MEMBERS, PODS, REVERSE, SERVICES, SETTINGS, SOURCES, count,
+    AFFINITY, BACKENDS, CLIENTS, CONNECTED, HOST_PORTS, LOCALS, MAGLEV, MEMBERS, PODS, REVERSE, SERVICES, SETTINGS, SOURCES, count,
 };
-use crate::work::Work;
+use crate::{told, work::Work};
 use aya_ebpf::{
     btf_maps::lpm_trie::Key,
     helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_boot_ns},
-    programs::SockAddrContext,
+    programs::{SockAddrContext, SockContext},
 };
+use core::ptr;
 use sluice_ebpf_common::*;
 
 /// An address and port as the application sees it.
@@ -58,6 +60,12 @@ const ATTEMPTS: u32 = 3;
 const SOCK_STREAM: u32 = 1;
 const SOCK_DGRAM: u32 = 2;
 const IPPROTO_MPTCP: u32 = 262;
+const AF_INET: u32 = 2;
+
+/// As in `steer`.
+macro_rules! read {
+    ($p:expr, $($field:tt)*) => { unsafe { ptr::read_volatile(&raw const (*$p).$($field)*) } };
+}
 
 /// The protocol that services know, if the socket speaks one of them.
 #[inline(always)]
@@ -99,6 +107,8 @@ pub enum Found {
     /// Not a service address.
     Unknown,
     None,
+    /// The service changed each time that it was looked at.
+    RaceLost,
     /// A service that is not for this client.
     Denied,
     Backend,
@@ -107,6 +117,7 @@ pub enum Found {
 impl Choice {
     pub const UNKNOWN: Self = Self::without(Found::Unknown);
     pub const NONE: Self = Self::without(Found::None);
+    pub const RACE_LOST: Self = Self::without(Found::RaceLost);
     pub const DENIED: Self = Self::without(Found::Denied);
 
     const fn without(found: Found) -> Self {
@@ -234,8 +245,7 @@ pub fn choose(ctx: &SockAddrContext, dial: &Dial, proto: u8, by_weight: u32, in_
         }
         count(Reason::Raced);
     }
-    count(Reason::RaceLost);
-    Choice::NONE
+    Choice::RACE_LOST
 }
 
 /// An address of the node, on which node ports and host ports are; loopback is that for its own processes alone.
@@ -409,9 +419,15 @@ fn group(service: &Service, by_weight: u32) -> Option<&Group> {
 
 /// For a caller in none of the service's source ranges.
 #[inline(always)]
-pub fn deny() -> Verdict {
-    count(Reason::RefusedSourceRange);
+pub fn deny(ctx: &SockAddrContext, dial: &Dial, proto: u8) -> Verdict {
+    told::refused(ctx, dial, proto, Reason::RefusedSourceRange);
     Verdict::DENY
+}
+
+#[inline(always)]
+fn refuse(ctx: &SockAddrContext, dial: &Dial, proto: u8, reason: Reason) -> Verdict {
+    told::refused(ctx, dial, proto, reason);
+    Verdict::REFUSE
 }
 
 /// connect of a socket that is not captured.
@@ -420,15 +436,13 @@ pub fn connect(ctx: &SockAddrContext, dial: Dial, proto: u8) -> Verdict {
     let choice = choose(ctx, &dial, proto, random(), random());
     match choice.found {
         Found::Unknown => Verdict::LEAVE,
-        Found::None => {
-            count(Reason::NoBackend);
-            Verdict::REFUSE
-        }
-        Found::Denied => deny(),
+        Found::None => refuse(ctx, &dial, proto, Reason::NoBackend),
+        Found::RaceLost => refuse(ctx, &dial, proto, Reason::RaceLost),
+        Found::Denied => deny(ctx, &dial, proto),
         Found::Backend => {
             let to = choice.to;
-            count(Reason::Translated);
-            remember(socket(ctx), dial, to, proto);
+            told::call(ctx, &dial, &to, proto, Reason::Translated);
+            connected(socket(ctx), dial, to, proto);
             Verdict::replace(to)
         }
     }
@@ -444,24 +458,46 @@ pub fn sendmsg(ctx: &SockAddrContext, dial: Dial) -> Verdict {
     let choice = choose(ctx, &dial, proto, (number >> 32) as u32, number as u32);
     match choice.found {
         Found::Unknown => Verdict::LEAVE,
-        Found::None => {
-            count(Reason::NoBackend);
-            Verdict::REFUSE
-        }
-        Found::Denied => deny(),
+        Found::None => refuse(ctx, &dial, proto, Reason::NoBackend),
+        Found::RaceLost => refuse(ctx, &dial, proto, Reason::RaceLost),
+        Found::Denied => deny(ctx, &dial, proto),
         Found::Backend => {
             let to = choice.to;
-            count(Reason::TranslatedDatagram);
-            remember(cookie, dial, to, proto);
+            // The datagrams that follow go the same way: one event, and only the counter moves.
+            match remember(cookie, dial, to, proto) {
+                true => told::call(ctx, &dial, &to, proto, Reason::TranslatedDatagram),
+                false => count(Reason::TranslatedDatagram),
+            }
             Verdict::replace(to)
         }
     }
 }
 
-/// Of two services that lead one socket to the same backend, the last used is the one that is shown.
 #[inline(always)]
-fn remember(socket: u64, from: Dial, to: Dial, proto: u8) {
-    let key = ReverseKey { socket, addr: to.addr, port_be: to.port_be, proto, pad: [0; 5] };
+fn connected(socket: u64, from: Dial, to: Dial, proto: u8) {
+    if proto != UDP {
+        remember(socket, from, to, proto);
+        return;
+    }
+    let key = reverse_key(socket, &to, proto);
+    let value = Reverse { addr: from.addr, port_be: from.port_be, pad: 0 };
+    if CONNECTED.insert(&key, &value, 0).is_err() {
+        count(Reason::ReverseFull);
+    }
+    // Of datagrams that it sent to the same backend before it was connected.
+    let _ = REVERSE.remove(&key);
+}
+
+#[inline(always)]
+fn reverse_key(socket: u64, to: &Dial, proto: u8) -> ReverseKey {
+    ReverseKey { socket, addr: to.addr, port_be: to.port_be, proto, pad: [0; 5] }
+}
+
+/// Of two services that lead one socket to the same backend, the last used is the one that is shown. False where it is
+/// known already.
+#[inline(always)]
+fn remember(socket: u64, from: Dial, to: Dial, proto: u8) -> bool {
+    let key = reverse_key(socket, &to, proto);
     let value = Reverse { addr: from.addr, port_be: from.port_be, pad: 0 };
     // A socket that sends many datagrams writes once: the entry is there already.
     // SAFETY: compared only; at worst it is written again.
@@ -469,19 +505,26 @@ fn remember(socket: u64, from: Dial, to: Dial, proto: u8) {
         && old.port_be == value.port_be
         && old.addr.same(&value.addr)
     {
-        return;
+        return false;
     }
     if REVERSE.insert(&key, &value, 0).is_err() {
         count(Reason::ReverseFull);
     }
+    true
 }
 
 #[inline(always)]
 fn restore(ctx: &SockAddrContext, dial: Dial, reason: Reason) -> Verdict {
     let Some(proto) = protocol(ctx) else { return Verdict::LEAVE };
-    let key = ReverseKey { socket: socket(ctx), addr: dial.addr, port_be: dial.port_be, proto, pad: [0; 5] };
+    let key = reverse_key(socket(ctx), &dial, proto);
+    // What it sent to last goes before what it is connected to.
     // SAFETY: the entry belongs to this socket; nobody else writes it.
-    let Some(from) = (unsafe { REVERSE.get(&key) }) else { return Verdict::LEAVE };
+    let mut from = unsafe { REVERSE.get(&key) };
+    if from.is_none() && proto == UDP {
+        // SAFETY: as above.
+        from = unsafe { CONNECTED.get(&key) };
+    }
+    let Some(from) = from else { return Verdict::LEAVE };
     count(reason);
     Verdict::replace(Dial { addr: from.addr, port_be: from.port_be })
 }
@@ -494,4 +537,31 @@ pub fn recvmsg(ctx: &SockAddrContext, source: Dial) -> Verdict {
 #[inline(always)]
 pub fn getpeername(ctx: &SockAddrContext, peer: Dial) -> Verdict {
     restore(ctx, peer, Reason::PeerRestored)
+}
+
+/// Nobody asks a socket that is closed: what was noted for it goes, so that a map full of dead ones does not forget those
+/// that live. What a socket was connected to before it was connected anew stays until it is the oldest.
+#[inline(always)]
+pub fn released(ctx: &SockContext) {
+    let sk = ctx.sock;
+    let port_be = read!(sk, dst_port);
+    if port_be == 0 {
+        return;
+    }
+    let v4 = Addr::from_v4(read!(sk, dst_ip4));
+    let v6 = [read!(sk, dst_ip6[0]), read!(sk, dst_ip6[1]), read!(sk, dst_ip6[2]), read!(sk, dst_ip6[3])];
+    let addr = if read!(sk, family) == AF_INET { v4 } else { Addr { words: v6 } };
+    let udp = read!(sk, protocol) == UDP as u32;
+    // SAFETY: helper on the hook's own context.
+    let socket = unsafe { bpf_get_socket_cookie(sk.cast()) };
+    let key = reverse_key(socket, &Dial { addr, port_be }, if udp { UDP } else { TCP });
+    // Looked up first: that takes no lock, and most sockets have dialled no service.
+    // SAFETY: presence only.
+    if udp {
+        if unsafe { CONNECTED.get(&key) }.is_some() {
+            let _ = CONNECTED.remove(&key);
+        }
+    } else if unsafe { REVERSE.get(&key) }.is_some() {
+        let _ = REVERSE.remove(&key);
+    }
 }

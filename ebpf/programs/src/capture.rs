@@ -5,6 +5,7 @@
 use crate::{
     balance::{self, Dial, Verdict},
     maps::{LISTENERS, PODS, count},
+    told,
 };
 use aya_ebpf::{
     helpers::generated::{
@@ -34,8 +35,8 @@ pub fn connect(ctx: &SockAddrContext, dial: Dial) -> Verdict {
     }
     match path(ctx, &dial) {
         Path::Balance => balance::connect(ctx, dial, proto),
-        Path::Deny => balance::deny(),
-        Path::Capture(listener) => hand_over(ctx, listener),
+        Path::Deny => balance::deny(ctx, &dial, proto),
+        Path::Capture(listener) => hand_over(ctx, &dial, listener),
     }
 }
 
@@ -74,14 +75,15 @@ fn path(ctx: &SockAddrContext, dial: &Dial) -> Path {
 /// With no listener the SYN would be dropped and no reset could come back from a foreign address: connect would hang.
 /// So the refusal is given here.
 #[inline(always)]
-fn hand_over(ctx: &SockAddrContext, listener: ListenKey) -> Verdict {
+fn hand_over(ctx: &SockAddrContext, dial: &Dial, listener: ListenKey) -> Verdict {
     if !listening(&listener) {
-        count(Reason::RefusedNoSidecar);
+        told::refused(ctx, dial, TCP, Reason::RefusedNoSidecar);
         return Verdict::REFUSE;
     }
     // SAFETY: the context's socket pointer, checked for null as the verifier asks.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
     if sk.is_null() {
+        told::refused(ctx, dial, TCP, Reason::RefusedMark);
         return Verdict::DENY;
     }
     // SO_BINDTODEVICE needs no capability and would keep the SYN off `lo`: rather no connection than one past the
@@ -89,16 +91,16 @@ fn hand_over(ctx: &SockAddrContext, listener: ListenKey) -> Verdict {
     // SAFETY: as above.
     if unsafe { (*sk).bound_dev_if } != 0 {
         if !set_option(ctx, SO_BINDTODEVICE_INDEX, 0) {
-            count(Reason::RefusedBound);
+            told::refused(ctx, dial, TCP, Reason::RefusedBound);
             return Verdict::DENY;
         }
         count(Reason::Unbound);
     }
     if !set_option(ctx, SO_MARK, CAPTURE_MARK) {
-        count(Reason::RefusedMark);
+        told::refused(ctx, dial, TCP, Reason::RefusedMark);
         return Verdict::DENY;
     }
-    count(Reason::Captured);
+    told::call(ctx, dial, dial, TCP, Reason::Captured);
     Verdict::LEAVE
 }
 

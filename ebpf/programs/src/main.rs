@@ -12,14 +12,15 @@ mod neighbour;
 mod packet;
 mod route;
 mod steer;
+mod told;
 mod work;
 mod xdp;
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
     helpers::generated::bpf_set_retval,
-    macros::{cgroup_sock_addr, classifier, sk_lookup, xdp},
-    programs::{SkLookupContext, SockAddrContext, TcContext, XdpContext},
+    macros::{cgroup_sock, cgroup_sock_addr, classifier, sk_lookup, xdp},
+    programs::{SkLookupContext, SockAddrContext, SockContext, TcContext, XdpContext},
 };
 use balance::{Answer, Dial, Verdict};
 use core::ptr;
@@ -108,6 +109,13 @@ sock_addr_programs! {
     recvmsg6: dial6, balance::recvmsg, answer6;
     getpeername4: dial4, balance::getpeername, answer4;
     getpeername6: dial6, balance::getpeername, answer6;
+}
+
+/// A socket that is closed.
+#[cgroup_sock(sock_release)]
+pub fn sock_release(ctx: SockContext) -> i32 {
+    balance::released(&ctx);
+    ALLOW
 }
 
 macro_rules! packet_programs {

@@ -16,6 +16,10 @@ pub static SERVICES: HashMap<ServiceKey, Service, { bound::SERVICES }, LAZY> = H
 pub static BACKENDS: HashMap<BackendKey, Backend, { bound::BACKENDS }, LAZY> = HashMap::new();
 #[btf_map]
 pub static REVERSE: LruHashMap<ReverseKey, Reverse, { bound::REVERSE }> = LruHashMap::new();
+/// What connected UDP sockets have dialled, for as long as they are open: whoever closes those whose backend has gone looks
+/// here, so that nothing else may crowd them out.
+#[btf_map]
+pub static CONNECTED: LruHashMap<ReverseKey, Reverse, { bound::CONNECTED }> = LruHashMap::new();
 #[btf_map]
 pub static PODS: HashMap<u64, Pod, { bound::PODS }, LAZY> = HashMap::new();
 #[btf_map]

@@ -205,7 +205,7 @@ fn fate(skb: &Skb, w: &mut Work, at: u8) -> Fate {
     let choice = destination(w, at);
     match choice.found {
         Found::Unknown => {}
-        Found::None => return nobody(w),
+        Found::None | Found::RaceLost => return nobody(w),
         Found::Denied => return Fate::Drop(Reason::DroppedSourceRange),
         Found::Backend => {
             w.to = w.head.flow;

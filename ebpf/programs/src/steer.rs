@@ -1,7 +1,11 @@
 //! `sk_lookup` in a pod's namespace: which listener takes a new TCP connection to a meshed pod, or looped over `lo` by
 //! one. Knows pods by address, because this hook has no namespace cookie. UDP is not touched.
 
-use crate::maps::{ADDRS, LISTENERS, PORTS, count};
+use crate::{
+    balance::Dial,
+    maps::{ADDRS, LISTENERS, PORTS, count},
+    told,
+};
 use aya_ebpf::{bindings::bpf_sk_lookup, programs::SkLookupContext};
 use core::ptr;
 use sluice_ebpf_common::*;
@@ -45,23 +49,31 @@ pub fn admit(ctx: &SkLookupContext) -> bool {
     }
     // SAFETY: a plain read of the program's own read-only data; volatile, else the compiler folds the 1 above.
     if unsafe { ptr::read_volatile(&raw const HAS_INGRESS_IFINDEX) } == 0 {
-        return uncaptured(&source, &own);
+        return uncaptured(l, source, own);
     }
-    if read!(l, ingress_ifindex) == LO { outbound(ctx, source) } else { inbound(ctx, own, read!(l, local_port) as u16) }
+    if read!(l, ingress_ifindex) == LO { outbound(ctx, source, own) } else { inbound(ctx, source, own) }
+}
+
+/// Who dials and who is dialled, with their ports.
+#[inline(always)]
+fn dials(l: *mut bpf_sk_lookup, source: Addr, own: Addr) -> (Dial, Dial) {
+    let (remote_be, local) = (read!(l, remote_port), read!(l, local_port) as u16);
+    (Dial { addr: source, port_be: remote_be }, Dial { addr: own, port_be: local.to_be() })
 }
 
 /// Outbound cannot be told from inbound: meshed pods are closed, not open.
 #[inline(always)]
-fn uncaptured(source: &Addr, own: &Addr) -> bool {
-    if meshed(source) {
-        count(Reason::DroppedOutbound);
-        return false;
-    }
-    if meshed(own) {
-        count(Reason::DroppedInbound);
-        return false;
-    }
-    true
+fn uncaptured(l: *mut bpf_sk_lookup, source: Addr, own: Addr) -> bool {
+    let reason = if meshed(&source) {
+        Reason::DroppedOutbound
+    } else if meshed(&own) {
+        Reason::DroppedInbound
+    } else {
+        return true;
+    };
+    let (from, to) = dials(l, source, own);
+    told::arrived(&from, &to, reason, false);
+    false
 }
 
 #[inline(always)]
@@ -70,43 +82,47 @@ fn meshed(addr: &Addr) -> bool {
     unsafe { ADDRS.get(addr) }.is_some_and(|p| p.flags & POD_MESHED != 0)
 }
 
+/// Of a connection that is taken, its `connect` has told already.
 #[inline(always)]
-fn outbound(ctx: &SkLookupContext, pod: Addr) -> bool {
+fn outbound(ctx: &SkLookupContext, pod: Addr, dialled: Addr) -> bool {
     if !meshed(&pod) {
         return true;
     }
     let key = ListenKey { addr: pod, direction: OUTBOUND };
-    assigned(ctx, key, Reason::SteeredOutbound, Reason::DroppedOutbound)
+    let reason = assigned(ctx, key, Reason::SteeredOutbound, Reason::DroppedOutbound);
+    if !reason.ends() {
+        count(reason);
+        return true;
+    }
+    let (from, to) = dials(ctx.lookup, pod, dialled);
+    told::arrived(&from, &to, reason, false);
+    false
 }
 
 #[inline(always)]
-fn inbound(ctx: &SkLookupContext, pod: Addr, port: u16) -> bool {
+fn inbound(ctx: &SkLookupContext, source: Addr, pod: Addr) -> bool {
     if !meshed(&pod) {
         return true;
     }
+    let (from, to) = dials(ctx.lookup, source, pod);
+    let port = u16::from_be(to.port_be);
     // SAFETY: presence only.
     if port == ADMIN_PORT || unsafe { PORTS.get(PortKey { addr: pod, port, pad: 0 }) }.is_some() {
         count(Reason::ExcludedPort);
         return true;
     }
     let key = ListenKey { addr: pod, direction: INBOUND };
-    assigned(ctx, key, Reason::SteeredInbound, Reason::DroppedInbound)
+    let reason = assigned(ctx, key, Reason::SteeredInbound, Reason::DroppedInbound);
+    let taken = !reason.ends();
+    told::arrived(&from, &to, reason, taken);
+    taken
 }
 
 #[inline(always)]
-fn assigned(ctx: &SkLookupContext, key: ListenKey, taken: Reason, dropped: Reason) -> bool {
+fn assigned(ctx: &SkLookupContext, key: ListenKey, taken: Reason, dropped: Reason) -> Reason {
     match LISTENERS.redirect_sk_lookup(ctx, key, 0) {
-        Ok(()) => {
-            count(taken);
-            true
-        }
-        Err(ENOENT) => {
-            count(dropped);
-            false
-        }
-        Err(_) => {
-            count(Reason::AssignFailed);
-            false
-        }
+        Ok(()) => taken,
+        Err(ENOENT) => dropped,
+        Err(_) => Reason::AssignFailed,
     }
 }
