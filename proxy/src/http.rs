@@ -2,12 +2,12 @@
 //! the version they were asked in (1.1, or 2 with prior knowledge). Upgrades and CONNECT become pipes.
 
 use crate::{
+    admission::Entry,
     apply::{self, Prepared},
     attempt::send,
     body::{Answer, Outgoing},
     cluster,
     drain::Phase,
-    guard::Entry,
     headers::{Needs, prepare_request, remove_hop_by_hop, restore_version},
     metrics::SeriesKey,
     multiplex,
@@ -218,7 +218,7 @@ async fn forward_within(
     let deadline = tokio::time::Instant::now() + time;
     match tokio::time::timeout_at(deadline, forward(worker, routed, request, side)).await {
         Ok(response) => response.map(|body| body.until(deadline)),
-        Err(_) => refuse(worker, Reason::RequestTimeout),
+        Err(_) => refuse(worker, Reason::RouteTimeout),
     }
 }
 

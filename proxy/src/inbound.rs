@@ -3,7 +3,7 @@
 //! address, which is how capture knows to let it pass.
 
 use crate::{
-    guard::{self, Entry},
+    admission::{self, Entry},
     http::{self, Protocol, Side},
     io::{Prefixed, first_bytes},
     metrics::add,
@@ -114,7 +114,7 @@ async fn join<S: AsyncRead + AsyncWrite + Unpin>(
     address: SocketAddr,
     caller: Option<&Identity>,
 ) -> bool {
-    if let Err(reason) = guard::admit(worker, &Call { caller, port: address.port(), request: None }) {
+    if let Err(reason) = admission::admit(worker, &Call { caller, port: address.port(), request: None }) {
         worker.counters.refuse(reason);
         return false;
     }

@@ -5,6 +5,7 @@
 //! It decides with `sluice-traffic`, reads `config`, and never talks to the kernel's control side.
 
 pub mod admin;
+pub mod admission;
 pub mod apply;
 pub mod attempt;
 pub mod body;
@@ -14,7 +15,6 @@ pub mod control;
 pub mod discovery;
 pub mod drain;
 pub mod filter;
-pub mod guard;
 pub mod handover;
 pub mod headers;
 pub mod held;

@@ -42,7 +42,7 @@ pub enum Reason {
     /// A rule that tests callers answered instead.
     FaultInjected,
     /// No answer within the rule's time for the whole request.
-    RequestTimeout,
+    RouteTimeout,
     /// No answer within the time for one try.
     TryTimeout,
     /// The backend's policy allows no more requests, connections or retries at a time.
@@ -73,7 +73,7 @@ impl Reason {
         Self::BadRedirect,
         Self::RateLimited,
         Self::FaultInjected,
-        Self::RequestTimeout,
+        Self::RouteTimeout,
         Self::TryTimeout,
         Self::CircuitOpen,
         Self::RetryBudget,
@@ -100,7 +100,7 @@ impl Reason {
             Self::BadRedirect => "bad_redirect",
             Self::RateLimited => "rate_limited",
             Self::FaultInjected => "fault_injected",
-            Self::RequestTimeout => "request_timeout",
+            Self::RouteTimeout => "route_timeout",
             Self::TryTimeout => "try_timeout",
             Self::CircuitOpen => "circuit_open",
             Self::RetryBudget => "retry_budget",
@@ -116,7 +116,7 @@ impl Reason {
             Self::UpstreamClosed | Self::UpstreamMalformed => StatusCode::BAD_GATEWAY,
             Self::PlainRefused | Self::Denied => StatusCode::FORBIDDEN,
             Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
-            Self::RequestTimeout | Self::TryTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::RouteTimeout | Self::TryTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Loop => StatusCode::LOOP_DETECTED,
             _ => StatusCode::SERVICE_UNAVAILABLE,

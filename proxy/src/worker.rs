@@ -2,10 +2,10 @@
 //! immutable [`Config`]; they talk to the hub by messages and never wait for it on the path of a known destination.
 
 use crate::{
+    admission::Buckets,
     cluster::{ClusterState, LiveCluster, States},
     config::{Config, Destination, Endpoint},
     drain::Phase,
-    guard::Buckets,
     hub::FromWorker,
     inbound,
     listener::{Listener, Original},

@@ -197,7 +197,7 @@ fn times_of_a_rule_are_kept() {
     };
     let within = |request_ms, backend_request_ms| Timeouts { request_ms, backend_request_ms };
     let (status, reason, took) = ask(within(Some(50), None), "/slow");
-    assert_eq!((status, reason.as_str()), (504, "request_timeout"));
+    assert_eq!((status, reason.as_str()), (504, "route_timeout"));
     assert!(took >= Duration::from_millis(50) && took < Duration::from_millis(290), "{took:?}");
     let (status, reason, _) = ask(within(None, Some(50)), "/slow");
     assert_eq!((status, reason.as_str()), (504, "try_timeout"));
