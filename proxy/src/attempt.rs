@@ -3,16 +3,17 @@
 
 use crate::{
     body::{Outgoing, empty},
+    check,
     headers::Needs,
     live::LiveCluster,
     metrics::add,
     multiplex,
+    paced::pace,
     reason::{self, Reason},
     upstream::{ConnectError, InFlight, Sender, Upstream},
     worker::Worker,
 };
 use http::{Request, Response, Version};
-use http_body_util::Either;
 use hyper::body::{Body, Incoming};
 use sluice_traffic::balance;
 use std::{rc::Rc, time::Instant};
@@ -33,9 +34,9 @@ pub async fn send(
     if !cluster.known {
         return Err(Reason::NoBackend);
     }
-    let empty_body = request.body().is_end_stream();
     let http2 = request.version() == Version::HTTP_2;
-    let mut request = request.map(Either::Left);
+    let (mut request, body_fate) = pace(worker, request);
+    let empty_body = request.body().is_end_stream();
     let repeatable = empty_body && request.method().is_idempotent();
     let mut tries = Tries { repeatable, http2, shareable: needs == Needs::Stream, ..Tries::default() };
     loop {
@@ -62,10 +63,13 @@ pub async fn send(
                     Some(spare) if tries.says_again(&response) && tries.another_endpoint(at, cluster, worker) => {
                         request = spare;
                     }
-                    _ => return Ok((response, sender)),
+                    _ => return check::answer(&response, needs).map(|()| (response, sender)),
                 }
             }
             Err(mut failed) => {
+                if let Some(reason) = body_fate.reason() {
+                    return Err(reason);
+                }
                 let unsent = failed.take_message();
                 tracing::debug!(error = %failed.error(), reused, "request failed");
                 upstream.failed(&sender, failed.error());

@@ -1,7 +1,7 @@
 //! Bodies: the request's on its way to the upstream, and the answer's on its way back, which knows when the request
 //! has ended.
 
-use crate::upstream::InFlight;
+use crate::{paced::Paced, upstream::InFlight};
 use bytes::Bytes;
 use http_body_util::Either;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -11,7 +11,7 @@ use std::{
 };
 
 /// A request's body: as it came in, or empty.
-pub type Outgoing = Either<Incoming, http_body_util::Empty<Bytes>>;
+pub type Outgoing = Either<Paced, http_body_util::Empty<Bytes>>;
 
 pub fn empty() -> Outgoing {
     Either::Right(http_body_util::Empty::new())

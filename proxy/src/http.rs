@@ -4,8 +4,11 @@
 use crate::{
     attempt::send,
     body::Answer,
+    check,
     drain::Phase,
+    guard::{Guard, Head, HeadTimer},
     headers::{Needs, prepare_request, remove_hop_by_hop, restore_version},
+    limits::MAX_HEAD,
     live::Choice,
     multiplex,
     outbound::choose_http,
@@ -15,7 +18,7 @@ use crate::{
     upstream::{InFlight, Sender},
     worker::Worker,
 };
-use futures::future::Either;
+use futures::{FutureExt, future::Either};
 use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use hyper::{
     body::{Body, Incoming},
@@ -30,7 +33,7 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -78,15 +81,29 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let ending = ending(worker.clone(), side.clone(), Protocol::Http1);
-    let service = service_fn(move |request| {
+    let head = Arc::new(Head::default());
+    let stream = Guard::new(stream, head.clone());
+    let timer = HeadTimer::new(head.clone(), worker.limits.head);
+    let (of_end, of_service) = ((worker.clone(), head.clone()), head);
+    let service = service_fn(move |request: Request<Incoming>| {
+        of_service.complete(request.headers().contains_key(header::CONTENT_LENGTH));
         let (worker, side) = (worker.clone(), side.clone());
         // Boxed, or the connection would hold room for a request while it serves none.
         Box::pin(async move { Ok::<_, Infallible>(respond(&worker, &side, request).await) })
     });
     let mut builder = http1::Builder::new();
     builder.half_close(true).auto_date_header(false);
+    builder.max_buf_size(MAX_HEAD);
+    // How long, the timer knows by itself.
+    builder.timer(timer).header_read_timeout(Duration::ZERO);
     let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
-    until_end(connection, ending, |c| c.graceful_shutdown())
+    let served = until_end(connection, ending, |c| c.graceful_shutdown());
+    served.map(move |()| {
+        let (worker, head) = of_end;
+        if let Some(reason) = head.refused() {
+            worker.counters.refuse(reason);
+        }
+    })
 }
 
 fn http2<S>(worker: Rc<Worker>, stream: S, side: Rc<Side>) -> impl Future<Output = ()>
@@ -153,20 +170,21 @@ impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for LocalExecutor 
 
 async fn respond(worker: &Rc<Worker>, side: &Side, mut request: Request<Incoming>) -> Response<Answer> {
     let (inbound, http1) = (side.inbound(), request.version() < Version::HTTP_2);
-    let choice = match side {
+    if let Side::Mesh(..) = side {
+        restore_version(&mut request);
+    }
+    let checked = check::request(&request);
+    let malformed = checked.is_err();
+    let choice = checked.and_then(|()| match side {
         Side::Outbound { destination, target } => choose_http(worker, *destination, target, &request),
-        Side::Inbound(choice) => Ok(choice.clone()),
-        Side::Mesh(choice, _) => {
-            restore_version(&mut request);
-            Ok(choice.clone())
-        }
+        Side::Inbound(choice) | Side::Mesh(choice, _) => Ok(choice.clone()),
         Side::Refuse(reason) => Err(*reason),
-    };
+    });
     let mut response = match choice {
         Ok(choice) => forward(worker, choice, request, inbound).await,
         Err(reason) => refuse(worker, reason),
     };
-    if inbound && http1 && worker.draining() {
+    if http1 && (malformed || inbound && worker.draining()) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response

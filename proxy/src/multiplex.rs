@@ -3,7 +3,7 @@
 //!
 //! One connection is the rule. Only when it is full is there another, up to [`MAX_CONNECTIONS`].
 
-use crate::{body::Outgoing, http::LocalExecutor, io::Wire, upstream::ConnectError};
+use crate::{body::Outgoing, http::LocalExecutor, io::Wire, limits, upstream::ConnectError};
 use futures::{
     FutureExt,
     future::{LocalBoxFuture, Shared},
@@ -40,9 +40,8 @@ const STREAM_WINDOW: u32 = 512 * 1024;
 const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
 /// Most bytes of one message waiting to be written.
 const SEND_BUFFER: usize = 256 * 1024;
-/// Longest head: as long as HTTP/1.1 heads are taken here (hyper's read buffer), since those travel in it. Longer
-/// ones are answered with 431.
-const MAX_HEAD: u32 = 408 * 1024;
+/// Longest head, counted as RFC 9113 §6.5.2 does. Longer ones are answered with 431.
+const MAX_HEAD: u32 = limits::MAX_HEAD as u32;
 /// A connection that carries requests and has said nothing for this long is asked whether it lives.
 const PING_AFTER: Duration = Duration::from_secs(10);
 /// One that does not answer in this time is dead: its requests fail and the next ones get another.

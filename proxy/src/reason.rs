@@ -35,10 +35,18 @@ pub enum Reason {
     /// An address of the cluster whose meaning did not come in time: it might be a meshed pod's, so nothing is sent to
     /// it in the clear.
     DestinationUnknown,
+    /// The request is not HTTP, or could be understood in two ways.
+    MalformedRequest,
+    /// A transfer coding other than `chunked`.
+    UnknownTransferCoding,
+    /// A request's line or headers are too long or too many.
+    HeadTooLarge,
+    /// The client did not send its request to the end in time.
+    RequestTimeout,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 13] = [
+    pub const ALL: [Reason; 17] = [
         Self::NoEndpoints,
         Self::NoRoute,
         Self::NoBackend,
@@ -52,6 +60,10 @@ impl Reason {
         Self::Loop,
         Self::Overload,
         Self::DestinationUnknown,
+        Self::MalformedRequest,
+        Self::UnknownTransferCoding,
+        Self::HeadTooLarge,
+        Self::RequestTimeout,
     ];
     pub const COUNT: usize = Self::ALL.len();
 
@@ -70,6 +82,10 @@ impl Reason {
             Self::Loop => "loop",
             Self::Overload => "overload",
             Self::DestinationUnknown => "destination_unknown",
+            Self::MalformedRequest => "malformed_request",
+            Self::UnknownTransferCoding => "unknown_transfer_coding",
+            Self::HeadTooLarge => "head_too_large",
+            Self::RequestTimeout => "request_timeout",
         }
     }
 
@@ -80,6 +96,10 @@ impl Reason {
             Self::UpstreamClosed | Self::UpstreamMalformed => StatusCode::BAD_GATEWAY,
             Self::PlainRefused => StatusCode::FORBIDDEN,
             Self::Loop => StatusCode::LOOP_DETECTED,
+            Self::MalformedRequest => StatusCode::BAD_REQUEST,
+            Self::UnknownTransferCoding => StatusCode::NOT_IMPLEMENTED,
+            Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
             _ => StatusCode::SERVICE_UNAVAILABLE,
         }
     }

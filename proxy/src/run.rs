@@ -6,6 +6,7 @@ use crate::{
     control::{self, Registration, Scraper, Source},
     drain::Phase,
     handover,
+    limits::Limits,
     listener::{self, Listener, Original},
     metrics::Scrape,
     status::Status,
@@ -52,6 +53,7 @@ pub struct Settings {
     pub drain: Duration,
     /// Addresses of the cluster: nothing is sent there in the clear before it is known what they are.
     pub inside: Arc<[IpNet]>,
+    pub limits: Limits,
 }
 
 /// A sidecar that runs.
@@ -103,6 +105,7 @@ impl Running {
                 scrapes: asked,
                 to_hub: to_hub.clone(),
                 inside: settings.inside.clone(),
+                limits: settings.limits,
             };
             threads.push(thread(&format!("worker-{index}"), move || worker::run(start))?);
         }

@@ -6,6 +6,7 @@ use crate::{
     drain::Phase,
     hub::FromWorker,
     inbound,
+    limits::Limits,
     listener::{Listener, Original},
     live::{Live, LiveCluster},
     metrics::{Scrape, Series, SeriesKey, WorkerCounters, add},
@@ -59,6 +60,7 @@ pub struct Start {
     pub to_hub: mpsc::Sender<FromWorker>,
     /// Addresses of the cluster.
     pub inside: Arc<[IpNet]>,
+    pub limits: Limits,
 }
 
 /// The state of a worker's thread.
@@ -80,6 +82,7 @@ pub struct Worker {
     pub phase: watch::Receiver<Phase>,
     connection_ended: Notify,
     inside: Arc<[IpNet]>,
+    pub limits: Limits,
     to_hub: mpsc::Sender<FromWorker>,
 }
 
@@ -90,7 +93,7 @@ pub fn run(start: Start) -> std::io::Result<()> {
 }
 
 async fn serve(start: Start) -> std::io::Result<()> {
-    let Start { index, workload, listeners, seed, config, mut phase, scrapes, to_hub, inside } = start;
+    let Start { index, workload, listeners, seed, config, mut phase, scrapes, to_hub, inside, limits } = start;
     let worker = Rc::new(Worker {
         workload,
         live: RefCell::new(Rc::new(Live::empty())),
@@ -106,6 +109,7 @@ async fn serve(start: Start) -> std::io::Result<()> {
         phase: phase.clone(),
         connection_ended: Notify::new(),
         inside,
+        limits,
         to_hub,
     });
     for listener in listeners {
