@@ -175,6 +175,7 @@ fn start_sidecar(pod: &str, socket: &str, outbound: &[&str], inbound: &[SocketAd
         admin: LOCAL,
         drain: Duration::from_secs(5),
         inside: [].into(),
+        limits: Default::default(),
     })
     .expect("the sidecar starts")
 }

@@ -15,12 +15,10 @@ pub fn request<B>(request: &Request<B>) -> Result<(), Reason> {
         // RFC 9110 §9.3.6: no such content is defined; a server may take it for the tunnel's first bytes.
         return Err(Reason::MalformedRequest);
     }
+    target(request)?;
     let authority = request.uri().authority();
     if authority.is_some_and(|a| a.as_str().contains('@')) {
         // RFC 9110 §4.2.4: user information is for phishing.
-        return Err(Reason::MalformedRequest);
-    }
-    if !connect && request.uri().scheme_str().is_some_and(|s| s != "http" && s != "https") {
         return Err(Reason::MalformedRequest);
     }
     let named = host(headers)?;
@@ -33,6 +31,20 @@ pub fn request<B>(request: &Request<B>) -> Result<(), Reason> {
         }
         _ => Ok(()),
     }
+}
+
+/// The form that the method asks for (RFC 9112 §3.2; RFC 9113 §8.3.1, §8.5).
+fn target<B>(request: &Request<B>) -> Result<(), Reason> {
+    let (uri, method) = (request.uri(), request.method());
+    let fit = match uri.scheme_str() {
+        None if method == Method::CONNECT => uri.authority().is_some_and(|a| a.port().is_some()) && uri.path() == "",
+        // In HTTP/2 this is an extended CONNECT (RFC 8441), which has a target like all others.
+        Some(_) if method == Method::CONNECT && request.version() != Version::HTTP_2 => false,
+        None if uri.authority().is_some() => false,
+        Some(scheme) if scheme != "http" && scheme != "https" => false,
+        _ => uri.path().starts_with('/') || (uri.path() == "*" && method == Method::OPTIONS),
+    };
+    if fit { Ok(()) } else { Err(Reason::MalformedRequest) }
 }
 
 /// `chunked` and nothing else is a transfer coding here (RFC 9112 §6.1); one length at most (RFC 9110 §8.6).
@@ -125,7 +137,10 @@ mod tests {
     #[test]
     fn authority_and_host_agree() {
         let h2 = |host| check(Version::HTTP_2, "http://web.shop:80/", &[("host", host)]);
-        assert_eq!((h2("web.shop:80"), h2("WEB.shop"), h2("admin.shop")), (Ok(()), Ok(()), Err(Reason::MalformedRequest)));
+        assert_eq!(
+            (h2("web.shop:80"), h2("WEB.shop"), h2("admin.shop")),
+            (Ok(()), Ok(()), Err(Reason::MalformedRequest))
+        );
         assert_eq!(check(Version::HTTP_2, "/", &[]), Ok(()));
     }
 

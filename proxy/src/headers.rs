@@ -15,8 +15,24 @@ const HOP_BY_HOP: [HeaderName; 5] = [
 /// With these a client would strip by `Connection` what others rely on: they frame or address the message, say who sent
 /// it, or belong to its content. RFC 9110 §7.6.1 forbids to name such fields there, so nothing well-meant is lost.
 const END_TO_END: [&str; 19] = [
-    "host", "content-length", "te", "close", "keep-alive", "upgrade", "authorization", "cache-control", "content-encoding",
-    "content-type", "cookie", "forwarded", "set-cookie", "traceparent", "tracestate", "trailer", "via", "x-real-ip",
+    "host",
+    "content-length",
+    "te",
+    "close",
+    "keep-alive",
+    "upgrade",
+    "authorization",
+    "cache-control",
+    "content-encoding",
+    "content-type",
+    "cookie",
+    "forwarded",
+    "set-cookie",
+    "traceparent",
+    "tracestate",
+    "trailer",
+    "via",
+    "x-real-ip",
     "x-request-id",
 ];
 const END_TO_END_PREFIXES: [&str; 3] = ["x-forwarded-", "x-b3-", "x-sluice-"];
@@ -123,6 +139,10 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
         }
     }
     headers.remove(header::CONNECTION);
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        // RFC 9112 §6.3: the coding counts, and the length does not go on.
+        headers.remove(header::CONTENT_LENGTH);
+    }
     for name in &HOP_BY_HOP {
         headers.remove(name);
     }
@@ -175,7 +195,8 @@ mod tests {
 
     #[test]
     fn nobody_strips_what_others_rely_on() {
-        let all = [("connection", "close, X-Forwarded-For, authorization, x-own"), ("x-forwarded-for", "a"), ("x-own", "1")];
+        let all =
+            [("connection", "close, X-Forwarded-For, authorization, x-own"), ("x-forwarded-for", "a"), ("x-own", "1")];
         let (request, _) = prepared(Method::GET, "/", &all);
         assert_eq!(request.headers().keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-forwarded-for"]);
     }

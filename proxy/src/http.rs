@@ -93,7 +93,7 @@ where
     });
     let mut builder = http1::Builder::new();
     builder.half_close(true).auto_date_header(false);
-    builder.max_buf_size(MAX_HEAD);
+    builder.max_buf_size(MAX_HEAD).max_header_size(MAX_HEAD);
     // How long, the timer knows by itself.
     builder.timer(timer).header_read_timeout(Duration::ZERO);
     let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();

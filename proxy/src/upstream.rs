@@ -216,7 +216,7 @@ impl Upstream {
 
     async fn http1_on(&self, wire: Wire) -> Result<http1::SendRequest<Outgoing>, ConnectError> {
         let mut builder = http1::Builder::new();
-        builder.max_buf_size(MAX_HEAD);
+        builder.max_buf_size(MAX_HEAD).max_header_size(MAX_HEAD);
         let handshake = builder.handshake(TokioIo::new(wire)).await;
         let (sender, connection) = handshake.map_err(|e| self.broken(e))?;
         tokio::task::spawn_local(async move {

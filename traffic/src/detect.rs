@@ -101,11 +101,7 @@ fn request_line(line: &[u8]) -> Detected {
     // Of any number: what is no version of HTTP/1 is refused by those who read it, and not passed on unseen.
     let is_version =
         matches!(version, [b'H', b'T', b'T', b'P', b'/', a, b'.', b] if a.is_ascii_digit() && b.is_ascii_digit());
-    if line.len() > version.len() + 1 && is_version {
-        Detected::Http1
-    } else {
-        Detected::Opaque
-    }
+    if line.len() > version.len() + 1 && is_version { Detected::Http1 } else { Detected::Opaque }
 }
 
 /// A character of a method (RFC 9110 §5.6.2).
@@ -204,7 +200,10 @@ mod tests {
         for no in [&b""[..], b"ruok", b"GETX", b"\r\n", b"\x16\x04", b"\x00"] {
             assert!(!begun(no), "{no:?}");
         }
-        assert_eq!((at_end(b"GET /x HT"), at_end(b"GET"), at_end(b"\x16\x03")), (Detected::Http1, Detected::Opaque, Detected::Opaque));
+        assert_eq!(
+            (at_end(b"GET /x HT"), at_end(b"GET"), at_end(b"\x16\x03")),
+            (Detected::Http1, Detected::Opaque, Detected::Opaque)
+        );
     }
 
     #[test]

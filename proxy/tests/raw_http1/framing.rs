@@ -61,16 +61,16 @@ fn lengths_and_codings() {
         case("TE in HTTP/1.0", format!("POST / HTTP/1.0\r\nhost: web\r\n{te}\r\n{zero}"), MALFORMED),
         case("a GET may have a body", "GET / HTTP/1.1\r\nhost: web\r\ncontent-length: 2\r\n\r\nhi", Served(&[200]))
             .has(&["\r\n\r\nhi"]),
-        case("a body that looks like a request", post("content-length: 39\r\n", SMUGGLED), Served(&[200])),
+        case("a body that looks like a request", post("content-length: 37\r\n", SMUGGLED), Served(&[200])),
     ]);
-    assert_eq!(SMUGGLED.len(), 39);
+    assert_eq!(SMUGGLED.len(), 37);
 }
 
 #[test]
 fn chunks() {
-    let long_extension = format!("1;{}\r\na\r\n0\r\n\r\n", "x".repeat(40_000));
+    let long_extension = format!("1;{}\r\na\r\n0\r\n\r\n", "x".repeat(100_000));
     let many_extensions = "1;a=b\r\nx\r\n".repeat(10_000) + "0\r\n\r\n";
-    let long_trailer = format!("0\r\nx-long: {}\r\n\r\n", "x".repeat(40_000));
+    let long_trailer = format!("0\r\nx-long: {}\r\n\r\n", "x".repeat(100_000));
     let many_trailers = format!("0\r\n{}\r\n", "x: y\r\n".repeat(200));
     let cut = |name, body: &str| case(name, chunked(body), MALFORMED).lacks(&["/smuggled"]);
     let then = |body: &str| format!("{body}{SMUGGLED}");

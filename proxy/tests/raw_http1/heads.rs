@@ -57,7 +57,11 @@ fn versions() {
         // RFC 9112 §9.3: persistent only when asked for.
         case("HTTP/1.0", "GET /first HTTP/1.0\r\nhost: web\r\n\r\n", ServedLast(&[200])).has(&["/first HTTP/1.1\r\n"]),
         case("HTTP/1.0 without Host", "GET /first HTTP/1.0\r\n\r\n", ServedLast(&[200])),
-        case("HTTP/1.0 kept alive", "GET /first HTTP/1.0\r\nhost: web\r\nconnection: keep-alive\r\n\r\n", Served(&[200])),
+        case(
+            "HTTP/1.0 kept alive",
+            "GET /first HTTP/1.0\r\nhost: web\r\nconnection: keep-alive\r\n\r\n",
+            Served(&[200]),
+        ),
         case("HTTP/1.1 closed", with("connection: close\r\n"), ServedLast(&[200])).lacks(&["connection: close"]),
     ]);
 }
@@ -70,6 +74,7 @@ fn sizes() {
         case("a header of 32 KiB", with(&format!("x: {}\r\n", "a".repeat(32_000))), Served(&[200])),
         case("a header longer than all heads", with(&format!("x: {}\r\n", "a".repeat(100_000))), TOO_LARGE),
         case("a name longer than all heads", with(&format!("{}: x\r\n", "a".repeat(100_000))), TOO_LARGE),
+        case("a head of just more than 64 KiB", with(&format!("x: {}\r\n", "a".repeat(65_536))), TOO_LARGE),
         case("99 headers", with(&"x: y\r\n".repeat(98)), Served(&[200])),
         case("101 headers", with(&"x: y\r\n".repeat(100)), TOO_LARGE),
         case("headers longer than all heads", with(&format!("x: {}\r\n", "a".repeat(1000)).repeat(90)), TOO_LARGE),

@@ -94,7 +94,11 @@ fn the_next_head_is_bounded_too_and_the_pause_before_it_is_not() {
 #[test]
 fn a_body_that_stands_still_is_refused() {
     for ground in grounds(ALL, LIMITS) {
-        for part in ["content-length: 10\r\n\r\nhi", "transfer-encoding: chunked\r\n\r\n2\r\nhi\r\n", "content-length: 1\r\n\r\n"] {
+        for part in [
+            "content-length: 10\r\n\r\nhi",
+            "transfer-encoding: chunked\r\n\r\n2\r\nhi\r\n",
+            "content-length: 1\r\n\r\n",
+        ] {
             ground.backend.begin(ok());
             let mut client = ground.client();
             client.send(format!("POST /first HTTP/1.1\r\nhost: web\r\n{part}"));

@@ -78,8 +78,13 @@ fn upgrades() {
             .lacks(&["h2c", "websocket"]),
         case("an upgrade that Connection does not name", head("upgrade: websocket\r\n"), Served(&[200]))
             .lacks(&["websocket"]),
-        case("an upgrade in HTTP/1.0", "GET /first HTTP/1.0\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n", ServedLast(&[200])),
-        case("declined", head("connection: upgrade\r\nupgrade: websocket\r\n"), Served(&[200])).has(&["upgrade: websocket"]),
+        case(
+            "an upgrade in HTTP/1.0",
+            "GET /first HTTP/1.0\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n",
+            ServedLast(&[200]),
+        ),
+        case("declined", head("connection: upgrade\r\nupgrade: websocket\r\n"), Served(&[200]))
+            .has(&["upgrade: websocket"]),
         case("a switch that nobody asked for", head(""), Unusable).play(switch.clone()),
         case("a switch to h2c", head(h2c), Unusable).play(switch),
     ]);
