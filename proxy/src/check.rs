@@ -3,7 +3,7 @@
 //! PURE.
 
 use crate::{headers::Needs, reason::Reason};
-use http::{HeaderMap, Method, Request, Response, StatusCode, Version, header};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Version, header, uri::Authority};
 
 /// Whether a request may be passed on. Its connection is closed after an error in HTTP/1: where the next request begins
 /// is not certain.
@@ -28,6 +28,11 @@ pub fn request<B>(request: &Request<B>) -> Result<(), Reason> {
         // RFC 9113 §8.3.1: the two must not differ.
         (Version::HTTP_2, Some(host)) if authority.is_some_and(|a| !same_host(a.as_str(), host, request.uri())) => {
             Err(Reason::MalformedRequest)
+        }
+        // One of them must be there, and fit for the other's place.
+        (Version::HTTP_2, named) if authority.is_none() => {
+            let fit = named.is_some_and(|host| Authority::try_from(host).is_ok());
+            if fit { Ok(()) } else { Err(Reason::MalformedRequest) }
         }
         _ => Ok(()),
     }
@@ -118,7 +123,7 @@ mod tests {
     #[test]
     fn a_request_has_one_host() {
         let malformed = Err(Reason::MalformedRequest);
-        let h1 = |headers| check(Version::HTTP_11, "/", headers);
+        let h1 = |headers: &[_]| check(Version::HTTP_11, "/", headers);
         assert_eq!(h1(&[("host", "a.example:80")]), Ok(()));
         assert_eq!(h1(&[("host", "")]), Ok(()));
         assert_eq!(h1(&[("host", "[::1]:8080")]), Ok(()));
@@ -141,12 +146,13 @@ mod tests {
             (h2("web.shop:80"), h2("WEB.shop"), h2("admin.shop")),
             (Ok(()), Ok(()), Err(Reason::MalformedRequest))
         );
-        assert_eq!(check(Version::HTTP_2, "/", &[]), Ok(()));
+        assert_eq!(check(Version::HTTP_2, "/", &[("host", "web")]), Ok(()));
+        assert_eq!(check(Version::HTTP_2, "/", &[]), Err(Reason::MalformedRequest));
     }
 
     #[test]
     fn a_body_has_one_length() {
-        let with = |headers: &[_]| check(Version::HTTP_2, "/", headers);
+        let with = |headers: &[_]| check(Version::HTTP_2, "http://a/", headers);
         assert_eq!(with(&[("content-length", "3")]), Ok(()));
         assert_eq!(with(&[("content-length", "3"), ("content-length", "4")]), Err(Reason::MalformedRequest));
         assert_eq!(with(&[("transfer-encoding", "Chunked")]), Ok(()));

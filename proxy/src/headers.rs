@@ -1,7 +1,7 @@
 //! Message heads on their way from one hop to the next: what belongs to a connection stays on it (RFC 9110 §7.6.1),
 //! targets get the form that servers expect. Everything else passes untouched. PURE.
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header, uri::Authority};
 
 /// Headers of one connection, removed when a message is passed on (`te` is handled apart).
 const HOP_BY_HOP: [HeaderName; 5] = [
@@ -58,6 +58,7 @@ pub fn prepare_request<B>(request: &mut Request<B>) -> Needs {
     let connect = request.method() == Method::CONNECT;
     let version = std::mem::replace(request.version_mut(), Version::HTTP_11);
     if version == Version::HTTP_2 {
+        authority_of_host(request);
         // Its frames carry what belongs to the connection; nothing of that kind is in the headers.
         *request.version_mut() = version;
         return if connect { Needs::Tunnel } else { Needs::Stream };
@@ -95,6 +96,18 @@ pub fn restore_version<B>(request: &mut Request<B>) {
     if request.headers_mut().remove(VERSION).is_some_and(|v| v == "1.1") {
         *request.version_mut() = Version::HTTP_11;
     }
+}
+
+/// A request of HTTP/2 may name its host as HTTP/1.1 does, and leaves with the authority that it has here (RFC 9113
+/// §8.3.1).
+fn authority_of_host<B>(request: &mut Request<B>) {
+    if request.uri().authority().is_some() {
+        return;
+    }
+    let authority = request.headers().get(header::HOST).and_then(|h| Authority::try_from(h.as_bytes()).ok());
+    let (Some(authority), Some(path)) = (authority, request.uri().path_and_query().cloned()) else { return };
+    let uri = http::Uri::builder().scheme("http").authority(authority).path_and_query(path).build();
+    *request.uri_mut() = uri.unwrap_or_else(|_| std::mem::take(request.uri_mut()));
 }
 
 /// A target with scheme and host, as clients of a proxy send it, becomes a path and a `Host` (RFC 9112 §3.2.2).
