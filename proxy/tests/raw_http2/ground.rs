@@ -130,6 +130,13 @@ impl<S: Read + Write> Conn<S> {
         }
     }
 
+    /// The code with which a stream, or the whole connection, was ended; `None` for an answer.
+    pub fn refused(&mut self, stream: u32) -> Option<u32> {
+        let ends = |f: &Frame| f.kind == GOAWAY || f.stream == stream && matches!(f.kind, HEADERS | RST_STREAM);
+        let frame = std::iter::from_fn(|| self.next()).find(ends).expect("an end");
+        (frame.kind != HEADERS).then(|| frame.code())
+    }
+
     /// The answer's head on a stream, or its reset.
     pub fn next_of(&mut self, stream: u32) -> Frame {
         self.until("an end", |f| f.stream == stream && matches!(f.kind, HEADERS | RST_STREAM))
@@ -137,7 +144,8 @@ impl<S: Read + Write> Conn<S> {
 
     /// The status of the answer on a stream, and why the sidecar made it.
     pub fn status(&mut self, stream: u32) -> (u16, String) {
-        let frame = self.until("an answer", |f| f.kind == HEADERS && f.stream == stream);
+        let frame = self.next_of(stream);
+        assert_eq!(frame.kind, HEADERS, "an answer, not a reset");
         let headers = decode(&frame.payload);
         let value = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone());
         let status = value(":status").expect("a status").parse().expect("a number");

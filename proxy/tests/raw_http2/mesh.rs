@@ -67,11 +67,7 @@ fn nothing_is_smuggled_into_http1() {
     let host = ("host", "web");
     let smuggled = "GET /smuggled HTTP/1.1\r\nhost: web\r\n\r\n";
     // Of these, the sidecar makes an answer.
-    for (name, headers) in [
-        ("no Host", vec![]),
-        ("two Hosts", vec![host, ("host", "admin")]),
-        ("differing lengths", vec![host, ("content-length", "37"), ("content-length", "0")]),
-    ] {
+    for (name, headers) in [("no Host", vec![]), ("two Hosts", vec![host, ("host", "admin")])] {
         let mut conn = connect(&running, &client);
         conn.send([frame(HEADERS, END_HEADERS, 1, old("POST", &headers)), data(1, smuggled)].concat());
         assert_eq!(conn.status(1), (400, "malformed_request".to_owned()), "{name}");
@@ -82,13 +78,13 @@ fn nothing_is_smuggled_into_http1() {
         ("a connection's option", vec![host, ("connection", "x")]),
         ("a line end in a value", vec![host, ("x", "a\r\n\r\nGET /smuggled HTTP/1.1")]),
         ("a line end in a name", vec![host, ("x: y\r\nz", "a")]),
+        ("differing lengths", vec![host, ("content-length", "37"), ("content-length", "0")]),
         ("a length that is too short", vec![host, ("content-length", "0")]),
         ("a length that is too long", vec![host, ("content-length", "99")]),
     ] {
         let mut conn = connect(&running, &client);
         conn.send([frame(HEADERS, END_HEADERS, 1, old("POST", &headers)), data(1, smuggled)].concat());
-        let last = conn.next_of(1);
-        assert!(last.kind == RST_STREAM && last.code() == PROTOCOL_ERROR, "{name}: {last:?}");
+        assert_eq!(conn.refused(1), Some(PROTOCOL_ERROR), "{name}");
     }
     assert_eq!(app.seen(), 0);
     // And what is in order arrives as one request.
