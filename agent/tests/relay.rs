@@ -176,6 +176,7 @@ fn start_sidecar(pod: &str, socket: &str, outbound: &[&str], inbound: &[SocketAd
         drain: Duration::from_secs(5),
         inside: [].into(),
         observe: Default::default(),
+        limits: Default::default(),
     })
     .expect("the sidecar starts")
 }

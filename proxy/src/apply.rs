@@ -9,6 +9,7 @@ use crate::{
     live::Choice,
     metrics::add,
     outbound::host,
+    paced::{Fate, pace},
     reason::{self, Reason},
     rule::{Asks, Routed},
     upstream::InFlight,
@@ -18,7 +19,6 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::body::{Body, Incoming};
 use std::{
-    cell::Cell,
     future::poll_fn,
     pin::Pin,
     rc::Rc,
@@ -32,14 +32,6 @@ const MAX_MIRRORING: u32 = 256;
 /// How long a mirror may take to answer.
 const MIRROR_PATIENCE: Duration = Duration::from_secs(15);
 
-/// A request that is ready to be sent.
-#[derive(Debug)]
-pub struct Prepared {
-    pub request: Request<Outgoing>,
-    /// Becomes true when its body turns out to be longer than the rule allows.
-    pub exceeded: Option<Rc<Cell<bool>>>,
-}
-
 /// Does what the rule asks before a request is sent; an answer instead, where it asks for one. `port` is the one that was
 /// dialled.
 pub async fn prepare(
@@ -48,7 +40,7 @@ pub async fn prepare(
     asks: &Asks,
     mut request: Request<Incoming>,
     port: u16,
-) -> Result<Prepared, Box<Response<Answer>>> {
+) -> Result<(Request<Outgoing>, Fate), Box<Response<Answer>>> {
     inject_faults(worker, asks).await?;
     if let Some((status, location)) = asks.redirect(host(&request), port, request.uri()) {
         return Err(redirect(worker, status, location).into());
@@ -58,21 +50,14 @@ pub async fn prepare(
         return Err(refuse(worker, Reason::BodyTooLarge).into());
     }
     routed.change_request(&mut request);
-    let (parts, body) = request.into_parts();
-    let mut exceeded = None;
-    let mut body = match asks.max_body {
-        _ if body.is_end_stream() => Outgoing::Empty,
-        Some(max) if length.is_none() => {
-            let flag = exceeded.insert(Rc::new(Cell::new(false)));
-            Outgoing::limited(body, max, flag.clone())
-        }
-        _ if asks.retry.is_some() && length.is_some_and(|l| l <= MAX_KEPT) => match whole(body).await {
+    let (request, fate) = pace(worker, request, asks.max_body);
+    let (parts, mut body) = request.into_parts();
+    if asks.retry.is_some() && length.is_some_and(|l| l > 0 && l <= MAX_KEPT) {
+        body = match whole(body).await {
             Some(bytes) => Outgoing::Whole(Some(bytes)),
-            // The client has broken off: there is nobody to answer.
-            None => return Err(refuse(worker, Reason::UpstreamClosed).into()),
-        },
-        _ => Outgoing::Incoming(body),
-    };
+            None => return Err(refuse(worker, fate.reason().unwrap_or(Reason::MalformedRequest)).into()),
+        };
+    }
     for (mirror, cluster) in asks.mirrors.iter().filter(|(m, _)| m.share.takes(worker.random())) {
         if worker.mirroring.get() >= MAX_MIRRORING {
             tracing::debug!(mirror = %mirror.service, "too many copies are under way");
@@ -84,7 +69,7 @@ pub async fn prepare(
         let head = Request::from_parts(parts.clone(), ());
         tokio::task::spawn_local(mirror_to(worker.clone(), choice, with_head_of(&head, copy)));
     }
-    Ok(Prepared { request: Request::from_parts(parts, body), exceeded })
+    Ok((Request::from_parts(parts, body), fate))
 }
 
 async fn inject_faults(worker: &Worker, asks: &Asks) -> Result<(), Box<Response<Answer>>> {
@@ -115,7 +100,7 @@ fn redirect(worker: &Worker, status: u16, location: Option<HeaderValue>) -> Resp
 }
 
 /// All of a body that is known to be short.
-async fn whole(mut body: Incoming) -> Option<Bytes> {
+async fn whole(mut body: Outgoing) -> Option<Bytes> {
     let mut bytes = BytesMut::new();
     while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
         if let Ok(data) = frame.ok()?.into_data() {
@@ -132,7 +117,8 @@ async fn mirror_to(worker: Rc<Worker>, choice: Choice, request: Request<Outgoing
     let sent = async {
         let routed = Routed::plain(choice);
         let mut in_flight = InFlight::new(routed.choice.series.clone(), Instant::now());
-        let sent = send(&worker, &routed, None, request, Needs::Stream, &mut in_flight, false).await;
+        let sent =
+            send(&worker, &routed, None, (request, &Fate::default()), Needs::Stream, &mut in_flight, false).await;
         let Ok((response, sender)) = sent else { return };
         in_flight.answered(response.status().as_u16(), Some(sender));
         let mut body = response.into_body();

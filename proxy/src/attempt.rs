@@ -3,10 +3,12 @@
 
 use crate::{
     body::Outgoing,
+    check,
     cluster::{Held, LiveCluster},
     headers::Needs,
     metrics::add,
     multiplex,
+    paced::Fate,
     reason::{self, Reason},
     rule::Routed,
     upstream::{ConnectError, InFlight, Sender, Upstream},
@@ -31,7 +33,7 @@ pub async fn send(
     worker: &Rc<Worker>,
     routed: &Routed,
     key: Option<u64>,
-    request: Request<Outgoing>,
+    (request, fate): (Request<Outgoing>, &Fate),
     needs: Needs,
     in_flight: &mut InFlight,
     inbound: bool,
@@ -69,14 +71,17 @@ pub async fn send(
                 if inbound || upstream.endpoint.identity.is_none() {
                     response.headers_mut().remove(reason::HEADER);
                 }
-                let Some(spare) = spare else { return Ok((response, sender)) };
+                let Some(spare) = spare else { return check::answer(&response, needs).map(|()| (response, sender)) };
                 let again = tries.says_again(&response) && tries.another_endpoint(at, cluster, worker);
                 if !again && !tries.asked_again(Some(response.status()), at, cluster, worker).await {
-                    return Ok((response, sender));
+                    return check::answer(&response, needs).map(|()| (response, sender));
                 }
                 request = spare;
             }
             Some(Err(mut failed)) => {
+                if let Some(reason) = fate.reason() {
+                    return Err(reason);
+                }
                 let unsent = failed.take_message();
                 tracing::debug!(error = %failed.error(), reused, "request failed");
                 upstream.failed(&sender, failed.error());

@@ -1,19 +1,17 @@
 //! Bodies: the request's on its way to the upstream, and the answer's on its way back, which knows when the request
 //! has ended.
 
-use crate::upstream::InFlight;
+use crate::{paced::Paced, upstream::InFlight};
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use std::{
-    cell::Cell,
     pin::Pin,
-    rc::Rc,
     task::{Context, Poll, ready},
 };
 use tokio::{sync::mpsc, time::Sleep};
 
 /// Why a request's body ended too early: for the connection it was on, which is given up.
-type BodyError = Box<dyn std::error::Error + Send + Sync>;
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Pieces of a body that may wait for a mirror. A mirror that is slower is given up, never waited for.
 const COPY_QUEUE: usize = 64;
@@ -23,23 +21,13 @@ const COPY_QUEUE: usize = 64;
 pub enum Outgoing {
     Empty,
     /// As it comes in.
-    Incoming(Incoming),
+    Incoming(Paced),
     /// All of it, so that it can be sent again.
     Whole(Option<Bytes>),
-    /// As it comes in, up to a bound.
-    Limited(Box<Limited>),
     /// As it comes in, with a copy for each mirror.
     Copied(Box<Copied>),
     /// Such a copy.
     Copy(mpsc::Receiver<Piece>),
-}
-
-#[derive(Debug)]
-pub struct Limited {
-    body: Incoming,
-    left: u64,
-    /// Set when the body turned out to be longer.
-    exceeded: Rc<Cell<bool>>,
 }
 
 #[derive(Debug)]
@@ -56,11 +44,6 @@ pub enum Piece {
 }
 
 impl Outgoing {
-    /// Takes no more than `max` bytes; what would be more sets `exceeded`.
-    pub fn limited(body: Incoming, max: u64, exceeded: Rc<Cell<bool>>) -> Self {
-        Self::Limited(Box::new(Limited { body, left: max, exceeded }))
-    }
-
     /// The body, and a copy of it for another request.
     pub fn copied(self) -> (Self, Self) {
         match self {
@@ -87,12 +70,6 @@ impl Outgoing {
     }
 }
 
-impl From<Incoming> for Outgoing {
-    fn from(body: Incoming) -> Self {
-        if body.is_end_stream() { Self::Empty } else { Self::Incoming(body) }
-    }
-}
-
 impl Body for Outgoing {
     type Data = Bytes;
     type Error = BodyError;
@@ -100,9 +77,8 @@ impl Body for Outgoing {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.get_mut() {
             Self::Empty => Poll::Ready(None),
-            Self::Incoming(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Self::Incoming(body) => Pin::new(body).poll_frame(cx),
             Self::Whole(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
-            Self::Limited(limited) => limited.poll(cx),
             Self::Copied(copied) => copied.poll(cx),
             Self::Copy(pieces) => match ready!(pieces.poll_recv(cx)) {
                 Some(Piece::Data(bytes)) => Poll::Ready(Some(Ok(Frame::data(bytes)))),
@@ -117,7 +93,6 @@ impl Body for Outgoing {
             Self::Empty => true,
             Self::Incoming(body) => body.is_end_stream(),
             Self::Whole(bytes) => bytes.is_none(),
-            Self::Limited(limited) => limited.body.is_end_stream(),
             // Their ends are passed on as well.
             Self::Copied(_) | Self::Copy(_) => false,
         }
@@ -128,24 +103,9 @@ impl Body for Outgoing {
             Self::Empty => SizeHint::with_exact(0),
             Self::Incoming(body) => body.size_hint(),
             Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
-            Self::Limited(limited) => limited.body.size_hint(),
             Self::Copied(copied) => copied.body.size_hint(),
             Self::Copy(_) => SizeHint::default(),
         }
-    }
-}
-
-impl Limited {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(cx)) else { return Poll::Ready(None) };
-        let frame = frame?;
-        let length = frame.data_ref().map_or(0, |d| d.len() as u64);
-        if length > self.left {
-            self.exceeded.set(true);
-            return Poll::Ready(Some(Err("the body is longer than the route allows".into())));
-        }
-        self.left -= length;
-        Poll::Ready(Some(Ok(frame)))
     }
 }
 

@@ -1,15 +1,41 @@
 //! Message heads on their way from one hop to the next: what belongs to a connection stays on it (RFC 9110 §7.6.1),
 //! targets get the form that servers expect. Everything else passes untouched. PURE.
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Version, header, uri::Authority};
 
 /// Headers of one connection, removed when a message is passed on (`te` is handled apart).
-const HOP_BY_HOP: [HeaderName; 4] = [
+const HOP_BY_HOP: [HeaderName; 5] = [
+    HeaderName::from_static("http2-settings"),
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
     header::TRANSFER_ENCODING,
     header::UPGRADE,
 ];
+
+/// With these a client would strip by `Connection` what others rely on: they frame or address the message, say who sent
+/// it, or belong to its content. RFC 9110 §7.6.1 forbids to name such fields there, so nothing well-meant is lost.
+const END_TO_END: [&str; 19] = [
+    "host",
+    "content-length",
+    "te",
+    "close",
+    "keep-alive",
+    "upgrade",
+    "authorization",
+    "cache-control",
+    "content-encoding",
+    "content-type",
+    "cookie",
+    "forwarded",
+    "set-cookie",
+    "traceparent",
+    "tracestate",
+    "trailer",
+    "via",
+    "x-real-ip",
+    "x-request-id",
+];
+const END_TO_END_PREFIXES: [&str; 3] = ["x-forwarded-", "x-b3-", "x-sluice-"];
 
 /// Present on `sluice-h2`: the request came as HTTP/1.1 and leaves as that at the other side; absent: HTTP/2. The name
 /// is the sidecars' own: what an app sends under it goes nowhere.
@@ -32,6 +58,7 @@ pub fn prepare_request<B>(request: &mut Request<B>) -> Needs {
     let connect = request.method() == Method::CONNECT;
     let version = std::mem::replace(request.version_mut(), Version::HTTP_11);
     if version == Version::HTTP_2 {
+        authority_of_host(request);
         // Its frames carry what belongs to the connection; nothing of that kind is in the headers.
         *request.version_mut() = version;
         return if connect { Needs::Tunnel } else { Needs::Stream };
@@ -71,6 +98,18 @@ pub fn restore_version<B>(request: &mut Request<B>) {
     }
 }
 
+/// A request of HTTP/2 may name its host as HTTP/1.1 does, and leaves with the authority that it has here (RFC 9113
+/// §8.3.1).
+fn authority_of_host<B>(request: &mut Request<B>) {
+    if request.uri().authority().is_some() {
+        return;
+    }
+    let authority = request.headers().get(header::HOST).and_then(|h| Authority::try_from(h.as_bytes()).ok());
+    let (Some(authority), Some(path)) = (authority, request.uri().path_and_query().cloned()) else { return };
+    let uri = http::Uri::builder().scheme("http").authority(authority).path_and_query(path).build();
+    *request.uri_mut() = uri.unwrap_or_else(|_| std::mem::take(request.uri_mut()));
+}
+
 /// A target with scheme and host, as clients of a proxy send it, becomes a path and a `Host` (RFC 9112 §3.2.2).
 fn origin_form<B>(request: &mut Request<B>) {
     if request.uri().scheme().is_none() || request.method() == Method::CONNECT {
@@ -92,7 +131,13 @@ fn requested_upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
         .filter_map(|c| c.to_str().ok())
         .flat_map(|c| c.split(','))
         .any(|option| option.trim().eq_ignore_ascii_case("upgrade"));
-    asks.then(|| upgrade.clone())
+    asks.then(|| upgrade.clone()).filter(|u| !names_h2c(u))
+}
+
+/// An upgrade to HTTP/2 would carry requests past routes and policies. RFC 9113 §3.1 has withdrawn it; the request is
+/// served as if it had not asked.
+fn names_h2c(upgrade: &HeaderValue) -> bool {
+    upgrade.as_bytes().split(|b| *b == b',').any(|p| p.trim_ascii().eq_ignore_ascii_case(b"h2c"))
 }
 
 /// Removes what belongs to one connection: the headers that `Connection` names, and those that always do.
@@ -101,14 +146,16 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     for connection in &named {
         for name in connection.to_str().unwrap_or_default().split(',') {
             let name = name.trim();
-            // These decide where a message goes and how long it is; nobody may strip them this way.
-            let protected = ["host", "content-length", "te", "close", "keep-alive", "upgrade"];
-            if !protected.iter().any(|p| name.eq_ignore_ascii_case(p)) {
+            if !end_to_end(name) {
                 headers.remove(name);
             }
         }
     }
     headers.remove(header::CONNECTION);
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        // RFC 9112 §6.3: the coding counts, and the length does not go on.
+        headers.remove(header::CONTENT_LENGTH);
+    }
     for name in &HOP_BY_HOP {
         headers.remove(name);
     }
@@ -119,6 +166,11 @@ pub fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let lines = headers.get_all(header::COOKIE).iter().filter_map(|line| line.to_str().ok());
     let mut pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
     pairs.find(|(n, _)| *n == name).map(|(_, value)| value)
+}
+
+fn end_to_end(name: &str) -> bool {
+    let begins = |prefix: &&str| name.get(..prefix.len()).is_some_and(|n| n.eq_ignore_ascii_case(prefix));
+    END_TO_END.iter().any(|e| name.eq_ignore_ascii_case(e)) || END_TO_END_PREFIXES.iter().any(begins)
 }
 
 #[cfg(test)]
@@ -159,6 +211,23 @@ mod tests {
         let all = [("connection", "host, content-length"), ("host", "a"), ("content-length", "3")];
         let (request, _) = prepared(Method::POST, "/", &all);
         assert_eq!(request.headers().len(), 2);
+    }
+
+    #[test]
+    fn nobody_strips_what_others_rely_on() {
+        let all =
+            [("connection", "close, X-Forwarded-For, authorization, x-own"), ("x-forwarded-for", "a"), ("x-own", "1")];
+        let (request, _) = prepared(Method::GET, "/", &all);
+        assert_eq!(request.headers().keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-forwarded-for"]);
+    }
+
+    #[test]
+    fn nobody_upgrades_to_http2() {
+        for upgrade in ["h2c", "websocket, H2C"] {
+            let all = [("connection", "Upgrade, HTTP2-Settings"), ("upgrade", upgrade), ("http2-settings", "AAMAAABk")];
+            let (request, needs) = prepared(Method::GET, "/", &all);
+            assert_eq!((needs, request.headers().len()), (Needs::Stream, 0));
+        }
     }
 
     #[test]

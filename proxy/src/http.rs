@@ -3,16 +3,19 @@
 
 use crate::{
     admission::Entry,
-    apply::{self, Prepared},
+    apply,
     attempt::send,
-    body::{Answer, Outgoing},
-    cluster,
+    body::Answer,
+    check, cluster,
     drain::Phase,
+    guard::{Guard, Head, HeadTimer},
     headers::{Needs, prepare_request, remove_hop_by_hop, restore_version},
+    limits::MAX_HEAD,
     metrics::SeriesKey,
     multiplex,
     observe::Exchange,
     outbound::{choose_http, host},
+    paced::pace,
     reason::{self, Reason},
     rule::Routed,
     tcp,
@@ -21,7 +24,7 @@ use crate::{
     upstream::{InFlight, Sender},
     worker::Worker,
 };
-use futures::future::Either;
+use futures::{FutureExt, future::Either};
 use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use hyper::{
     body::{Body, Incoming},
@@ -110,15 +113,29 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let ending = ending(worker.clone(), side.clone(), Protocol::Http1);
-    let service = service_fn(move |request| {
+    let head = Arc::new(Head::default());
+    let stream = Guard::new(stream, head.clone());
+    let timer = HeadTimer::new(head.clone(), worker.limits.head);
+    let (of_end, of_service) = ((worker.clone(), head.clone()), head);
+    let service = service_fn(move |request: Request<Incoming>| {
+        of_service.complete(request.headers().contains_key(header::CONTENT_LENGTH));
         let (worker, side) = (worker.clone(), side.clone());
         // Boxed, or the connection would hold room for a request while it serves none.
         Box::pin(async move { Ok::<_, Infallible>(respond(&worker, &side, request).await) })
     });
     let mut builder = http1::Builder::new();
     builder.half_close(true).auto_date_header(false);
+    builder.max_buf_size(MAX_HEAD).max_header_size(MAX_HEAD);
+    // How long, the timer knows by itself.
+    builder.timer(timer).header_read_timeout(Duration::ZERO);
     let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
-    until_end(connection, ending, |c| c.graceful_shutdown())
+    let served = until_end(connection, ending, |c| c.graceful_shutdown());
+    served.map(move |()| {
+        let (worker, head) = of_end;
+        if let Some(reason) = head.refused() {
+            worker.counters.refuse(reason);
+        }
+    })
 }
 
 fn http2<S>(worker: Rc<Worker>, stream: S, side: Rc<Side>) -> impl Future<Output = ()>
@@ -185,15 +202,16 @@ impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for LocalExecutor 
 
 async fn respond(worker: &Rc<Worker>, side: &Side, mut request: Request<Incoming>) -> Response<Answer> {
     let (inbound, http1) = (side.inbound(), request.version() < Version::HTTP_2);
-    let routed = match side {
+    if let Side::Mesh(..) = side {
+        restore_version(&mut request);
+    }
+    let checked = check::request(&request);
+    let malformed = checked.is_err();
+    let routed = checked.and_then(|()| match side {
         Side::Outbound { destination, target } => choose_http(worker, *destination, target, &request),
-        Side::Inbound(entry) => entry.admit(worker, &request),
-        Side::Mesh(entry, _) => {
-            restore_version(&mut request);
-            entry.admit(worker, &request)
-        }
+        Side::Inbound(entry) | Side::Mesh(entry, _) => entry.admit(worker, &request),
         Side::Refuse(reason) => Err(*reason),
-    };
+    });
     let mut response = match routed {
         Ok(routed) => match routed.asks.as_ref().and_then(|a| a.request_timeout) {
             None => forward(worker, routed, request, side).await,
@@ -201,7 +219,7 @@ async fn respond(worker: &Rc<Worker>, side: &Side, mut request: Request<Incoming
         },
         Err(reason) => refuse_unrouted(worker, side, &request, reason),
     };
-    if inbound && http1 && worker.draining() {
+    if http1 && (malformed || inbound && worker.draining()) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
@@ -275,18 +293,15 @@ async fn forward(worker: &Rc<Worker>, routed: Routed, mut request: Request<Incom
     }
     let key = cluster.hash_key().and_then(|k| cluster::key(k, request.headers(), worker.source()));
     let prepared = match &routed.asks {
-        None => Prepared { request: request.map(Outgoing::from), exceeded: None },
+        None => pace(worker, request, None),
         Some(asks) => match Box::pin(apply::prepare(worker, &routed, asks, request, port)).await {
             Ok(prepared) => prepared,
             Err(response) => return answer_instead(in_flight, *response),
         },
     };
-    let Prepared { request, exceeded } = prepared;
-    match send(worker, &routed, key, request, needs, &mut in_flight, inbound).await {
-        Err(reason) => {
-            let reason = if exceeded.is_some_and(|e| e.get()) { Reason::BodyTooLarge } else { reason };
-            answer_instead(in_flight, refuse(worker, reason))
-        }
+    let (request, fate) = prepared;
+    match send(worker, &routed, key, (request, &fate), needs, &mut in_flight, inbound).await {
+        Err(reason) => answer_instead(in_flight, refuse(worker, reason)),
         Ok((mut response, sender)) => {
             routed.change_response(response.headers_mut());
             if let Some(client) = client.filter(|_| switches(&response)) {

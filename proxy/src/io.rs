@@ -180,22 +180,35 @@ impl AsyncWrite for Wire {
     }
 }
 
+/// How long the first bytes may take to be complete once they have begun like a protocol known here: longer than TCP
+/// takes to send a lost packet again. Else a ClientHello of two packets would at times be taken for opaque bytes, and
+/// whoever sends a request in small pieces could have it passed on unseen.
+const BEGUN_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Reads until the bytes tell what the connection carries, or `patience` is over: then they count as opaque, as in
 /// protocols where the server speaks first. The bytes read come back with the answer.
 pub async fn first_bytes<S: AsyncRead + Unpin>(stream: &mut S, patience: Duration) -> io::Result<(Bytes, Detected)> {
     let mut bytes = BytesMut::with_capacity(1024);
-    let reading = async {
-        loop {
-            let room = detect::MAX_BYTES - bytes.len();
-            if (&mut *stream).take(room as u64).read_buf(&mut bytes).await? == 0 {
-                return Ok(Detected::Opaque);
-            }
-            match detect::detect(&bytes) {
-                Detected::NeedMore => {}
-                found => return Ok(found),
-            }
+    let found = match tokio::time::timeout(patience, decide(stream, &mut bytes)).await {
+        Ok(found) => found?,
+        Err(_) if detect::begun(&bytes) => {
+            let more = tokio::time::timeout(BEGUN_PATIENCE, decide(stream, &mut bytes)).await;
+            more.unwrap_or_else(|_| Ok(detect::at_end(&bytes)))?
         }
+        Err(_) => Detected::Opaque,
     };
-    let found = tokio::time::timeout(patience, reading).await.unwrap_or(Ok::<_, io::Error>(Detected::Opaque))?;
     Ok((bytes.freeze(), found))
+}
+
+async fn decide<S: AsyncRead + Unpin>(stream: &mut S, bytes: &mut BytesMut) -> io::Result<Detected> {
+    loop {
+        let room = detect::MAX_BYTES - bytes.len();
+        if (&mut *stream).take(room as u64).read_buf(bytes).await? == 0 {
+            return Ok(detect::at_end(bytes));
+        }
+        match detect::detect(bytes) {
+            Detected::NeedMore => {}
+            found => return Ok(found),
+        }
+    }
 }

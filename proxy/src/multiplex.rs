@@ -3,7 +3,7 @@
 //!
 //! One connection is the rule. Only when it is full is there another, up to [`MAX_CONNECTIONS`].
 
-use crate::{body::Outgoing, http::LocalExecutor, io::Wire, upstream::ConnectError};
+use crate::{body::Outgoing, http::LocalExecutor, io::Wire, limits, upstream::ConnectError};
 use futures::{
     FutureExt,
     future::{LocalBoxFuture, Shared},
@@ -18,8 +18,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use std::{
     cell::{Cell, RefCell},
     error::Error,
+    future::poll_fn,
     io,
     net::SocketAddr,
+    pin::Pin,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -40,9 +42,8 @@ const STREAM_WINDOW: u32 = 512 * 1024;
 const CONNECTION_WINDOW: u32 = 64 * STREAM_WINDOW;
 /// Most bytes of one message waiting to be written.
 const SEND_BUFFER: usize = 256 * 1024;
-/// Longest head: as long as HTTP/1.1 heads are taken here (hyper's read buffer), since those travel in it. Longer
-/// ones are answered with 431.
-const MAX_HEAD: u32 = 408 * 1024;
+/// Longest head, counted as RFC 9113 §6.5.2 does. Longer ones are answered with 431.
+const MAX_HEAD: u32 = limits::MAX_HEAD as u32;
 /// A connection that carries requests and has said nothing for this long is asked whether it lives.
 const PING_AFTER: Duration = Duration::from_secs(10);
 /// One that does not answer in this time is dead: its requests fail and the next ones get another.
@@ -81,14 +82,27 @@ fn client(mesh: bool) -> client::Builder<LocalExecutor> {
     builder
 }
 
+/// A connection that takes requests, and how many at a time the other side takes now: more would wait on it for others'
+/// ends, while another connection could have them.
+pub struct Connected {
+    sender: client::SendRequest<Outgoing>,
+    limit: Rc<Cell<usize>>,
+}
+
 /// Starts HTTP/2 on a connection.
-pub async fn handshake(wire: Wire, mesh: bool) -> hyper::Result<client::SendRequest<Outgoing>> {
-    let (sender, connection) = client(mesh).handshake(TokioIo::new(wire)).await?;
-    tokio::task::spawn_local(async move {
+pub async fn handshake(wire: Wire, mesh: bool) -> hyper::Result<Connected> {
+    let (sender, mut connection) = client(mesh).handshake(TokioIo::new(wire)).await?;
+    let limit = Rc::new(Cell::new(connection.current_max_send_streams()));
+    let told = limit.clone();
+    tokio::task::spawn_local(poll_fn(move |cx| {
         // The requests on it learn how it ended.
-        let _ = connection.await;
-    });
-    Ok(sender)
+        let ended = Pin::new(&mut connection).poll(cx).map(drop);
+        if ended.is_pending() {
+            told.set(connection.current_max_send_streams());
+        }
+        ended
+    }));
+    Ok(Connected { sender, limit })
 }
 
 /// A request's place on a shared connection, taken until it is dropped.
@@ -119,6 +133,7 @@ pub struct Multiplex {
 
 struct Open {
     sender: client::SendRequest<Outgoing>,
+    limit: Rc<Cell<usize>>,
     places: Rc<()>,
     /// Took a request since it was last looked at.
     used: Cell<bool>,
@@ -131,7 +146,7 @@ impl Multiplex {
     /// A place on a connection that is there.
     pub fn take(&self) -> Option<Place> {
         let open = self.open.borrow();
-        let free = open.iter().find(|o| o.sender.is_ready() && o.requests() < MAX_REQUESTS)?;
+        let free = open.iter().find(|o| o.sender.is_ready() && o.requests() < o.limit.get().min(MAX_REQUESTS))?;
         free.used.set(true);
         Some(Place { sender: free.sender.clone(), places: free.places.clone() })
     }
@@ -159,10 +174,11 @@ impl Multiplex {
     }
 
     /// Offers a new connection to requests, unless all were retired since `era`: then it is closed again.
-    pub fn keep(&self, sender: client::SendRequest<Outgoing>, era: u64, now: Instant) {
+    pub fn keep(&self, connected: Connected, era: u64, now: Instant) {
         if era == self.era.get() {
             let (used, idle_since) = (Cell::new(false), Cell::new(now));
-            self.open.borrow_mut().push(Open { sender, places: Rc::new(()), used, idle_since });
+            let Connected { sender, limit } = connected;
+            self.open.borrow_mut().push(Open { sender, limit, places: Rc::new(()), used, idle_since });
         }
     }
 

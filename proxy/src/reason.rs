@@ -53,10 +53,18 @@ pub enum Reason {
     BodyTooLarge,
     /// No access policy lets this caller do this.
     Denied,
+    /// The request is not HTTP, or could be understood in two ways.
+    MalformedRequest,
+    /// A transfer coding other than `chunked`.
+    UnknownTransferCoding,
+    /// A request's line or headers are too long or too many.
+    HeadTooLarge,
+    /// The client did not send its request to the end in time.
+    RequestTimeout,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 22] = [
+    pub const ALL: [Reason; 26] = [
         Self::NoEndpoints,
         Self::NoRoute,
         Self::NoBackend,
@@ -79,6 +87,10 @@ impl Reason {
         Self::RetryBudget,
         Self::BodyTooLarge,
         Self::Denied,
+        Self::MalformedRequest,
+        Self::UnknownTransferCoding,
+        Self::HeadTooLarge,
+        Self::RequestTimeout,
     ];
     pub const COUNT: usize = Self::ALL.len();
 
@@ -106,6 +118,10 @@ impl Reason {
             Self::RetryBudget => "retry_budget",
             Self::BodyTooLarge => "body_too_large",
             Self::Denied => "denied",
+            Self::MalformedRequest => "malformed_request",
+            Self::UnknownTransferCoding => "unknown_transfer_coding",
+            Self::HeadTooLarge => "head_too_large",
+            Self::RequestTimeout => "request_timeout",
         }
     }
 
@@ -119,6 +135,10 @@ impl Reason {
             Self::RouteTimeout | Self::TryTimeout => StatusCode::GATEWAY_TIMEOUT,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Loop => StatusCode::LOOP_DETECTED,
+            Self::MalformedRequest => StatusCode::BAD_REQUEST,
+            Self::UnknownTransferCoding => StatusCode::NOT_IMPLEMENTED,
+            Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
             _ => StatusCode::SERVICE_UNAVAILABLE,
         }
     }

@@ -6,6 +6,7 @@ use crate::{
     control::{self, Registration, Scraper, Source},
     drain::Phase,
     handover,
+    limits::Limits,
     listener::{self, Listener, Original},
     metrics::Scrape,
     observe::{self, Exchange, Observer},
@@ -55,6 +56,7 @@ pub struct Settings {
     /// Addresses of the cluster: nothing is sent there in the clear before it is known what they are.
     pub inside: Arc<[IpNet]>,
     pub observe: observe::Settings,
+    pub limits: Limits,
 }
 
 /// A sidecar that runs.
@@ -108,6 +110,7 @@ impl Running {
                 to_hub: to_hub.clone(),
                 inside: settings.inside.clone(),
                 observer: observer.clone(),
+                limits: settings.limits,
             };
             threads.push(thread(&format!("worker-{index}"), move || worker::run(start))?);
         }

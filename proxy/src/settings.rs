@@ -2,6 +2,7 @@
 
 use crate::{
     control::Source,
+    limits::Limits,
     observe::{self, Access},
     run::{Listen, Settings},
     tls::Tls,
@@ -60,6 +61,12 @@ pub struct Args {
     /// After SIGTERM, the longest time for what is in flight
     #[arg(long, env = "SLUICE_DRAIN_SECONDS", default_value_t = 25)]
     pub drain_seconds: u64,
+    /// Longest time for a request's head, from its first byte
+    #[arg(long, env = "SLUICE_HEAD_TIMEOUT_SECONDS", default_value_t = Limits::default().head.as_secs())]
+    pub head_timeout_seconds: u64,
+    /// Longest pause within an HTTP/1 request's body
+    #[arg(long, env = "SLUICE_BODY_IDLE_SECONDS", default_value_t = Limits::default().body_idle.as_secs())]
+    pub body_idle_seconds: u64,
     /// Serve this snapshot (JSON) instead of asking an agent
     #[arg(long)]
     pub static_config: Option<PathBuf>,
@@ -111,6 +118,10 @@ impl Args {
                 otlp: self.otlp_endpoint,
                 sampled: self.trace_sample,
                 tap_headers: self.tap_headers,
+            },
+            limits: Limits {
+                head: Duration::from_secs(self.head_timeout_seconds),
+                body_idle: Duration::from_secs(self.body_idle_seconds),
             },
         })
     }

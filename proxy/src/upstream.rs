@@ -7,6 +7,7 @@ use crate::{
     config::Endpoint,
     headers::mark_version,
     io::Wire,
+    limits::MAX_HEAD,
     metrics::{Series, add},
     multiplex::{self, Multiplex, Place},
     observe::{Exchange, Observer},
@@ -309,7 +310,9 @@ impl Upstream {
     }
 
     async fn http1_on(&self, wire: Wire) -> Result<http1::SendRequest<Outgoing>, ConnectError> {
-        let handshake = http1::Builder::new().handshake(TokioIo::new(wire)).await;
+        let mut builder = http1::Builder::new();
+        builder.max_buf_size(MAX_HEAD).max_header_size(MAX_HEAD);
+        let handshake = builder.handshake(TokioIo::new(wire)).await;
         let (sender, connection) = handshake.map_err(|e| self.broken(e))?;
         tokio::task::spawn_local(async move {
             // The request on it learns how it ended.

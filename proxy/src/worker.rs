@@ -8,6 +8,7 @@ use crate::{
     drain::Phase,
     hub::FromWorker,
     inbound,
+    limits::Limits,
     listener::{Listener, Original},
     live::Live,
     metrics::{Scrape, Series, SeriesKey, WorkerCounters, add},
@@ -69,6 +70,7 @@ pub struct Start {
     /// Addresses of the cluster.
     pub inside: Arc<[IpNet]>,
     pub observer: Arc<Observer>,
+    pub limits: Limits,
 }
 
 /// The state of a worker's thread.
@@ -99,6 +101,7 @@ pub struct Worker {
     pub phase: watch::Receiver<Phase>,
     connection_ended: Notify,
     inside: Arc<[IpNet]>,
+    pub limits: Limits,
     to_hub: mpsc::Sender<FromWorker>,
 }
 
@@ -109,7 +112,8 @@ pub fn run(start: Start) -> std::io::Result<()> {
 }
 
 async fn serve(start: Start) -> std::io::Result<()> {
-    let Start { index, workload, listeners, seed, config, mut phase, scrapes, to_hub, inside, observer } = start;
+    let Start { index, workload, listeners, seed, config, mut phase, scrapes, to_hub, inside, limits, observer } =
+        start;
     let worker = Rc::new(Worker {
         workload,
         live: RefCell::new(Rc::new(Live::empty())),
@@ -130,6 +134,7 @@ async fn serve(start: Start) -> std::io::Result<()> {
         phase: phase.clone(),
         connection_ended: Notify::new(),
         inside,
+        limits,
         to_hub,
     });
     for listener in listeners {

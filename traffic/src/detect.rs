@@ -6,10 +6,15 @@ use crate::hello;
 
 pub use crate::hello::ClientHello;
 
-/// The answer never needs more bytes than this; at the bound everything undecided is [`Detected::Opaque`].
+/// The answer never needs more bytes than this; at the bound what is undecided gets [`at_end`]'s answer.
 pub const MAX_BYTES: usize = 16 * 1024;
 /// Longest method looked at, as long as the longest registered one with room to spare.
 const MAX_METHOD: usize = 32;
+/// The methods of RFC 9110 §9 and RFC 5789, each with the space after it.
+const METHODS: [&[u8]; 9] =
+    [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"CONNECT ", b"OPTIONS ", b"TRACE ", b"PATCH "];
+/// A handshake record of any version.
+const TLS: &[u8] = &[0x16, 3];
 const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,9 +36,23 @@ pub fn detect(bytes: &[u8]) -> Detected {
         Some(_) => http1(bytes),
     };
     match found {
-        Detected::NeedMore if bytes.len() >= MAX_BYTES => Detected::Opaque,
+        Detected::NeedMore if bytes.len() >= MAX_BYTES => at_end(bytes),
         found => found,
     }
+}
+
+/// The answer for bytes that say [`Detected::NeedMore`] when no more are waited for: a request that was only begun is
+/// HTTP all the same, so that it is refused and not passed on unseen.
+pub fn at_end(bytes: &[u8]) -> Detected {
+    let bytes = after_blank_lines(bytes).unwrap_or_default();
+    if METHODS.iter().any(|m| bytes.starts_with(m)) { Detected::Http1 } else { Detected::Opaque }
+}
+
+/// These bytes may well become something other than opaque ones: worth a longer wait than silence.
+pub fn begun(bytes: &[u8]) -> bool {
+    let Some(line) = after_blank_lines(bytes).filter(|l| !l.is_empty()) else { return false };
+    let beginnings = METHODS.iter().copied().chain([HTTP2_PREFACE, TLS]);
+    beginnings.into_iter().any(|b| starts_alike(line, b))
 }
 
 fn starts_alike(bytes: &[u8], preface: &[u8]) -> bool {
@@ -53,13 +72,15 @@ fn tls(bytes: &[u8]) -> Detected {
     }
 }
 
-/// A request line: method, target, `HTTP/1.x`. Empty lines before it are allowed (RFC 9112 §2.2).
-fn http1(bytes: &[u8]) -> Detected {
+/// Empty lines before a request are allowed (RFC 9112 §2.2); `None` for too many.
+fn after_blank_lines(bytes: &[u8]) -> Option<&[u8]> {
     let blank = bytes.iter().take_while(|b| matches!(b, b'\r' | b'\n')).count();
-    if blank > 4 {
-        return Detected::Opaque;
-    }
-    let bytes = &bytes[blank..];
+    (blank <= 4).then(|| &bytes[blank..])
+}
+
+/// A request line: method, target, version.
+fn http1(bytes: &[u8]) -> Detected {
+    let Some(bytes) = after_blank_lines(bytes) else { return Detected::Opaque };
     let method = bytes.iter().take(MAX_METHOD + 1).take_while(|b| token(**b)).count();
     match bytes.get(method) {
         None if method <= MAX_METHOD => return Detected::NeedMore,
@@ -77,11 +98,10 @@ fn http1(bytes: &[u8]) -> Detected {
 fn request_line(line: &[u8]) -> Detected {
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     let version = line.rsplit(|b| *b == b' ').next().unwrap_or_default();
-    if line.len() > version.len() + 1 && matches!(version, b"HTTP/1.1" | b"HTTP/1.0") {
-        Detected::Http1
-    } else {
-        Detected::Opaque
-    }
+    // Of any number: what is no version of HTTP/1 is refused by those who read it, and not passed on unseen.
+    let is_version =
+        matches!(version, [b'H', b'T', b'T', b'P', b'/', a, b'.', b] if a.is_ascii_digit() && b.is_ascii_digit());
+    if line.len() > version.len() + 1 && is_version { Detected::Http1 } else { Detected::Opaque }
 }
 
 /// A character of a method (RFC 9110 §5.6.2).
@@ -132,7 +152,10 @@ mod tests {
             (b"\r\nGET / HTTP/1.1\r\n", Detected::Http1),
             (b"PURGE * HTTP/1.0\n", Detected::Http1),
             (b"M-SEARCH * HTTP/1.1\r\nHost:", Detected::Http1),
-            (b"GET / HTTP/3.1\r\n", Detected::Opaque),
+            (b"GET / HTTP/3.1\r\n", Detected::Http1),
+            (b"GET / HTTP/1.10\r\n", Detected::Opaque),
+            (b"GET /\r\n", Detected::Opaque),
+            (b"OPTIONS sip:a@b SIP/2.0\r\n", Detected::Opaque),
             (b"GET HTTP/1.1\r\n", Detected::Opaque),
             (b"HELO mail.example\r\n", Detected::Opaque),
             (b"EHLO\r\n", Detected::Opaque),
@@ -170,9 +193,25 @@ mod tests {
     }
 
     #[test]
+    fn beginnings_are_waited_for_and_silence_is_not() {
+        for yes in [&b"G"[..], b"GE", b"GET /", b"\r\nPOST ", b"PRI * H", b"\x16", b"\x16\x03\x01"] {
+            assert!(begun(yes), "{yes:?}");
+        }
+        for no in [&b""[..], b"ruok", b"GETX", b"\r\n", b"\x16\x04", b"\x00"] {
+            assert!(!begun(no), "{no:?}");
+        }
+        assert_eq!(
+            (at_end(b"GET /x HT"), at_end(b"GET"), at_end(b"\x16\x03")),
+            (Detected::Http1, Detected::Opaque, Detected::Opaque)
+        );
+    }
+
+    #[test]
     fn waiting_is_bounded() {
         let mut long = b"GET /".to_vec();
         long.resize(MAX_BYTES, b'a');
+        assert_eq!(detect(&long), Detected::Http1);
+        long[..5].copy_from_slice(b"SET /");
         assert_eq!(detect(&long), Detected::Opaque);
         assert_eq!(detect(&[b'A'; MAX_METHOD + 1]), Detected::Opaque);
         let huge = [&[22, 3, 1, 0xff, 0xff, 1, 0xff, 0xff, 0xff][..], &[0; MAX_BYTES]].concat();

@@ -5,11 +5,12 @@ use sluice_bench::backend::Backend;
 use sluice_model::*;
 use sluice_proxy::{
     control::Source,
+    limits::Limits,
     run::{Listen, Running, Settings},
 };
 use sluice_wire::v1::WorkloadRef;
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
@@ -101,6 +102,7 @@ pub fn settings(resources: Vec<Resource>) -> Settings {
         drain: Duration::from_secs(10),
         inside: [].into(),
         observe: Default::default(),
+        limits: Limits::default(),
     }
 }
 
@@ -156,8 +158,31 @@ impl Client {
         self.stream.write_all(bytes.as_ref()).expect("send");
     }
 
+    /// The other side may have closed already.
+    pub fn try_send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.stream.write_all(bytes)
+    }
+
+    /// Like [`Client::ask`] where the connection may be gone.
+    pub fn try_ask(&mut self, request: &str) -> Option<Answer> {
+        self.try_send(request.as_bytes()).ok()?;
+        self.answer(false)
+    }
+
+    /// Bytes have come, or the end, within the patience.
+    pub fn ready(&mut self) -> bool {
+        let waited = self.stream.peek(&mut [0]);
+        !waited.is_err_and(|e| matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut))
+    }
+
+    /// Ends the connection as a client that crashed does.
+    pub fn reset(self) {
+        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)).expect("linger");
+    }
+
     pub fn half_close(&mut self) {
-        self.stream.shutdown(std::net::Shutdown::Write).expect("shutdown");
+        // The other side may have closed already.
+        let _ = self.stream.shutdown(std::net::Shutdown::Write);
     }
 
     pub fn get(&mut self, path: &str) -> Answer {
