@@ -190,20 +190,29 @@ impl<'a> Tries<'a> {
         upstream: &Rc<Upstream>,
         worker: &Rc<Worker>,
     ) -> Result<(Sender, bool), Reason> {
-        if !self.shareable || upstream.endpoint.identity.is_none() && !self.http2 {
-            // One of its own: an idle one needs no leave.
-            if !self.http2
-                && !self.fresh
-                && let Some(sender) = upstream.take_idle(self.repeatable, Instant::now())
-            {
-                return Ok((Sender::Http1(sender), true));
-            }
+        // What is open already needs no leave.
+        if let Some(sender) = self.at_hand(upstream) {
+            return Ok((sender, true));
         }
         let _waiting = cluster.wait()?;
         self.connect(upstream, worker).await.map_err(|error| {
             tracing::debug!(%error, "no connection");
             error.reason()
         })
+    }
+
+    /// A connection, or a place on one, that is open.
+    fn at_hand(&self, upstream: &Upstream) -> Option<Sender> {
+        if self.shareable
+            && let Some(place) = upstream.mesh_at_hand()
+        {
+            return Some(place);
+        }
+        if self.http2 {
+            return upstream.http2_at_hand();
+        }
+        let idle = (!self.fresh).then(|| upstream.take_idle(self.repeatable, Instant::now())).flatten();
+        idle.map(Sender::Http1)
     }
 
     async fn connect(&self, upstream: &Rc<Upstream>, worker: &Rc<Worker>) -> Result<(Sender, bool), ConnectError> {

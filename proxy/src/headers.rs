@@ -64,6 +64,10 @@ pub fn prepare_request<B>(request: &mut Request<B>) -> Needs {
         return if connect { Needs::Tunnel } else { Needs::Stream };
     }
     origin_form(request);
+    if version < Version::HTTP_11 {
+        // RFC 9112 §3.2: a request of 1.1, which this becomes, has one, if with nothing in it.
+        request.headers_mut().entry(header::HOST).or_insert(HeaderValue::from_static(""));
+    }
     let upgrade = requested_upgrade(request.headers());
     let trailers = request.headers().get(header::TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
     remove_hop_by_hop(request.headers_mut());
@@ -243,7 +247,7 @@ mod tests {
         let mut request = Request::new(());
         *request.version_mut() = Version::HTTP_10;
         assert_eq!(prepare_request(&mut request), Needs::Connection);
-        assert_eq!(request.version(), Version::HTTP_11);
+        assert_eq!((request.version(), &request.headers()["host"]), (Version::HTTP_11, &HeaderValue::from_static("")));
     }
 
     #[test]

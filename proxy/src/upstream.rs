@@ -328,6 +328,16 @@ impl Upstream {
 
 /// Shared connections.
 impl Upstream {
+    /// A place on a connection by `sluice-h2` that is open.
+    pub fn mesh_at_hand(&self) -> Option<Sender> {
+        self.mesh.take().map(Sender::Mesh)
+    }
+
+    /// A place on an HTTP/2 connection that is open.
+    pub fn http2_at_hand(&self) -> Option<Sender> {
+        self.http2.take().map(Sender::Http2)
+    }
+
     /// A place for an HTTP/2 request, and whether the connection was there before.
     pub async fn http2(self: &Rc<Self>, worker: &Rc<Worker>) -> Result<(Sender, bool), ConnectError> {
         for connects in 0..MAX_CONNECTS {

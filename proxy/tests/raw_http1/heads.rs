@@ -56,7 +56,7 @@ fn versions() {
         case("HTTP/0.9", "GET /first\r\n", MALFORMED).on(KNOWN),
         // RFC 9112 §9.3: persistent only when asked for.
         case("HTTP/1.0", "GET /first HTTP/1.0\r\nhost: web\r\n\r\n", ServedLast(&[200])).has(&["/first HTTP/1.1\r\n"]),
-        case("HTTP/1.0 without Host", "GET /first HTTP/1.0\r\n\r\n", ServedLast(&[200])),
+        case("HTTP/1.0 without Host", "GET /first HTTP/1.0\r\n\r\n", ServedLast(&[200])).has(&["\r\nhost: \r\n"]),
         case(
             "HTTP/1.0 kept alive",
             "GET /first HTTP/1.0\r\nhost: web\r\nconnection: keep-alive\r\n\r\n",

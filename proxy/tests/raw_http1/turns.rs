@@ -123,6 +123,7 @@ fn a_backend_that_ends_its_half_without_an_answer_is_said_so() {
         client.send(post("/first", "content-length: 2\r\n", "hi"));
         let answer = client.answer(false).expect("an answer");
         assert_eq!((answer.status, answer.reason()), (502, "upstream_closed"));
+        eventually("it was sent", || ground.backend.seen().len() + ground.backend.cut().len() > 0);
         assert_eq!(ground.backend.seen().len() + ground.backend.cut().len(), 1, "sent once");
         ground.running.stop();
     }
