@@ -4,7 +4,7 @@
 use prost::Message;
 use sluice_model::{
     AppProtocol, Backend, Endpoint, EndpointPort, EndpointSet, HeaderMatch, InboundMode, Match, Mesh, Name, PathMatch, Policy,
-    Protocol, Resource, Revision, Route, RouteKind, Rule, Service, ServicePort, StringMatch,
+    Protocol, QueryMatch, Resource, Retry, Revision, Route, RouteKind, Rule, Service, ServicePort, StringMatch,
 };
 use sluice_wire::{
     convert::{address_to_wire, key_to_wire, resource_to_wire},
@@ -130,11 +130,12 @@ fn resources() -> Vec<Resource> {
         path: PathMatch::Exact("/x".into()),
         method: Some("GET".into()),
         headers: vec![HeaderMatch { name: "x-canary".into(), value: StringMatch::Exact("yes".into()) }],
+        query: vec![QueryMatch { name: "q".into(), value: StringMatch::Regex("a+".parse().expect("a pattern")) }],
     };
-    let backend = |weight| Backend { service: name.clone(), port: 80, weight };
+    let backend = |weight| Backend { service: name.clone(), port: 80, weight, ..Backend::default() };
     let rules = vec![
-        Rule { matches: vec![matching, Match::default()], backends: vec![backend(9), backend(1)] },
-        Rule { matches: vec![], backends: vec![] },
+        Rule { matches: vec![matching, Match::default()], backends: vec![backend(9), backend(1)], retry: Some(Retry { codes: vec![503], attempts: Some(2), backoff_ms: Some(1) }), ..Rule::default() },
+        Rule::default(),
     ];
     vec![
         Resource::Service(Service {
@@ -159,6 +160,6 @@ fn resources() -> Vec<Resource> {
             generation: 2,
             rules,
         }),
-        Resource::Policy(Policy { name, mode: InboundMode::Strict, excluded_ports: vec![1], opaque_ports: vec![2, 3] }),
+        Resource::Policy(Policy { name, mode: InboundMode::Strict, excluded_ports: vec![1], opaque_ports: vec![2, 3], ..Policy::default() }),
     ]
 }

@@ -3,7 +3,7 @@
 pub mod reference;
 
 use arbitrary::{Result, Unstructured};
-use sluice_model::{Backend, HeaderMatch, Match, Name, PathMatch, Route, RouteKind, Rule, StringMatch};
+use sluice_model::{Backend, HeaderMatch, Match, Name, PathMatch, QueryMatch, Route, RouteKind, Rule, StringMatch};
 use sluice_traffic::route::Headers;
 
 pub const PORT: u16 = 80;
@@ -13,6 +13,9 @@ const PATHS: [&str; 12] = ["/", "", "/x", "/x/", "/x/y", "/x//", "/xy", "x", "/x
 const METHODS: [&str; 4] = ["GET", "POST", "get", "HEAD"];
 const NAMES: [&str; 3] = ["h", "i", "host"];
 const VALUES: [&str; 4] = ["1", "2", "", "one"];
+/// Expressions; the reference matches them by the same library, so only their place is in question.
+const PATTERNS: [&str; 5] = ["1|2", ".*", "/x(/.*)?", "one", "/[a-z]+"];
+const QUERIES: [&str; 6] = ["", "h=1", "h=2&i=1", "i=1&i=2", "h", "h=%31"];
 
 /// Whose routes are looked at.
 pub fn parent() -> Name {
@@ -41,7 +44,7 @@ pub fn routes(u: &mut Unstructured<'_>) -> Result<Vec<Route>> {
 fn route(u: &mut Unstructured<'_>) -> Result<Route> {
     Ok(Route {
         name: parent(),
-        kind: if u.ratio(1, 5)? { RouteKind::Tcp } else { RouteKind::Http },
+        kind: *u.choose(&[RouteKind::Http, RouteKind::Http, RouteKind::Grpc, RouteKind::Tcp, RouteKind::Tls])?,
         parent: if u.ratio(1, 8)? { Name::new("shop", "other") } else { parent() },
         parent_port: if u.ratio(1, 4)? { Some(*u.choose(&[PORT, 81])?) } else { None },
         created_s: u.int_in_range(0..=2)?,
@@ -51,20 +54,28 @@ fn route(u: &mut Unstructured<'_>) -> Result<Route> {
 }
 
 fn rule(u: &mut Unstructured<'_>) -> Result<Rule> {
-    let backend = |u: &mut Unstructured<'_>| Ok(Backend { service: parent(), port: PORT, weight: u.arbitrary()? });
-    Ok(Rule { matches: list(u, 3, a_match)?, backends: list(u, 2, backend)? })
+    let backend = |u: &mut Unstructured<'_>| Ok(Backend { service: parent(), port: PORT, weight: u.arbitrary()?, ..Backend::default() });
+    Ok(Rule { matches: list(u, 3, a_match)?, backends: list(u, 2, backend)?, ..Rule::default() })
 }
 
 fn a_match(u: &mut Unstructured<'_>) -> Result<Match> {
     let path = word(u, &PATHS)?;
-    let header = |u: &mut Unstructured<'_>| {
-        Ok(HeaderMatch { name: word(u, &NAMES)?, value: StringMatch::Exact(word(u, &VALUES)?) })
+    let pattern = |u: &mut Unstructured<'_>| Ok(u.choose(&PATTERNS)?.parse().expect("a pattern"));
+    let value = |u: &mut Unstructured<'_>| {
+        Ok(if u.ratio(1, 4)? { StringMatch::Regex(pattern(u)?) } else { StringMatch::Exact(word(u, &VALUES)?) })
     };
+    let header = |u: &mut Unstructured<'_>| Ok(HeaderMatch { name: word(u, &NAMES)?, value: value(u)? });
+    let query = |u: &mut Unstructured<'_>| Ok(QueryMatch { name: word(u, &NAMES)?, value: value(u)? });
     Ok(Match {
         hosts: list(u, 2, |u| word(u, &HOSTS))?,
-        path: if u.arbitrary()? { PathMatch::Exact(path) } else { PathMatch::Prefix(path) },
+        path: match u.int_in_range(0..=4)? {
+            0 => PathMatch::Regex(pattern(u)?),
+            1 | 2 => PathMatch::Exact(path),
+            _ => PathMatch::Prefix(path),
+        },
         method: if u.ratio(1, 3)? { Some(word(u, &METHODS)?) } else { None },
         headers: list(u, 2, header)?,
+        query: list(u, 1, query)?,
     })
 }
 
@@ -73,13 +84,14 @@ fn a_match(u: &mut Unstructured<'_>) -> Result<Match> {
 pub struct Asked {
     pub host: String,
     pub path: String,
+    pub query: String,
     pub method: String,
     pub headers: Vec<(String, String)>,
 }
 
 impl Headers for Asked {
-    fn has(&self, name: &str, value: &str) -> bool {
-        self.headers.iter().any(|(n, v)| n == name && v == value)
+    fn any(&self, name: &str, test: &mut dyn FnMut(&[u8]) -> bool) -> bool {
+        self.headers.iter().any(|(n, v)| n == name && test(v.as_bytes()))
     }
 }
 
@@ -91,6 +103,7 @@ pub fn request(u: &mut Unstructured<'_>) -> Result<Asked> {
     Ok(Asked {
         host: word(u, &HOSTS)?,
         path: word(u, &PATHS)?,
+        query: word(u, &QUERIES)?,
         method: word(u, &METHODS)?,
         headers: list(u, 3, |u| Ok((word(u, &NAMES)?, word(u, &VALUES)?)))?,
     })

@@ -30,7 +30,7 @@ pub fn find(routes: &[Route], asked: &Asked) -> Found {
     let any = Match::default();
     let mut best: Option<Candidate<'_>> = None;
     let mut rules = 0;
-    for route in attached(routes).filter(|r| r.kind == RouteKind::Http) {
+    for route in attached(routes).filter(|r| r.kind.of_requests()) {
         for (rule, r) in route.rules.iter().enumerate() {
             rules += 1;
             let matches = if r.matches.is_empty() { std::slice::from_ref(&any) } else { &r.matches };
@@ -53,29 +53,33 @@ pub fn find(routes: &[Route], asked: &Asked) -> Found {
 }
 
 pub fn find_tcp(routes: &[Route]) -> Found {
-    let of_kind = |kind, fits: fn(&sluice_model::Rule) -> bool| {
-        let rules = attached(routes).filter(move |r| r.kind == kind);
+    let of_kind = |kind: fn(RouteKind) -> bool, fits: fn(&sluice_model::Rule) -> bool| {
+        let rules = attached(routes).filter(move |r| kind(r.kind));
         let rules = rules.flat_map(move |r| r.rules.iter().enumerate().filter(move |(_, u)| fits(u)).map(move |(i, _)| (r, i)));
         rules.min_by_key(|(r, i)| (r.created_s, r.name.clone(), *i))
     };
-    let tcp = of_kind(RouteKind::Tcp, |_| true);
-    let found = tcp.or_else(|| of_kind(RouteKind::Http, |r| r.catch_all()));
+    let tcp = of_kind(|k| k == RouteKind::Tcp, |_| true);
+    let found = tcp.or_else(|| of_kind(RouteKind::of_requests, |r| r.catch_all()));
     found.map_or(Found::Own, |(r, i)| Found::Rule(r.name.name.clone(), i))
 }
 
 fn holds(host: Option<&str>, of: &Match, asked: &Asked) -> bool {
     let path = match &of.path {
         PathMatch::Exact(p) => *p == asked.path,
+        PathMatch::Regex(p) => p.matches(&asked.path),
         PathMatch::Prefix(p) => {
             let p = p.trim_end_matches('/');
             asked.path == p || asked.path.starts_with(&format!("{p}/"))
         }
     };
-    let headers = of.headers.iter().all(|h| {
-        let StringMatch::Exact(value) = &h.value;
-        asked.headers.iter().any(|(n, v)| *n == h.name && v == value)
-    });
-    path && headers && of.method.as_ref().is_none_or(|m| *m == asked.method) && host.is_none_or(|h| host_holds(h, &asked.host))
+    let is = |wanted: &StringMatch, value: &str| match wanted {
+        StringMatch::Exact(v) => v == value,
+        StringMatch::Regex(p) => p.matches(value),
+    };
+    let headers = of.headers.iter().all(|h| asked.headers.iter().any(|(n, v)| *n == h.name && is(&h.value, v)));
+    let pairs: Vec<(String, String)> = form_urlencoded::parse(asked.query.as_bytes()).into_owned().collect();
+    let query = of.query.iter().all(|q| pairs.iter().find(|(n, _)| *n == q.name).is_some_and(|(_, v)| is(&q.value, v)));
+    path && headers && query && of.method.as_ref().is_none_or(|m| *m == asked.method) && host.is_none_or(|h| host_holds(h, &asked.host))
 }
 
 fn host_holds(wanted: &str, host: &str) -> bool {
@@ -89,7 +93,7 @@ fn host_holds(wanted: &str, host: &str) -> bool {
 
 fn wins(a: &Candidate<'_>, b: &Candidate<'_>) -> bool {
     // More is better, then earlier is.
-    let by = |rank: fn(&Candidate<'_>) -> (usize, usize, bool, usize, bool, usize)| rank(a).cmp(&rank(b));
+    let by = |rank: fn(&Candidate<'_>) -> (usize, usize, u8, usize, bool, usize, usize)| rank(a).cmp(&rank(b));
     let age = |c: &Candidate<'_>| (c.route.created_s, c.route.name.clone(), c.rule, c.at);
     match by(rank) {
         Ordering::Equal => age(a) < age(b),
@@ -97,13 +101,15 @@ fn wins(a: &Candidate<'_>, b: &Candidate<'_>) -> bool {
     }
 }
 
-/// Characters of an exact name, then of any name; an exact path; characters of a prefix; a method; headers.
-fn rank(c: &Candidate<'_>) -> (usize, usize, bool, usize, bool, usize) {
+/// Characters of an exact name, then of any name; exact paths, then expressions, then prefixes; their characters; a method;
+/// headers; the query.
+fn rank(c: &Candidate<'_>) -> (usize, usize, u8, usize, bool, usize, usize) {
     let host = c.host.filter(|h| *h != "*");
     let exact_host = host.filter(|h| !h.starts_with('*')).map_or(0, str::len);
-    let (exact, prefix) = match &c.of.path {
-        PathMatch::Exact(_) => (true, 0),
-        PathMatch::Prefix(p) => (false, p.trim_end_matches('/').len()),
+    let (class, length) = match &c.of.path {
+        PathMatch::Exact(_) => (2, 0),
+        PathMatch::Regex(p) => (1, p.as_str().len()),
+        PathMatch::Prefix(p) => (0, p.trim_end_matches('/').len()),
     };
-    (exact_host, host.map_or(0, str::len), exact, prefix, c.of.method.is_some(), c.of.headers.len())
+    (exact_host, host.map_or(0, str::len), class, length, c.of.method.is_some(), c.of.headers.len(), c.of.query.len())
 }
