@@ -14,7 +14,7 @@ use crate::{
     pods::{Deps, Manager, convert, cri::Cri, events::Events, volumes::Dirs},
     relay::{Kept, Relay, Signer},
     replay::Replay,
-    server,
+    server, sidecar,
     uplink::{self, Ends, Uplink},
     view::{Store, View},
 };
