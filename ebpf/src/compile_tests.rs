@@ -5,8 +5,7 @@ use super::*;
 use crate::layout::{lay_out, lookup};
 use proptest::prelude::*;
 use sluice_model::{
-    AppProtocol, Backend, Endpoint, EndpointPort, EndpointSet, Identity, InboundMode, Match, Mesh, Resource, Revision,
-    RouteKind,
+    AppProtocol, Backend, Endpoint, EndpointPort, EndpointSet, Identity, Match, Mesh, Resource, Revision, RouteKind,
 };
 
 fn name(n: &str) -> Name {
