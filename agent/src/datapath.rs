@@ -171,9 +171,15 @@ impl Datapath {
         let host_netns = wires.netns_cookie().map_err(Error::Node)?;
         let boot = sluice_cni::store::boot(host_netns).map_err(Error::Leases)?;
         let store = Store::open(&state_dir, &boot).map_err(Error::Leases)?;
+        let prepare = || loader::prepare(&place, !config.eperm).map_err(Error::Load);
+        // The kernel takes long to verify the programs: where nothing else changes by it, no ADD and no DEL waits for that.
+        let early = loader::is_settled(&place.bpffs).then(prepare).transpose()?;
         let (loaded, settings, prepared, lock) = {
             let lock = Lock::take(&state_dir).map_err(Error::Leases)?;
-            let mut prepared = loader::prepare(&place, !config.eperm).map_err(Error::Load)?;
+            let mut prepared = match early.filter(|_| loader::is_settled(&place.bpffs)) {
+                Some(prepared) => prepared,
+                None => prepare()?,
+            };
             if prepared.unfilled()
                 && let Err(error) = fill(config, &place.bpffs, wires.connection(), last)
             {

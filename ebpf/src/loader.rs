@@ -2,7 +2,8 @@
 //!
 //! Everything pinned outlives this process: a second start finds the maps with their entries and puts new programs
 //! into the links that are there, so that no call goes untranslated in between. Who calls must hold the node's lock
-//! (shared with the plugin), because a pod made meanwhile would get the old program.
+//! (shared with the plugin), because a pod made meanwhile would get the old program; [`prepare`] alone may do without where
+//! the pins [are settled](is_settled): it then changes nothing, and takes the kernel long.
 
 use crate::{
     Error,
@@ -225,6 +226,11 @@ pub fn complete(bpffs: &Path) -> Result<()> {
     let links = CGROUP_PROGRAMS.iter().map(|(name, _)| links(&dir).join(name));
     let pins = map::ALL.iter().chain(&PACKET_PROGRAMS).chain([&STEER]).map(|name| dir.join(name));
     pins.chain(links).find(|path| !path.exists()).map_or(Ok(()), |path| Err(not_pinned(&path)))
+}
+
+/// Whether everything is pinned, and nothing of another layout is left: to prepare changes nothing then.
+pub fn is_settled(bpffs: &Path) -> bool {
+    complete(bpffs).is_ok() && other_layouts(&pin_dir(bpffs)).is_ok_and(|others| others.is_empty())
 }
 
 /// Removes every pin, of every layout: the programs detach and the maps go. For uninstalling and for tests.

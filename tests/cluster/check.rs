@@ -16,7 +16,7 @@ fn check(c: &Cluster) -> Result<(bool, String)> {
     ))
 }
 
-fn in_order(c: &Cluster) -> Result<String> {
+pub fn in_order(c: &Cluster) -> Result<String> {
     let mut last = String::new();
     let waited = c.wait("check finds all in order", 60, || {
         let (well, said) = check(c)?;

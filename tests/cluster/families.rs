@@ -30,7 +30,7 @@ fn pair(list: &Value) -> Result<[String; 2]> {
 }
 
 /// As an URL has it.
-fn host(ip: &str) -> String {
+pub fn host(ip: &str) -> String {
     if ip.contains(':') { format!("[{ip}]") } else { ip.to_owned() }
 }
 

@@ -1,15 +1,18 @@
 //! No rule of nftables or iptables is anywhere, whatever is in use.
 
 use crate::{
-    cluster::Cluster,
+    check,
+    cluster::{Cluster, NODES},
     failures::{cgroups_of, pids_below},
     load::{Load, echo, prove_exactly_once, service},
+    network::script_on,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
     fs,
+    io::Write,
     path::PathBuf,
     process::{Command, Stdio},
 };
@@ -101,4 +104,146 @@ fn rules_of(pid: i32) -> Result<Option<Vec<String>>> {
         rules.extend(tables.lines().map(|table| format!("{file}: {table}")));
     }
     Ok(Some(rules))
+}
+
+/// As ufw has it: nothing comes in but what docs/network.md names, nothing is forwarded, what the kernel cannot place is
+/// dropped. `HEALTH` stands for the health-check node port.
+const CLOSED: &str = r#"
+table inet hostwall {
+  chain input {
+    type filter hook input priority 0; policy drop;
+    iifname "lo" accept
+    ct state invalid drop
+    ct state established,related accept
+    meta l4proto { icmp, ipv6-icmp } accept
+    ip daddr 169.254.1.1 meta l4proto { tcp, udp } th dport 53 accept
+    udp dport 8472 accept
+    tcp dport { 10250, HEALTH } accept
+  }
+  chain forward {
+    type filter hook forward priority 0; policy drop;
+    ct state invalid drop
+    ct state established,related accept
+  }
+}
+"#;
+
+/// As Docker has it beside its containers: FORWARD is closed but for them, their ports are translated, they are masqueraded,
+/// and nobody reaches them past their bridge.
+const CONTAINERS: &str = r#"
+table ip hostnat {
+  chain prerouting {
+    type nat hook prerouting priority -100;
+    fib daddr type local jump docker
+  }
+  chain output {
+    type nat hook output priority -100;
+    ip daddr != 127.0.0.0/8 fib daddr type local jump docker
+  }
+  chain postrouting {
+    type nat hook postrouting priority 100;
+    ip saddr 172.17.0.0/16 oifname != "docker0" masquerade
+  }
+  chain docker {
+    tcp dport 8081 dnat to 172.17.0.2:80
+  }
+}
+table ip hostfilter {
+  chain forward {
+    type filter hook forward priority 0; policy drop;
+    jump docker-user
+    oifname "docker0" ct state established,related accept
+    iifname "docker0" accept
+  }
+  chain docker-user {
+    return
+  }
+}
+table ip hostraw {
+  chain prerouting {
+    type filter hook prerouting priority -300;
+    ip daddr 172.17.0.2 iifname != "docker0" drop
+  }
+}
+"#;
+
+/// In a machine's network.
+fn nft(c: &Cluster, machine: &str, script: &str) -> Result<()> {
+    let pid = c.machine_pid(machine)?.to_string();
+    let mut nft = Command::new("nsenter");
+    nft.args(["-t", &pid, "-n", "nft", "-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = nft.spawn().context("run nft in a machine (package nftables)")?;
+    child.stdin.take().context("nft's input")?.write_all(script.as_bytes())?;
+    let out = child.wait_with_output()?;
+    ensure!(out.status.success(), "nft in {machine}: {}", String::from_utf8_lossy(&out.stderr));
+    Ok(())
+}
+
+/// Given nodes with the firewalls that hosts have, everything that is promised works: between pods, by services and names,
+/// from outside by each kind of address.
+pub fn rule_sets_of_hosts_are_no_obstacle(c: &Cluster) -> Result<()> {
+    let outcome = behind_rule_sets(c);
+    let cleared: Result<()> = NODES.iter().try_for_each(|node| nft(c, node, "flush ruleset"));
+    outcome.and(cleared)?;
+    c.delete_namespace("behind")
+}
+
+fn behind_rule_sets(c: &Cluster) -> Result<()> {
+    c.namespace("behind", false)?;
+    let mut web = echo("behind", "web", "v1", 3);
+    web["spec"]["template"]["spec"]["containers"][0]["ports"][0]["hostPort"] = 18_081.into();
+    let with = |name: &str, kind: &str, policy: &str| {
+        let mut service = service("behind", name, json!({"app": "echo"}));
+        (service["spec"]["type"], service["spec"]["externalTrafficPolicy"]) = (kind.into(), policy.into());
+        service
+    };
+    c.apply(&[
+        web,
+        service("behind", "web", json!({"app": "echo"})),
+        with("ports", "NodePort", "Cluster"),
+        with("balanced", "LoadBalancer", "Local"),
+    ])?;
+    c.rollout("behind", "web")?;
+    let of = |name: &str| c.json(&["-n", "behind", "get", "service", name]);
+    let port = of("ports")?["spec"]["ports"][0]["nodePort"].as_u64().context("a node port")?;
+    let (mut address, mut health) = (String::new(), 0);
+    c.wait("the balancer has an address", 30, || {
+        let balanced = of("balanced")?;
+        address = balanced["status"]["loadBalancer"]["ingress"][0]["ip"].as_str().unwrap_or_default().to_owned();
+        health = balanced["spec"]["healthCheckNodePort"].as_u64().unwrap_or(0);
+        Ok(!address.is_empty() && health > 0)
+    })?;
+    let closed = CLOSED.replace("HEALTH", &health.to_string());
+    for (name, rules) in [("closed", closed.as_str()), ("containers", CONTAINERS)] {
+        for node in NODES {
+            nft(c, node, &format!("flush ruleset\n{rules}"))?;
+            // As on a host that has had its rules from its start: they know of no connection from before.
+            c.kill_program(node, "agent")?;
+        }
+        // Every pair of nodes, each node's services and resolver, each node's node ports from the others.
+        check::in_order(c).with_context(|| format!("behind the rules {name}"))?;
+        for node in NODES {
+            let ip = c.json(&["get", "node", node])?["status"]["addresses"][0]["address"].clone();
+            let ip = ip.as_str().context("the node's address")?;
+            for url in [
+                format!("http://{ip}:{port}/"),
+                format!("http://{ip}:18081/"),
+                format!("http://{address}/"),
+                format!("http://{ip}:{health}/healthz"),
+            ] {
+                c.wait(&format!("{url} answers behind the rules {name}"), 30, || {
+                    Ok(c.inside("control", &format!("curl -sf -m 2 -o /dev/null {url}")).is_ok())
+                })?;
+            }
+        }
+        // By name, over connections of their own, and longer than one packet.
+        let ask = "for i in $(seq 20); do timeout 2 wget -q -O - http://web/ || echo failed; done";
+        let log = script_on(c, Some(NODES[0]), "behind", &format!("ask-{name}"), ask)?;
+        ensure!(log.matches("\"version\":\"v1\"").count() == 20, "behind the rules {name}: {log}");
+        let load = Load { rps: 50, seconds: 3, fresh: true, headers: vec![] };
+        let caller = format!("caller-{name}");
+        let report = load.run(c, "behind", &caller, "http://web/")?;
+        prove_exactly_once(c, "behind", &caller, &report)?;
+    }
+    Ok(())
 }

@@ -11,19 +11,22 @@ const NODE: &str = "node-1";
 /// For how long a command follows: some dozen rounds of the caller.
 const LAST: &str = "6s";
 
-/// A pod of the mesh that has no sidecar: closed.
+/// A pod of the mesh whose sidecar does nothing: closed.
 fn closed() -> Value {
+    let sleeper =
+        |name: &str| json!({"name": name, "image": "sluice.local/echo:1", "command": ["/bin/sh", "-c", "sleep 1000"]});
+    let mut sidecar = sleeper("sluice-proxy");
+    sidecar["restartPolicy"] = "Always".into();
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": "closed", "namespace": "flows", "annotations": {"sluice.dev/sidecar": "injected"}},
-        "spec": {"nodeName": "node-2", "containers": [{
-            "name": "sh", "image": "sluice.local/echo:1", "command": ["/bin/sh", "-c", "sleep 1000"]}]}
+        "spec": {"nodeName": NODE, "initContainers": [sidecar], "containers": [sleeper("sh")]}
     })
 }
 
 /// Dials all of these again and again, whatever comes of it.
 fn caller(urls: &[String]) -> Value {
-    let calls: Vec<String> = urls.iter().map(|u| format!("wget -q -T 1 -O /dev/null {u}")).collect();
+    let calls: Vec<String> = urls.iter().map(|u| format!("timeout 1 wget -q -O /dev/null {u}")).collect();
     let script = format!("while true; do {}; sleep 0.1; done", calls.join("; "));
     json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "caller", "namespace": "flows"},
@@ -84,7 +87,7 @@ pub fn flows_show_who_calls_whom(c: &Cluster) -> Result<()> {
     ensure!(drops.iter().all(|f| f["verdict"] == "dropped" || f["verdict"] == "refused"), "{drops:?}");
     let dropped = of(&drops, "dropped_inbound").with_context(|| format!("a call that ends at the pod: {drops:?}"))?;
     let wanted = json!({
-        "node": "node-2", "verdict": "dropped", "source": {"pod": "flows/caller"},
+        "node": NODE, "verdict": "dropped", "source": {"pod": "flows/caller"},
         "destination": {"pod": "flows/closed"}, "protocol": "TCP", "hook": "listener",
     });
     said(&dropped, &wanted)?;

@@ -3,11 +3,15 @@
 
 use crate::{
     cluster::{Cluster, NODES, ready},
+    families::host,
     load::{Load, client, deliveries, echo, prove_exactly_once, service},
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 const DATAGRAMS: u16 = 9001;
 /// What the cluster under test is started with: a node is lost when nothing was heard of it for so long.
@@ -137,29 +141,43 @@ pub fn another_node_announces(c: &Cluster) -> Result<()> {
     c.namespace("announce", false)?;
     let [web, mut front] = backends("announce", 3);
     front["spec"]["type"] = "LoadBalancer".into();
+    front["spec"]["ipFamilyPolicy"] = "RequireDualStack".into();
     c.apply(&[web, front])?;
     c.rollout("announce", "web")?;
-    let mut address = String::new();
+    let mut addresses = vec![];
     c.wait("the service has an address", 30, || {
         let s = c.json(&["-n", "announce", "get", "service", "web"])?;
-        address = s["status"]["loadBalancer"]["ingress"][0]["ip"].as_str().unwrap_or_default().to_owned();
-        Ok(!address.is_empty())
+        let all = s["status"]["loadBalancer"]["ingress"].as_array().cloned().unwrap_or_default();
+        addresses = all.iter().filter_map(|i| i["ip"].as_str().map(str::to_owned)).collect();
+        Ok(addresses.len() == 2)
     })?;
+    // Each address has its own order of the nodes.
+    addresses.iter().try_for_each(|address| moves_and_comes_back(c, address))?;
+    c.delete_namespace("announce")
+}
+
+fn moves_and_comes_back(c: &Cluster, address: &str) -> Result<()> {
     // Control's machine has the network's bridge and no program of the data path.
-    let served = || Ok(c.inside("control", &format!("curl -s -m 1 -o /dev/null http://{address}/")).is_ok());
+    let url = format!("http://{}/", host(address));
+    let served = || Ok(c.inside("control", &format!("curl -g -s -m 1 -o /dev/null '{url}'")).is_ok());
     c.wait("callers from outside are served", 30, served)?;
-    let before = announcer(c, &address)?;
+    let before = announcer(c, address)?;
     c.sluice_ok(&["node-kill", &before.to_string()])?;
     let took =
-        c.wait("callers from outside are served again", 60, || Ok(served()? && announcer(c, &address)? != before))?;
-    let after = announcer(c, &address)?;
+        c.wait("callers from outside are served again", 60, || Ok(served()? && announcer(c, address)? != before))?;
+    let after = announcer(c, address)?;
+    if let Ok(IpAddr::V6(ip)) = address.parse() {
+        let [.., a, b, d] = ip.octets();
+        let group = format!("ff0200000000000000000001ff{a:02x}{b:02x}{d:02x}");
+        let joined = c.inside(NODES[after], &format!("grep -c {group} /proc/net/igmp6 || true"))?;
+        ensure!(joined.trim() != "0", "{} is not in the group in which {address} is solicited", NODES[after]);
+    }
     eprintln!("{address} moved from {} to {}: served again after {took:.1?}", NODES[before], NODES[after]);
     // The grace, a heartbeat that came just before, control's look every second, and the pods of the lost node.
     ensure!(took < GRACE + Duration::from_secs(12), "served again only after {took:?}");
     c.sluice_ok(&["node-start", &before.to_string()])?;
     c.kubectl(&["wait", "--for=condition=Ready", &format!("node/{}", NODES[before]), "--timeout=60s"])?;
-    c.wait("its address is its own again", 30, || Ok(served()? && announcer(c, &address)? == before))?;
-    c.delete_namespace("announce")
+    c.wait("its address is its own again", 30, || Ok(served()? && announcer(c, address)? == before)).map(drop)
 }
 
 /// The number of the node that answers for an address, by the neighbours that control's machine knows.

@@ -49,6 +49,7 @@ const TESTS: &[(&str, Test)] = &[
     ("backends_go_under_load", losses::backends_go_under_load),
     ("a_lost_node_is_not_dialled", losses::a_lost_node_is_not_dialled),
     ("another_node_announces", losses::another_node_announces),
+    ("rule_sets_of_hosts_are_no_obstacle", firewalls::rule_sets_of_hosts_are_no_obstacle),
     ("firewalls_are_left_alone", firewalls::firewalls_are_left_alone),
     ("down_leaves_nothing", failures::down_leaves_nothing),
 ];

@@ -171,6 +171,7 @@ pub fn story(ground: &Ground) {
     ground.apply(all.clone());
     shares(&client, &[("b1", 0.375), ("b2", 0.375), ("b3", 0.25)]);
     agent_dies_under_load(ground, &client);
+    an_agent_that_starts_holds_up_no_pod(ground);
 
     all.pop();
     all.push(split(&[("web", 0), ("web-2", 1)]));
@@ -314,6 +315,32 @@ fn agent_dies_under_load(ground: &Ground, client: &TestPod) {
     });
     println!("agent killed 5 times: {made:?} connections, {failed:?} failed");
     assert_eq!(failed.load(Ordering::Relaxed), 0);
+}
+
+/// The plugin has the lock within a part of the time that the agent takes to start: the programs are verified without it.
+fn an_agent_that_starts_holds_up_no_pod(ground: &Ground) {
+    ground.kill_agent();
+    let started = AtomicBool::new(false);
+    let begun = std::time::Instant::now();
+    let (longest, took) = thread::scope(|s| {
+        let waits = s.spawn(|| {
+            let mut longest = Duration::ZERO;
+            while !started.load(Ordering::Relaxed) {
+                let begun = std::time::Instant::now();
+                drop(sluice_cni::store::Lock::take(std::path::Path::new(sluice_cni::STATE_DIR)).expect("lock"));
+                longest = longest.max(begun.elapsed());
+                thread::sleep(Duration::from_millis(1));
+            }
+            longest
+        });
+        ground.start_agent();
+        until("the agent is back", || std::path::Path::new(crate::ground::ACK).exists());
+        let took = begun.elapsed();
+        started.store(true, Ordering::Relaxed);
+        (waits.join().expect("waits"), took)
+    });
+    println!("the plugin waited {longest:?} at most while an agent started within {took:?}");
+    assert!(longest < took / 2);
 }
 
 /// As if the agent before had been of a release whose services had another shape.

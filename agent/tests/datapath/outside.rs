@@ -8,7 +8,7 @@ use crate::{
 use sluice_ebpf::{
     common::Reason,
     loader,
-    maps::{Counters, pin_dir},
+    maps::{Counters, NodeMaps, pin_dir},
 };
 use sluice_model::{Announcement, Endpoint, EndpointSet, ExternalPolicy, Name, Node, Protocol, Resource, Service};
 use sluice_netlink::{
@@ -409,6 +409,7 @@ pub fn story(ground: &Ground) {
     same_source_port(&around);
     balanced(&around, &[&b1, &b2]);
     new_link(&around);
+    changed_address(&around, &pod);
     agent_dies(ground, &around);
     [b1, b2, pod].into_iter().for_each(|p| ground.end_pod(p));
     ground.apply(vec![node()]);
@@ -703,6 +704,31 @@ fn new_link(around: &Around<'_>) {
     until("the new link's address has node ports", || {
         around.call(|| dial(at("192.168.60.1", 30_001))).is_ok_and(|a| a == "o1 192.168.60.2")
     });
+}
+
+/// An address of the node that becomes another is followed: node ports are on the new one and no more on the old one, and
+/// pods are seen under the new one.
+fn changed_address(around: &Around<'_>, pod: &TestPod) {
+    let [before, after] = ["192.168.60.1", "192.168.60.7"];
+    let caller = "192.168.60.2";
+    let seen = || within(&pod.netns, || dial(at(caller, 9000))).unwrap_or_else(|e| e.to_string());
+    assert_eq!(seen(), format!("world {before}"));
+    let mut c = Connection::open().expect("connection");
+    let link = link::find(&mut c, "eth1").expect("find").expect("link").index;
+    let gone = Address { link, prefix: Prefix { address: ip(before), len: 24 } };
+    kernel::apply(&mut c, &[Operation::RemoveAddress(gone)]).expect("remove");
+    let locals = NodeMaps::open(&pin_dir(Path::new("/sys/fs/bpf"))).expect("maps").locals;
+    let is_local = |text: &str| locals.get(&sluice_ebpf::addr(ip(text))).expect("read").is_some();
+    until("the old address is not the node's any more", || !is_local(before));
+    add_address(&Netns::current().expect("own"), "eth1", after, 24);
+    until("the new address is the node's", || is_local(after));
+    until("outside sees pods under the new address", || seen() == format!("world {after}"));
+    until("the new address has node ports", || {
+        around.call(|| dial(at(after, 30_001))).is_ok_and(|a| a == format!("o1 {caller}"))
+    });
+    let from_pod = |to: &str| within(&pod.netns, || dial(at(to, 30_001)));
+    assert!(from_pod(after).is_ok_and(|a| a.starts_with("o1 ")), "at the socket too");
+    assert!(from_pod(before).is_err(), "nobody has the old one");
 }
 
 /// The part of a caller that dials without end, and notes how often it was answered.
