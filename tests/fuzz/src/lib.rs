@@ -24,7 +24,11 @@ fn word(u: &mut Unstructured<'_>, words: &[&str]) -> Result<String> {
     if u.ratio(1, 16)? { u.arbitrary() } else { Ok((*u.choose(words)?).to_owned()) }
 }
 
-fn list<T>(u: &mut Unstructured<'_>, most: usize, mut one: impl FnMut(&mut Unstructured<'_>) -> Result<T>) -> Result<Vec<T>> {
+fn list<T>(
+    u: &mut Unstructured<'_>,
+    most: usize,
+    mut one: impl FnMut(&mut Unstructured<'_>) -> Result<T>,
+) -> Result<Vec<T>> {
     (0..u.int_in_range(0..=most)?).map(|_| one(u)).collect()
 }
 
