@@ -88,11 +88,13 @@ fn http1(bytes: &[u8]) -> Detected {
         _ => return Detected::Opaque,
     }
     let rest = &bytes[method + 1..];
-    match rest.iter().position(|b| *b == b'\n') {
-        Some(end) => request_line(&rest[..end]),
-        None if rest.iter().any(|b| *b < b' ' && *b != b'\r') => Detected::Opaque,
-        None => Detected::NeedMore,
+    let end = rest.iter().position(|b| *b == b'\n');
+    let line = &rest[..end.unwrap_or(rest.len())];
+    if line.iter().any(|b| *b < b' ' && *b != b'\r') {
+        // In no request line, however it goes on: judged alike in whatever pieces it comes.
+        return at_end(bytes);
     }
+    end.map_or(Detected::NeedMore, |_| request_line(line))
 }
 
 fn request_line(line: &[u8]) -> Detected {
@@ -159,7 +161,9 @@ mod tests {
             (b"GET HTTP/1.1\r\n", Detected::Opaque),
             (b"HELO mail.example\r\n", Detected::Opaque),
             (b"EHLO\r\n", Detected::Opaque),
-            (b"GET /\x00\x01", Detected::Opaque),
+            (b"GET /\x00\x01", Detected::Http1),
+            (b"SET /\x00\x01", Detected::Opaque),
+            (b"SET /\x00\x01 HTTP/1.1\r\n", Detected::Opaque),
             (b"*1\r\n$4\r\nPING\r\n", Detected::Opaque),
             (b"\x00\x00\x00\x01", Detected::Opaque),
             (b"PRI * HTTP/2.0\r\n", Detected::NeedMore),

@@ -3,8 +3,8 @@
 
 use prost::Message;
 use sluice_model::{
-    AppProtocol, Backend, Endpoint, EndpointPort, EndpointSet, HeaderMatch, InboundMode, Match, Mesh, Name, PathMatch, Policy,
-    Protocol, QueryMatch, Resource, Retry, Revision, Route, RouteKind, Rule, Service, ServicePort, StringMatch,
+    AppProtocol, Backend, Endpoint, EndpointPort, EndpointSet, HeaderMatch, InboundMode, Match, Mesh, Name, PathMatch,
+    Policy, Protocol, QueryMatch, Resource, Retry, Revision, Route, RouteKind, Rule, Service, ServicePort, StringMatch,
 };
 use sluice_wire::{
     convert::{address_to_wire, key_to_wire, resource_to_wire},
@@ -40,14 +40,9 @@ fn beginnings() -> Vec<(&'static str, Vec<u8>)> {
     let name = [&[0, 0, 0, 11, 0, 9, 0, 0, 6][..], b"web.sh"].concat();
     let alpn = [&[0, 16, 0, 17, 0, 15, 9][..], b"sluice-h2", &[4], b"http"].concat();
     let extensions = [name, alpn].concat();
-    let body = [
-        &[3, 3][..],
-        &[7; 32],
-        &[0, 0, 2, 0x13, 1, 1, 0],
-        &(extensions.len() as u16).to_be_bytes(),
-        &extensions,
-    ]
-    .concat();
+    let body =
+        [&[3, 3][..], &[7; 32], &[0, 0, 2, 0x13, 1, 1, 0], &(extensions.len() as u16).to_be_bytes(), &extensions]
+            .concat();
     let hello = [&[1, 0][..], &(body.len() as u16).to_be_bytes(), &body].concat();
     let record = |part: &[u8]| [&[22, 3, 1][..], &(part.len() as u16).to_be_bytes(), part].concat();
     vec![
@@ -124,7 +119,13 @@ fn resources() -> Vec<Resource> {
         mesh,
         ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
     };
-    let port = |name: &str, protocol, port, app_protocol| ServicePort { name: name.into(), protocol, port, app_protocol, node_port: Some(30_080) };
+    let port = |name: &str, protocol, port, app_protocol| ServicePort {
+        name: name.into(),
+        protocol,
+        port,
+        app_protocol,
+        node_port: Some(30_080),
+    };
     let matching = Match {
         hosts: vec!["web.shop".into(), "*.shop".into()],
         path: PathMatch::Exact("/x".into()),
@@ -134,7 +135,12 @@ fn resources() -> Vec<Resource> {
     };
     let backend = |weight| Backend { service: name.clone(), port: 80, weight, ..Backend::default() };
     let rules = vec![
-        Rule { matches: vec![matching, Match::default()], backends: vec![backend(9), backend(1)], retry: Some(Retry { codes: vec![503], attempts: Some(2), backoff_ms: Some(1) }), ..Rule::default() },
+        Rule {
+            matches: vec![matching, Match::default()],
+            backends: vec![backend(9), backend(1)],
+            retry: Some(Retry { codes: vec![503], attempts: Some(2), backoff_ms: Some(1) }),
+            ..Rule::default()
+        },
         Rule::default(),
     ];
     vec![
@@ -160,6 +166,12 @@ fn resources() -> Vec<Resource> {
             generation: 2,
             rules,
         }),
-        Resource::Policy(Policy { name, mode: InboundMode::Strict, excluded_ports: vec![1], opaque_ports: vec![2, 3], ..Policy::default() }),
+        Resource::Policy(Policy {
+            name,
+            mode: InboundMode::Strict,
+            excluded_ports: vec![1],
+            opaque_ports: vec![2, 3],
+            ..Policy::default()
+        }),
     ]
 }

@@ -12,7 +12,13 @@ fuzz_target!(|input: &[u8]| {
     let table = Table::compile(&routes, &parent(), PORT);
     assert_eq!(named(&table, table.find_tcp()), reference::find_tcp(&routes));
     while let Ok(asked) = request(&mut u) {
-        let of_table = Request { host: &asked.host, path: &asked.path, query: &asked.query, method: &asked.method, headers: &asked };
+        let of_table = Request {
+            host: &asked.host,
+            path: &asked.path,
+            query: &asked.query,
+            method: &asked.method,
+            headers: &asked,
+        };
         assert_eq!(named(&table, table.find(&of_table)), reference::find(&routes, &asked), "{asked:?} {routes:?}");
     }
 });

@@ -27,7 +27,11 @@ fn word(u: &mut Unstructured<'_>, words: &[&str]) -> Result<String> {
     if u.ratio(1, 16)? { u.arbitrary() } else { Ok((*u.choose(words)?).to_owned()) }
 }
 
-fn list<T>(u: &mut Unstructured<'_>, most: usize, mut one: impl FnMut(&mut Unstructured<'_>) -> Result<T>) -> Result<Vec<T>> {
+fn list<T>(
+    u: &mut Unstructured<'_>,
+    most: usize,
+    mut one: impl FnMut(&mut Unstructured<'_>) -> Result<T>,
+) -> Result<Vec<T>> {
     (0..u.int_in_range(0..=most)?).map(|_| one(u)).collect()
 }
 
@@ -54,7 +58,9 @@ fn route(u: &mut Unstructured<'_>) -> Result<Route> {
 }
 
 fn rule(u: &mut Unstructured<'_>) -> Result<Rule> {
-    let backend = |u: &mut Unstructured<'_>| Ok(Backend { service: parent(), port: PORT, weight: u.arbitrary()?, ..Backend::default() });
+    let backend = |u: &mut Unstructured<'_>| {
+        Ok(Backend { service: parent(), port: PORT, weight: u.arbitrary()?, ..Backend::default() })
+    };
     Ok(Rule { matches: list(u, 3, a_match)?, backends: list(u, 2, backend)?, ..Rule::default() })
 }
 

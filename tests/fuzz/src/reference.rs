@@ -35,7 +35,8 @@ pub fn find(routes: &[Route], asked: &Asked) -> Found {
             rules += 1;
             let matches = if r.matches.is_empty() { std::slice::from_ref(&any) } else { &r.matches };
             for (at, of) in matches.iter().enumerate() {
-                let hosts: Vec<_> = if of.hosts.is_empty() { vec![None] } else { of.hosts.iter().map(|h| Some(h.as_str())).collect() };
+                let hosts: Vec<_> =
+                    if of.hosts.is_empty() { vec![None] } else { of.hosts.iter().map(|h| Some(h.as_str())).collect() };
                 for host in hosts.into_iter().filter(|h| holds(*h, of, asked)) {
                     let candidate = Candidate { host, of, route, rule, at };
                     if best.as_ref().is_none_or(|b| wins(&candidate, b)) {
@@ -55,7 +56,8 @@ pub fn find(routes: &[Route], asked: &Asked) -> Found {
 pub fn find_tcp(routes: &[Route]) -> Found {
     let of_kind = |kind: fn(RouteKind) -> bool, fits: fn(&sluice_model::Rule) -> bool| {
         let rules = attached(routes).filter(move |r| kind(r.kind));
-        let rules = rules.flat_map(move |r| r.rules.iter().enumerate().filter(move |(_, u)| fits(u)).map(move |(i, _)| (r, i)));
+        let rules =
+            rules.flat_map(move |r| r.rules.iter().enumerate().filter(move |(_, u)| fits(u)).map(move |(i, _)| (r, i)));
         rules.min_by_key(|(r, i)| (r.created_s, r.name.clone(), *i))
     };
     let tcp = of_kind(|k| k == RouteKind::Tcp, |_| true);
@@ -79,7 +81,10 @@ fn holds(host: Option<&str>, of: &Match, asked: &Asked) -> bool {
     let headers = of.headers.iter().all(|h| asked.headers.iter().any(|(n, v)| *n == h.name && is(&h.value, v)));
     let pairs: Vec<(String, String)> = form_urlencoded::parse(asked.query.as_bytes()).into_owned().collect();
     let query = of.query.iter().all(|q| pairs.iter().find(|(n, _)| *n == q.name).is_some_and(|(_, v)| is(&q.value, v)));
-    path && headers && query && of.method.as_ref().is_none_or(|m| *m == asked.method) && host.is_none_or(|h| host_holds(h, &asked.host))
+    path && headers
+        && query
+        && of.method.as_ref().is_none_or(|m| *m == asked.method)
+        && host.is_none_or(|h| host_holds(h, &asked.host))
 }
 
 fn host_holds(wanted: &str, host: &str) -> bool {
