@@ -4,7 +4,8 @@
 //! service asks for that; all may forget.
 
 use crate::maps::{
-    AFFINITY, BACKENDS, CLIENTS, CONNECTED, HOST_PORTS, LOCALS, MAGLEV, MEMBERS, PODS, REVERSE, SERVICES, SETTINGS, SOURCES, count,
+    AFFINITY, BACKENDS, CLIENTS, CONNECTED, HOST_PORTS, LOCALS, MAGLEV, MEMBERS, PODS, REVERSE, SERVICES, SETTINGS,
+    SOURCES, count,
 };
 use crate::{told, work::Work};
 use aya_ebpf::{
