@@ -66,9 +66,11 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Takes every request: path prefix `/` and nothing else asked.
+    /// Takes every request, and connections that are not HTTP: path prefix `/` and nothing else asked. A redirect is an
+    /// answer to requests; connections cannot follow it.
     pub fn catch_all(&self) -> bool {
-        self.matches.is_empty() || self.matches.iter().any(Match::catch_all)
+        let all = self.matches.is_empty() || self.matches.iter().any(Match::catch_all);
+        all && self.filters.redirect.is_none()
     }
 }
 

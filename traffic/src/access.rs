@@ -38,9 +38,38 @@ impl Call<'_> {
     }
 }
 
+/// A path as an app may read it that takes the liberties of RFC 3986 §6.2.2 and more: letters that are written as codes
+/// decoded, `\\` as `/`, empty and dot segments gone, parameters of segments (`;…`) cut off. `None` when it reads like `path`.
+pub fn normalized(path: &str) -> Option<String> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_~/".contains(&b);
+    let dotted = path.contains("/.");
+    if path.bytes().all(|b| plain(b) || (b == b'.' && !dotted)) && !path.contains("//") {
+        return None;
+    }
+    let decoded = percent_encoding::percent_decode_str(path).decode_utf8_lossy().replace('\\', "/");
+    let mut segments: Vec<&str> = Vec::new();
+    for segment in decoded.split('/') {
+        match segment.split(';').next().unwrap_or_default() {
+            "" | "." => {}
+            ".." => drop(segments.pop()),
+            name => segments.push(name),
+        }
+    }
+    let end = if decoded.ends_with('/') && !segments.is_empty() { "/" } else { "" };
+    let read = format!("/{}{end}", segments.join("/"));
+    (read != path).then_some(read)
+}
+
 /// Deny beats allow. With any allowing rule, what none of them allows is denied; rules in audit mode only say so.
+/// A path that an app could read in another way must be allowed in both, and be denied in neither.
 pub fn decide(rules: &[AccessRule], call: &Call<'_>) -> Verdict {
-    Verdict { denied: denied(rules, call, false), would_deny: denied(rules, call, true) }
+    let of = |call: &Call<'_>| Verdict { denied: denied(rules, call, false), would_deny: denied(rules, call, true) };
+    let verdict = of(call);
+    let Some((method, Some(path))) = call.request.map(|(method, path)| (method, normalized(path))) else {
+        return verdict;
+    };
+    let other = of(&Call { request: Some((method, &path)), ..*call });
+    Verdict { denied: verdict.denied.or(other.denied), would_deny: verdict.would_deny.or(other.would_deny) }
 }
 
 fn denied(rules: &[AccessRule], call: &Call<'_>, audit: bool) -> Option<Name> {
@@ -104,6 +133,41 @@ mod tests {
         for (caller, port, request, wanted) in table {
             let verdict = decide(&rules, &Call { caller: caller.as_ref(), port, request });
             assert_eq!(verdict.denied.map(|n| n.name), wanted.map(str::to_owned), "{caller:?} {port} {request:?}");
+        }
+    }
+
+    #[test]
+    fn no_spelling_of_a_path_gets_around_a_rule() {
+        let rules = [rule("no-admin", Action::Deny, vec![], vec![gets("/admin")])];
+        for path in [
+            "/admin",
+            "/admin/x",
+            "//admin",
+            "/./admin",
+            "/x/../admin",
+            "/%61dmin",
+            "/x/%2e%2e/admin",
+            "/admin;v=1",
+            "/x%2f..%2fadmin",
+            "\\admin",
+            "/x/..\\admin",
+            "/admin%2fx",
+            "/admin/",
+        ] {
+            let call = Call { caller: None, port: 80, request: Some(("GET", path)) };
+            assert!(decide(&rules, &call).denied.is_some(), "{path}");
+        }
+        let allowed = [rule("public", Action::Allow, vec![], vec![gets("/public")])];
+        for (path, denied) in [("/public/a.b", false), ("/public/../admin", true), ("/public/%2e%2e/admin", true)] {
+            let call = Call { caller: None, port: 80, request: Some(("GET", path)) };
+            assert_eq!(decide(&allowed, &call).denied.is_some(), denied, "{path}");
+        }
+        for path in ["/", "/a/b-c_d~e", "/a.b/c", "/a/"] {
+            assert_eq!(
+                normalized(path).filter(|p| p.trim_end_matches('/') != path.trim_end_matches('/')),
+                None,
+                "{path}"
+            );
         }
     }
 
