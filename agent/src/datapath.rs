@@ -291,7 +291,9 @@ impl Datapath {
         applied.pods = pods?;
         let leases = self.store.held().map_err(Error::Leases)?;
         // The first time for an agent before us, which may have been killed before it closed them.
-        if !self.table.take_withdrawn().is_empty() || !std::mem::replace(&mut self.reset, true) {
+        let withdrawn = self.table.take_withdrawn();
+        self.sweeper.forget(&withdrawn).map_err(Error::Ports)?;
+        if !withdrawn.is_empty() || !std::mem::replace(&mut self.reset, true) {
             let (closed, failed) = reset::reset(&self.table, self.table.stranded(), namespaces(&leases));
             applied.closed = closed;
             applied.problems.extend(failed.iter().map(|e| describe(e)));

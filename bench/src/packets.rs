@@ -34,7 +34,7 @@ pub struct Hits {
 
 /// Each run turns the packet of the run before into the other of two flows, so that every one of them finds a connection
 /// and writes addresses, ports and checksums. `link` is one of the calling thread's namespace by which the way to both
-/// addresses of `far` leads.
+/// addresses of `far` leads; its link-layer address, and that of the next machine, is 02:00:00:00:00:01.
 pub fn hits(bpffs: &Path, link: u32, far: [Ipv4Addr; 2]) -> anyhow::Result<Hits> {
     let dir = pin_dir(bpffs);
     let flows = HashMap::<Flow, Translation>::open(&dir, map::FLOWS)?;

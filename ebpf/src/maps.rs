@@ -74,6 +74,19 @@ impl<K: Plain, V: Plain> HashMap<K, V> {
         sys::map_delete(self.fd.as_fd(), bytes(key)).map_err(self.error("remove an entry of"))
     }
 
+    /// Removes an entry; what it was at that moment.
+    pub fn take(&self, key: &K) -> Result<Option<V>> {
+        let mut value = MaybeUninit::uninit();
+        let found = sys::map_take(self.fd.as_fd(), bytes(key), bytes_mut(&mut value));
+        // SAFETY: as in `get`.
+        Ok(found.map_err(self.error("remove an entry of"))?.then(|| unsafe { value.assume_init() }))
+    }
+
+    /// Writes an entry that is not there yet; false where it is.
+    pub fn add(&self, key: &K, value: &V) -> Result<bool> {
+        sys::map_add(self.fd.as_fd(), bytes(key), bytes(value)).map_err(self.error("write an entry of"))
+    }
+
     /// All keys, one call each: for maps whose values are large and not wanted.
     pub fn keys(&self) -> Result<Vec<K>> {
         let mut keys = Vec::<K>::new();

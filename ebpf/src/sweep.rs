@@ -1,12 +1,17 @@
-//! Removes connections that have timed out from the programs' map, some at a time: nothing waits for it. The programs do
-//! not find them any more; removing them makes room, so that the map forgets none that lives.
+//! Removes connections from the programs' map: those that have timed out, some at a time, for nothing waits for it (the
+//! programs do not find them any more; removing them makes room, so that the map forgets none that lives); and at once those
+//! whose service has lost the backend.
+//!
+//! The programs write the map meanwhile. An entry is taken out and looked at in one, and put back where it is another one by
+//! then; what comes in between finds a connection with one direction, which they restore.
 
 use crate::{
     error::Result,
+    layout::Target,
     maps::{Cursor, HashMap},
 };
-use sluice_ebpf_common::{CT_REPLY, Flow, TICK_SHIFT, Translation, map};
-use std::{io, path::Path, time::Duration};
+use sluice_ebpf_common::{CT_REPLY, CT_WITHDRAWN, Flow, INSIDE, ServiceKey, TCP, TICK_SHIFT, Translation, map};
+use std::{collections::BTreeSet, io, path::Path, time::Duration};
 
 /// Entries per step: read in one call, in less than a millisecond.
 const STEP: usize = 4_096;
@@ -20,27 +25,45 @@ pub struct Seen {
     pub removed: u64,
 }
 
+/// Backends that services have lost, of the scope [`INSIDE`]: an entry does not say for whom its backend was chosen.
+type Lost = BTreeSet<(ServiceKey, Target)>;
+
+/// PURE: whether a service gave a connection a backend that it has lost since.
+fn is_lost(lost: &Lost, flow: &Flow, t: &Translation) -> bool {
+    if t.flags & CT_REPLY != 0 {
+        return false;
+    }
+    let target = Target { addr: t.to.dst, port_be: t.to.dport_be };
+    let of = |addr| ServiceKey { addr, port_be: flow.dport_be, proto: flow.proto, scope: INSIDE };
+    // By its own address, or as a node port.
+    [flow.dst, flow.dst.unspecified()].into_iter().any(|addr| lost.contains(&(of(addr), target)))
+}
+
 pub struct Sweeper {
     flows: HashMap<Flow, Translation>,
     cursor: Cursor,
     counting: u64,
     seen: Seen,
+    /// To be looked for once more.
+    lost: Lost,
 }
 
 impl Sweeper {
     /// Opens the map pinned in `dir`.
     pub fn open(dir: &Path) -> Result<Self> {
         let flows = HashMap::open(dir, map::FLOWS)?;
-        Ok(Self { flows, cursor: Cursor::default(), counting: 0, seen: Seen::default() })
+        Ok(Self { flows, cursor: Cursor::default(), counting: 0, seen: Seen::default(), lost: Lost::new() })
     }
 
     /// Looks at the next entries; `now` is the time of the programs' clock ([`since_start`]).
     pub fn step(&mut self, now: Duration) -> Result<Seen> {
         let now = (now.as_nanos() >> TICK_SHIFT) as u32;
+        let lost = std::mem::take(&mut self.lost);
+        self.forget_all(&lost)?;
         let (entries, end) = self.flows.some(&mut self.cursor, STEP)?;
         for (flow, t) in entries {
             if t.expired(now) {
-                self.seen.removed += u64::from(self.flows.remove(&flow)?);
+                self.seen.removed += u64::from(self.remove(&flow, now)?);
             } else if t.flags & CT_REPLY == 0 {
                 self.counting += 1;
             }
@@ -51,9 +74,99 @@ impl Sweeper {
         }
         Ok(self.seen)
     }
+
+    /// No datagram goes any more to a backend that its service has lost, and no connection begins there: to be called when the
+    /// service's entry says so. A program that has read the entry before may still be about to note its choice, so that the
+    /// next step looks once more. How many entries there were.
+    pub fn forget(&mut self, lost: &BTreeSet<(ServiceKey, Target)>) -> Result<usize> {
+        let lost = lost.iter().map(|(key, target)| (ServiceKey { scope: INSIDE, ..*key }, *target)).collect();
+        let found = self.forget_all(&lost);
+        self.lost.extend(lost);
+        found
+    }
+
+    fn forget_all(&self, lost: &Lost) -> Result<usize> {
+        let (mut found, mut cursor, mut end) = (0, Cursor::default(), lost.is_empty());
+        while !end {
+            let entries;
+            (entries, end) = self.flows.some(&mut cursor, STEP)?;
+            for (flow, t) in entries.iter().filter(|(flow, t)| is_lost(lost, flow, t)) {
+                self.withdraw(flow, t)?;
+                found += 1;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Whether it was over still when it was removed.
+    fn remove(&self, flow: &Flow, now: u32) -> Result<bool> {
+        match self.flows.take(flow)? {
+            Some(t) if !t.expired(now) => self.flows.add(flow, &t).map(|_| false),
+            taken => Ok(taken.is_some()),
+        }
+    }
+
+    /// Datagrams have no beginning: the next one chooses anew. TCP does when its caller begins anew.
+    fn withdraw(&self, flow: &Flow, t: &Translation) -> Result<()> {
+        if flow.proto != TCP {
+            self.flows.remove(flow)?;
+            return self.flows.remove(&t.to.flipped()).map(drop);
+        }
+        if t.flags & CT_WITHDRAWN != 0 {
+            return Ok(());
+        }
+        // What a packet has changed since it was read is lost, and its next one changes it again.
+        match self.flows.get(flow)? {
+            Some(t) => self.flows.set(flow, &Translation { flags: t.flags | CT_WITHDRAWN, ..t }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The clock of the programs' connections: monotonic, without the time that the machine slept.
 pub fn since_start() -> io::Result<Duration> {
     crate::events::clock(libc::CLOCK_MONOTONIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sluice_ebpf_common::{Addr, CT_ANSWERED, UDP};
+
+    const VIP: Addr = Addr::from_v4(1);
+    const NODE: Addr = Addr::from_v4(2);
+    const BACKEND: Addr = Addr::from_v4(3);
+
+    fn flow(dst: Addr, dport_be: u16) -> Flow {
+        Flow { src: Addr::from_v4(9), dst, sport_be: 4, dport_be, proto: UDP, pad: [0; 3] }
+    }
+
+    fn to(dst: Addr, flags: u32) -> Translation {
+        Translation { to: flow(dst, 8080), used: 100, flags }
+    }
+
+    fn lost(addr: Addr, port_be: u16) -> Lost {
+        let key = ServiceKey { addr, port_be, proto: UDP, scope: INSIDE };
+        [(key, Target { addr: BACKEND, port_be: 8080 })].into()
+    }
+
+    #[test]
+    fn a_connection_is_judged_by_its_service_and_its_backend() {
+        let (vip, node_port) = (lost(VIP, 80), lost(VIP.unspecified(), 30_080));
+        for (lost, flow, t, want) in [
+            (&vip, flow(VIP, 80), to(BACKEND, 0), true),
+            (&vip, flow(VIP, 80), to(BACKEND, CT_ANSWERED), true),
+            (&vip, flow(VIP, 81), to(BACKEND, 0), false),
+            (&vip, flow(VIP, 80), to(NODE, 0), false),
+            (&vip, flow(NODE, 80), to(BACKEND, 0), false),
+            (&vip, flow(VIP, 80), to(BACKEND, CT_REPLY), false),
+            (&vip, Flow { proto: TCP, ..flow(VIP, 80) }, to(BACKEND, 0), false),
+            (&node_port, flow(NODE, 30_080), to(BACKEND, 0), true),
+            (&node_port, flow(VIP, 30_080), to(BACKEND, 0), true),
+            (&node_port, flow(NODE, 30_081), to(BACKEND, 0), false),
+            (&Lost::new(), flow(VIP, 80), to(BACKEND, 0), false),
+        ] {
+            assert_eq!(is_lost(lost, &flow, &t), want, "{flow:?} to {t:?}");
+        }
+    }
 }

@@ -19,6 +19,7 @@ const OBJ_PIN: i64 = 6;
 const OBJ_GET: i64 = 7;
 const PROG_TEST_RUN: i64 = 10;
 const OBJ_GET_INFO_BY_FD: i64 = 15;
+const MAP_LOOKUP_AND_DELETE_ELEM: i64 = 21;
 const MAP_LOOKUP_BATCH: i64 = 24;
 const LINK_CREATE: i64 = 28;
 const LINK_UPDATE: i64 = 29;
@@ -253,6 +254,12 @@ pub(crate) fn test_run(
 /// Whether there was such an entry.
 pub(crate) fn map_delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
     found(bpf(MAP_DELETE_ELEM, &mut Elem { map: raw(map), key: key.as_ptr() as u64, ..Elem::default() }))
+}
+
+/// Removes an entry of a hash map and writes what it was, in one; whether there was one. Since Linux 5.14.
+pub(crate) fn map_take(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    let (key, value) = (key.as_ptr() as u64, value.as_mut_ptr() as u64);
+    found(bpf(MAP_LOOKUP_AND_DELETE_ELEM, &mut Elem { map: raw(map), key, value, ..Elem::default() }))
 }
 
 /// Writes the key after `key` (the first for `None`); false at the end.

@@ -57,7 +57,8 @@ fn advertisement(mac: [u8; 6], a: Ipv6Addr) -> Vec<u8> {
     frame
 }
 
-fn send(link: u32, kind: u16, to: [u8; 6], frame: &[u8]) -> io::Result<()> {
+/// Sends a frame, as it is.
+pub(crate) fn send(link: u32, kind: u16, to: [u8; 6], frame: &[u8]) -> io::Result<()> {
     // SAFETY: no pointer is passed; the descriptor is new and nobody else's.
     let socket = unsafe {
         let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);

@@ -2,7 +2,7 @@
 //! for tests; nothing here runs on a real node.
 
 use crate::{
-    Connection, Error, Netns,
+    Connection, Error, Netns, announce,
     error::Result,
     kernel, link,
     plan::{Address, LO, Operation, Prefix},
@@ -139,6 +139,14 @@ fn send_checksums_in_full(name: &str) -> Result<()> {
         return Err(failed(std::io::Error::last_os_error()));
     }
     Ok(())
+}
+
+/// Sends a frame as it is over a link of the calling thread's namespace.
+pub fn send_frame(link: u32, frame: &[u8]) -> Result<()> {
+    let header = frame.first_chunk::<14>().ok_or_else(|| Error::Answer("a frame without its header".into()))?;
+    let [a, b, c, d, e, f, .., x, y] = *header;
+    let sent = announce::send(link, u16::from_be_bytes([x, y]), [a, b, c, d, e, f], frame);
+    sent.map_err(|e| Error::io("send a frame over", link, e))
 }
 
 fn wait_carrier(c: &mut Connection, name: &str) -> Result<()> {

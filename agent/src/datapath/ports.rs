@@ -5,7 +5,7 @@ use super::{Error, describe};
 use sluice_cni::packets;
 use sluice_ebpf::{
     addr,
-    common::{Addr, CLUSTER_ADJACENT, CLUSTER_NODE, Device, Range},
+    common::{Addr, CLUSTER_ADJACENT, CLUSTER_NODE, DEVICE_TUNNEL, Device, Range},
     loader,
     maps::{HashMap, NodeMaps, pin_dir},
 };
@@ -281,7 +281,8 @@ fn wanted(
     for d in devices.iter().filter(|d| !d.addresses.is_empty() || d.kind.as_deref() == Some("vxlan")) {
         // A link without an address of a family sends from the node's own, as the kernel does.
         let of = |v4| d.primary(v4).or_else(|| own_address(v4)).map_or(Addr::UNSET, addr);
-        out.devices.insert(d.index, Device { addr4: of(true), addr6: of(false), mac: d.mac, pad: 0 });
+        let flags = if d.kind.as_deref() == Some("vxlan") { DEVICE_TUNNEL } else { 0 };
+        out.devices.insert(d.index, Device { addr4: of(true), addr6: of(false), mac: d.mac, flags });
     }
     let ranges = nodes().flat_map(|n| n.pod_cidrs.iter().filter_map(|c| c.parse::<Prefix>().ok()));
     let addresses = nodes().flat_map(|n| n.addresses.iter().map(|a| Prefix::host(*a)));

@@ -404,9 +404,12 @@ pub fn story(ground: &Ground) {
     source_ranges(ground, &around, &pod, &b1, &all);
     nobody(&around);
     pods_reach_the_world(&around, &pod);
-    escaped(&pod, &b1);
+    escaped(ground, &pod, &b1);
     large(&around);
     same_source_port(&around);
+    not_the_nodes(&around);
+    withdrawn(ground, &around, [&b1, &b2], &all);
+    host_ports(ground, &around);
     balanced(&around, &[&b1, &b2]);
     new_link(&around);
     changed_address(&around, &pod);
@@ -597,12 +600,25 @@ fn ping(to: IpAddr) -> io::Result<()> {
     if buffer[..n].ends_with(b"sluice") { Ok(()) } else { Err(ErrorKind::InvalidData.into()) }
 }
 
-/// Datagrams to a virtual address that no socket was asked about: as from a virtual machine.
-fn escaped(pod: &TestPod, backend: &TestPod) {
+/// Packets to a virtual address that no socket was asked about: as from a virtual machine, or a namespace in the pod.
+fn escaped(ground: &Ground, pod: &TestPod, backend: &TestPod) {
     let vip = Ipv4Addr::new(10, 96, 1, 1);
     for (from, seen) in [(pod, pod.ip().to_string()), (backend, "169.254.1.1".to_owned())] {
         let said = within(&from.netns, || raw_ask(from.ip(), vip)).expect("an answer");
         assert_eq!(said, format!("o1 {seen} 1"), "from {}", from.name);
+    }
+    for (n, (vip, gateway)) in [("10.96.1.1", "169.254.1.1"), ("fd00:96::1:1", "fe80::1")].into_iter().enumerate() {
+        for (from, seen) in [(pod, pod.addresses[n].to_string()), (backend, gateway.to_owned())] {
+            // A socket that is made outside of the node's cgroup.
+            let said = ground.outside(|| within(&from.netns, || (dial(at(vip, 80)), ask(at(vip, 80), 1))));
+            assert_eq!(said.0.expect("TCP"), format!("o1 {seen}"), "from {}", from.name);
+            assert_eq!(said.1.expect("UDP"), format!("o1 {seen} 1"), "from {}", from.name);
+            ground.outside(|| within(&from.netns, || echoed(at(vip, 80))));
+        }
+        let none = if vip.contains(':') { "fd00:96::1:6" } else { "10.96.1.6" };
+        let refused = ground.outside(|| within(&pod.netns, || (dial(at(none, 80)), ask(at(none, 80), 1))));
+        let kinds = (refused.0.expect_err("nobody").kind(), refused.1.expect_err("nobody").kind());
+        assert_eq!(kinds, (ErrorKind::ConnectionRefused, ErrorKind::ConnectionRefused));
     }
 }
 
@@ -653,29 +669,161 @@ fn large(around: &Around<'_>) {
     }
 }
 
-/// One source port, two node ports, one backend: its answers must be told apart.
+/// One source port, several addresses, one backend: its answers must be told apart.
 fn same_source_port(around: &Around<'_>) {
+    let from = |kind, own: SocketAddr, to: SocketAddr| {
+        let s = socket2::Socket::new(socket2::Domain::for_address(own), kind, None).expect("socket");
+        s.set_reuse_address(true).expect("option");
+        s.set_reuse_port(true).expect("option");
+        s.bind(&own.into()).expect("bind");
+        s.connect_timeout(&to.into(), WAIT).expect("connect");
+        s
+    };
     around.call(|| {
-        let open = |to: SocketAddr| {
-            let s = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("socket");
-            s.set_reuse_address(true).expect("option");
-            s.set_reuse_port(true).expect("option");
-            s.bind(&at(CALLER4, 45_000).into()).expect("bind");
-            s.connect_timeout(&to.into(), WAIT).expect("connect");
-            TcpStream::from(s)
-        };
-        let mut first = open(at(NODE4, 30_001));
-        let mut second = open(at(NODE4, 30_004));
-        for c in [&mut first, &mut second] {
-            assert_eq!(greeting(c).expect("greeting"), format!("o1 {CALLER4}"));
-        }
-        for (c, text) in [(&mut first, b"one"), (&mut second, b"two")] {
-            c.write_all(text).expect("write");
-            let mut back = [0; 3];
-            c.read_exact(&mut back).expect("read");
-            assert_eq!(&back, text);
+        for (caller, own, external) in [(CALLER4, NODE4, EXTERNAL4), (CALLER6, NODE6, EXTERNAL6)] {
+            let to = [at(own, 30_001), at(own, 30_004), at(external, 80)];
+            let mut open = to.map(|to| TcpStream::from(from(socket2::Type::STREAM, at(caller, 45_000), to)));
+            for c in &mut open {
+                assert_eq!(greeting(c).expect("greeting"), format!("o1 {caller}"));
+            }
+            for (c, text) in open.iter_mut().zip([b"one", b"two", b"six"]) {
+                c.write_all(text).expect("write");
+                let mut back = [0; 3];
+                c.read_exact(&mut back).expect("read");
+                assert_eq!(&back, text);
+            }
+            // Connected, so that each takes answers from nobody but whom it asked.
+            let askers = to.map(|to| UdpSocket::from(from(socket2::Type::DGRAM, at(caller, 45_001), to)));
+            for round in 1..4 {
+                for (n, s) in askers.iter().enumerate() {
+                    s.send(&vec![7; 10 * round + n]).expect("send");
+                }
+                for (n, s) in askers.iter().enumerate() {
+                    s.set_read_timeout(Some(WAIT)).expect("timeout");
+                    let mut buffer = [0; 256];
+                    let read = s.recv(&mut buffer).expect("an answer");
+                    let said = String::from_utf8_lossy(&buffer[..read]).into_owned();
+                    assert_eq!(said, format!("o1 {caller} {}", 10 * round + n));
+                }
+            }
         }
     });
+}
+
+/// What the node's link shows of other networks and machines.
+fn not_the_nodes(around: &Around<'_>) {
+    let counters = Counters::open(&pin_dir(Path::new("/sys/fs/bpf"))).expect("counters");
+    let translated = || counters.get(Reason::PacketTranslated).expect("counter");
+    let card = |machine: &Netns| {
+        let mut c = Connection::open_in(machine).expect("connection");
+        let index = link::find(&mut c, "eth0").expect("find").expect("link").index;
+        (index, link::devices(&mut c).expect("links").into_iter().find(|d| d.index == index).expect("the link").mac)
+    };
+    let (_, own) = card(&Netns::current().expect("own"));
+    let (link, caller) = card(&around.caller);
+    let send = |to: [u8; 6], tag: &[u8], sport: u16| {
+        let mut frame = [&to[..], &caller, tag, &[8, 0, 0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0]].concat();
+        for address in [CALLER4, NODE4] {
+            frame.extend(address.parse::<Ipv4Addr>().expect(address).octets());
+        }
+        let check: u32 = frame[frame.len() - 20..].chunks(2).map(|b| u32::from(b[0]) << 8 | u32::from(b[1])).sum();
+        let check = !((check & 0xffff) + (check >> 16)) as u16;
+        let at = frame.len() - 10;
+        frame[at..at + 2].copy_from_slice(&check.to_be_bytes());
+        frame.extend([sport.to_be_bytes(), 30_001_u16.to_be_bytes()].concat());
+        frame.extend([0, 9, 0, 0, b'?']); // no checksum: RFC 768
+        within(&around.caller, || lab::send_frame(link, &frame)).expect("send");
+    };
+    const OTHER: [u8; 6] = [2, 0, 0, 0, 0x77, 0x77];
+    let before = translated();
+    for n in 0..5 {
+        send(own, &[0x81, 0, 0, 7], 46_000 + n); // a VLAN
+        send(OTHER, &[], 46_010 + n);
+    }
+    send(own, &[], 46_020);
+    send(own, &[0x81, 0, 0xe0, 0], 46_021); // a priority, and no VLAN
+    until("the node's own", || translated() >= before + 2);
+    assert_eq!(translated(), before + 2, "of a VLAN, or of another machine");
+}
+
+/// A caller that keeps its port: datagrams to whom the service has lost go to another at once; what is open goes on.
+fn withdrawn(ground: &Ground, around: &Around<'_>, pods: [&TestPod; 2], all: &[Resource]) {
+    for (own, caller) in [(NODE4, CALLER4), (NODE6, CALLER6)] {
+        let to = at(own, 30_008);
+        let asker = around.call(|| UdpSocket::bind(at(caller, 46_100))).expect("bind");
+        asker.set_read_timeout(Some(WAIT)).expect("timeout");
+        let before = asked_by(&asker, to).expect("an answer");
+        let (gone, left) = if before == pods[0].name { (pods[0], pods[1]) } else { (pods[1], pods[0]) };
+        let mut open = (0..200)
+            .map(|_| around.call(|| TcpStream::connect_timeout(&to, WAIT)).expect("connect"))
+            .find_map(|mut c| greeting(&mut c).expect("greeting").starts_with(&gone.name).then_some(c))
+            .expect("a connection to each backend within 200");
+        let both = |r: &Resource| matches!(r, Resource::EndpointSet(set) if set.name.name == "both");
+        let others = all.iter().filter(|r| !both(r)).cloned();
+        ground.apply(others.chain([endpoints("both", &[left])]).collect());
+        for _ in 0..20 {
+            assert_eq!(asked_by(&asker, to).expect("an answer"), left.name, "{to}: after the acknowledgement");
+            assert!(around.call(|| dial(to)).expect("connect").starts_with(&left.name), "{to}");
+        }
+        open.write_all(b"still").expect("write");
+        let mut back = [0; 5];
+        open.read_exact(&mut back).expect("what is open goes on");
+        assert_eq!(&back, b"still");
+        ground.apply(all.to_vec());
+    }
+}
+
+/// Who answers a socket that may hear from anybody.
+fn asked_by(s: &UdpSocket, to: SocketAddr) -> io::Result<String> {
+    s.send_to(b"?", to)?;
+    let mut buffer = [0; 256];
+    let (n, from) = s.recv_from(&mut buffer)?;
+    assert_eq!(from, to, "the answer comes from where the question went");
+    Ok(String::from_utf8_lossy(&buffer[..n]).split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// Host ports of both protocols, which the next pod has at once.
+fn host_ports(ground: &Ground, around: &Around<'_>) {
+    const PORT: u16 = 8_443;
+    let mapping = |protocol: &str| serde_json::json!({"hostPort": PORT, "containerPort": 8080, "protocol": protocol});
+    let mapped = |name: &str| {
+        let pod = ground.pod_with(
+            name,
+            &[("runtimeConfig", serde_json::json!({"portMappings": [mapping("tcp"), mapping("udp")]}))],
+        );
+        serve(&pod.netns, name, ANY, 8080);
+        pod
+    };
+    let pod = mapped("hp1");
+    let askers = [(NODE4, CALLER4), (NODE6, CALLER6)].map(|(own, caller)| {
+        let said = around.call(|| (dial(at(own, PORT)), ask(at(own, PORT), 1)));
+        assert_eq!(said.0.expect("TCP"), format!("hp1 {caller}"));
+        assert_eq!(said.1.expect("UDP"), format!("hp1 {caller} 1"));
+        let said = around.call(|| ask(at(own, PORT), 9_000)).expect("fragments");
+        assert!(said.ends_with(" 9000"), "{said}");
+        let asker = around.call(|| UdpSocket::bind(at(caller, 46_200))).expect("bind");
+        asker.set_read_timeout(Some(WAIT)).expect("timeout");
+        assert_eq!(asked_by(&asker, at(own, PORT)).expect("an answer"), "hp1");
+        (asker, at(own, PORT))
+    });
+    ground.end_pod(pod);
+    let other = ground.pod("hp3");
+    serve(&other.netns, "hp3", ANY, 8080);
+    for (asker, to) in &askers {
+        asker.set_read_timeout(Some(Duration::from_millis(300))).expect("timeout");
+        let said = asked_by(asker, *to).expect_err("nobody has the port");
+        assert!(
+            matches!(said.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::ConnectionRefused),
+            "{said}"
+        );
+        asker.set_read_timeout(Some(WAIT)).expect("timeout");
+    }
+    let pod = mapped("hp2");
+    for (asker, to) in &askers {
+        assert_eq!(asked_by(asker, *to).expect("an answer"), "hp2");
+        assert!(around.call(|| dial(*to)).expect("connect").starts_with("hp2 "));
+    }
+    [pod, other].into_iter().for_each(|p| ground.end_pod(p));
 }
 
 fn balanced(around: &Around<'_>, pods: &[&TestPod]) {

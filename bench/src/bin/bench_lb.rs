@@ -534,10 +534,13 @@ fn following(ground: &Ground) -> anyhow::Result<()> {
 /// Packets of known connections, beside as many services as a large cluster has.
 fn passing(ground: &Ground) -> anyhow::Result<()> {
     const BESIDE: usize = 10_000;
+    const MAC: &str = "02:00:00:00:00:01";
     const FAR: [Ipv4Addr; 2] = [Ipv4Addr::new(203, 0, 113, 1), Ipv4Addr::new(203, 0, 113, 2)];
     ground.table()?.apply(&wanted(BESIDE, SERVER))?;
     let router = Ipv4Addr::new(10, 9, 0, 200).to_string();
-    ip(&ground.plain, &["neigh", "replace", &router, "lladdr", "02:00:00:00:00:08", "dev", "eth0"])?;
+    // The router has the link's own address, so that a packet that was sent on is one to the link again.
+    ip(&ground.plain, &["link", "set", "eth0", "address", MAC])?;
+    ip(&ground.plain, &["neigh", "replace", &router, "lladdr", MAC, "dev", "eth0"])?;
     ip(&ground.plain, &["route", "replace", "203.0.113.0/24", "via", &router])?;
     let hits = ground.plain.run(|| {
         fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("forward")?;

@@ -315,7 +315,7 @@ pub struct Translation {
     pub to: Flow,
     /// When the last packet came, in [ticks](TICK_SHIFT) of the monotonic clock; written once a tick at most.
     pub used: u32,
-    /// [`CT_REPLY`], [`CT_ANSWERED`], [`CT_FIN`], [`CT_CLOSED`], [`CT_RELAYED`].
+    /// [`CT_REPLY`] and so on; with [`CT_HERE`], the upper bits are a [`stamp`].
     pub flags: u32,
 }
 
@@ -333,12 +333,31 @@ pub const CT_CLOSED: u32 = 8;
 /// Packets stay as they are and go to the node of `to.dst`, which answers by itself: there is no other direction here.
 /// Answered is one whose caller has gone on.
 pub const CT_RELAYED: u32 = 16;
+/// The caller has not gone on since it was answered: the handshake is not complete. Of TCP only; entries from before this
+/// flag are without.
+pub const CT_HALF: u32 = 32;
+/// The service has lost the backend: what goes on goes on, but who begins gets another one. Written by the agent.
+pub const CT_WITHDRAWN: u32 = 64;
+/// `to.dst` was a pod of this node, and the upper bits say which: the address may be another's since.
+pub const CT_HERE: u32 = 1 << 31;
 
-/// Ticks without a packet after which a connection is forgotten: TCP that is open, that was never answered, that is
-/// over; UDP and ICMP that was answered, and that was not (RFC 5382 §5 asks for 2 h 4 min, RFC 4787 §4.3 for 2 min).
+/// Bits of flags that are not a stamp.
+const STAMP_SHIFT: u32 = 8;
+/// What tells a pod from those that have its address later: [`CT_HERE`], and the end of its namespace's cookie. Cookies are
+/// counted up, so that it takes eight million namespaces for two to look alike.
+#[inline(always)]
+pub const fn stamp(netns: u64) -> u32 {
+    CT_HERE | (netns as u32) << STAMP_SHIFT & !CT_HERE
+}
+
+/// Ticks without a packet after which a connection is forgotten: TCP that is open, that was never answered, that was answered
+/// and has not gone on, that is over; UDP and ICMP that was answered, and that was not (RFC 5382 §5 asks for 2 h 4 min, RFC 4787
+/// §4.3 for 2 min). What has not begun in earnest is kept for as short as a caller's second and third try need: anybody can
+/// begin any number under addresses that are not his.
 pub mod timeout {
     pub const TCP_OPEN: u32 = 7_000;
-    pub const TCP_NEW: u32 = 60;
+    pub const TCP_NEW: u32 = 15;
+    pub const TCP_HALF: u32 = 30;
     pub const TCP_CLOSED: u32 = 10;
     pub const ANSWERED: u32 = 120;
     pub const NEW: u32 = 30;
@@ -353,17 +372,31 @@ impl Translation {
             (TCP, true) => timeout::TCP_CLOSED,
             // The other side's FIN is not seen here; a caller that only reads goes on acknowledging.
             (TCP, false) if self.flags & (CT_RELAYED | CT_FIN) == CT_RELAYED | CT_FIN => timeout::ANSWERED,
-            (TCP, false) if answered => timeout::TCP_OPEN,
-            (TCP, false) => timeout::TCP_NEW,
+            (TCP, false) if !answered => timeout::TCP_NEW,
+            (TCP, false) if self.flags & CT_HALF != 0 => timeout::TCP_HALF,
+            (TCP, false) => timeout::TCP_OPEN,
             _ if answered => timeout::ANSWERED,
             _ => timeout::NEW,
         }
     }
 
-    /// Whether it is over at `now`, in ticks.
+    /// Whether it is over at `now`, in ticks. Each CPU has its own clock, and the agent another: that of who wrote last may
+    /// be ahead of that of who asks.
     #[inline(always)]
     pub const fn expired(&self, now: u32) -> bool {
-        now.wrapping_sub(self.used) > self.timeout()
+        now.wrapping_sub(self.used) as i32 > self.timeout() as i32
+    }
+
+    /// Whether it was used last before `now`.
+    #[inline(always)]
+    pub const fn used_before(&self, now: u32) -> bool {
+        now.wrapping_sub(self.used) as i32 > 0
+    }
+
+    /// The stamp of the pod that `to.dst` was; 0: it was none of this node.
+    #[inline(always)]
+    pub const fn stamped(&self) -> u32 {
+        if self.flags & CT_HERE != 0 { self.flags >> STAMP_SHIFT << STAMP_SHIFT } else { 0 }
     }
 }
 
@@ -400,8 +433,12 @@ pub struct Device {
     pub addr4: Addr,
     pub addr6: Addr,
     pub mac: [u8; 6],
-    pub pad: u16,
+    /// [`DEVICE_TUNNEL`].
+    pub flags: u16,
 }
+
+/// What the link carries is packed into packets of the node's own, which the node sends in fragments where they are too large.
+pub const DEVICE_TUNNEL: u16 = 1;
 
 /// Finalizer of MurmurHash3 with 64 bits: spreads what is counted up.
 #[inline(always)]
@@ -814,6 +851,56 @@ pub mod bound {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn of(proto: u8, flags: u32) -> Translation {
+        Translation { to: Flow { proto, ..Flow::default() }, used: 1_000, flags }
+    }
+
+    #[test]
+    fn connections_outlive_their_last_packet_by_what_they_are() {
+        let cases = [
+            (TCP, 0, timeout::TCP_NEW),
+            (TCP, CT_REPLY | CT_HALF, timeout::TCP_NEW),
+            (TCP, CT_ANSWERED | CT_HALF, timeout::TCP_HALF),
+            (TCP, CT_ANSWERED, timeout::TCP_OPEN),
+            (TCP, CT_ANSWERED | CT_FIN, timeout::TCP_OPEN),
+            (TCP, CT_ANSWERED | CT_CLOSED, timeout::TCP_CLOSED),
+            (TCP, CT_HALF | CT_CLOSED, timeout::TCP_CLOSED),
+            (TCP, CT_ANSWERED | CT_RELAYED, timeout::TCP_OPEN),
+            (TCP, CT_ANSWERED | CT_RELAYED | CT_FIN, timeout::ANSWERED),
+            (TCP, CT_ANSWERED | stamp(u64::MAX), timeout::TCP_OPEN),
+            (UDP, 0, timeout::NEW),
+            (UDP, CT_ANSWERED | CT_REPLY, timeout::ANSWERED),
+            (ICMP, CT_ANSWERED, timeout::ANSWERED),
+        ];
+        for (proto, flags, ticks) in cases {
+            let t = of(proto, flags);
+            assert_eq!(t.timeout(), ticks, "{proto} {flags:#x}");
+            assert!(!t.expired(1_000 + ticks) && t.expired(1_001 + ticks), "{proto} {flags:#x}");
+        }
+    }
+
+    /// Clocks of CPUs differ by a tick at its boundary: what was used "after now" is as alive as can be.
+    #[test]
+    fn a_connection_that_another_cpu_used_a_tick_ahead_lives() {
+        for used in [1_000, 0, u32::MAX] {
+            let t = Translation { used, ..of(TCP, CT_ANSWERED) };
+            for behind in 0..3 {
+                assert!(!t.expired(used.wrapping_sub(behind)), "{used}, {behind} ticks ahead");
+                assert!(!t.used_before(used.wrapping_sub(behind)));
+            }
+            assert!(t.used_before(used.wrapping_add(1)));
+        }
+    }
+
+    #[test]
+    fn pods_are_told_by_their_stamps() {
+        let t = of(TCP, CT_REPLY | CT_ANSWERED | CT_WITHDRAWN | stamp(0x1234_5678_9abc));
+        assert_eq!(t.stamped(), stamp(0x1234_5678_9abc));
+        assert_ne!(stamp(7), stamp(8));
+        assert_ne!(stamp(0), 0, "whatever the cookie");
+        assert_eq!(of(TCP, CT_ANSWERED | CT_WITHDRAWN).stamped(), 0);
+    }
 
     #[test]
     fn reasons_are_known_by_their_numbers() {

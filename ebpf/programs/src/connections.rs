@@ -5,7 +5,7 @@
 //! agent removes it in passing.
 
 use crate::{
-    maps::FLOWS,
+    maps::{ADDRS, FLOWS},
     packet::{ACK, FIN, RST, SYN},
     work::Work,
 };
@@ -43,61 +43,115 @@ pub enum Known {
 /// Writes to `w.to` what becomes of the packet, if it belongs to a connection that is known, and brings that forward.
 #[inline(always)]
 pub fn known(w: &mut Work) -> Known {
-    let Some(entry) = FLOWS.get_ptr_mut(&w.head.flow) else { return Known::No };
+    let Some(t) = find(w) else { return Known::No };
+    if !there(w, t) {
+        return Known::No;
+    }
+    go_on(w, t);
+    if t.flags & CT_RELAYED != 0 { Known::Relayed } else { Known::Translated }
+}
+
+/// The entry of the packet's connection, with `w.to` what it makes of the packet.
+#[inline(always)]
+pub fn find(w: &mut Work) -> Option<&'static mut Translation> {
+    let entry = FLOWS.get_ptr_mut(&w.head.flow)?;
     // SAFETY: an entry of the map; two CPUs that write it at once write the same, or lose one tick.
     let t = unsafe { &mut *entry };
     let now = now(w);
-    let tcp_flags = w.head.tcp_flags;
-    let begins = tcp_flags & (SYN | ACK) == SYN;
-    let again = begins && t.flags & (CT_CLOSED | CT_REPLY) == CT_CLOSED;
-    if t.expired(now) || again {
-        return Known::No;
+    if t.expired(now) || begins(w.head.tcp_flags) && anew(t.flags) {
+        return None;
     }
     w.to = t.to;
+    Some(t)
+}
+
+#[inline(always)]
+fn begins(tcp_flags: u8) -> bool {
+    tcp_flags & (SYN | ACK) == SYN
+}
+
+/// Whether a caller that begins once more is given a backend anew: it is over; its backend takes no new ones; or it is relayed,
+/// and whether the first try has come to somebody is not known here, so that the next one goes where all would send it now.
+#[inline(always)]
+fn anew(flags: u32) -> bool {
+    flags & (CT_RELAYED | CT_WITHDRAWN) != 0 || flags & (CT_CLOSED | CT_REPLY) == CT_CLOSED
+}
+
+/// Whether the pod that packets go to is the one that it was when the connection began; its link, for [`Work::pod`].
+#[inline(always)]
+fn there(w: &mut Work, t: &Translation) -> bool {
+    let stamped = t.stamped();
+    if stamped == 0 {
+        return true;
+    }
+    // SAFETY: integers of the entry.
+    if let Some(pod) = unsafe { ADDRS.get(&w.to.dst) }
+        && stamp(pod.netns) == stamped
+    {
+        (w.pod, w.pod_flags) = (pod.ifindex, pod.flags);
+        return true;
+    }
+    // What another pod says under that address is not for this caller.
+    w.key = w.to.flipped();
+    let _ = FLOWS.remove(&w.key);
+    false
+}
+
+/// What marks an address as that of a pod of this node, if it is.
+#[inline(always)]
+fn here(addr: &Addr) -> u32 {
+    // SAFETY: an integer of the entry.
+    unsafe { ADDRS.get(addr) }.map_or(0, |pod| stamp(pod.netns))
+}
+
+/// A packet of it has come. Both directions: a connection lives while packets go one way.
+#[inline(always)]
+pub fn go_on(w: &mut Work, t: &mut Translation) {
+    let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
     if t.flags & CT_RELAYED != 0 {
-        // Whether the first try has come to somebody is not known here: the next one goes where all would send it now.
-        if begins {
-            return Known::No;
-        }
         t.used = now;
         t.flags |= CT_ANSWERED
             | if tcp_flags & FIN != 0 { CT_FIN } else { 0 }
             | if tcp_flags & RST != 0 { CT_CLOSED } else { 0 };
-        return Known::Relayed;
+        return;
     }
     let first_answer = t.flags & (CT_REPLY | CT_ANSWERED) == CT_REPLY;
-    if t.used != now || first_answer || tcp_flags & (FIN | RST) != 0 {
+    let opens = t.flags & (CT_REPLY | CT_ANSWERED | CT_HALF) == CT_ANSWERED | CT_HALF && !begins(tcp_flags);
+    if t.used_before(now) || first_answer || opens || tcp_flags & (FIN | RST) != 0 {
         w.key = w.to.flipped();
-        advance(t, &w.key, tcp_flags, now, first_answer);
+        advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, if opens { CT_HALF } else { 0 });
     }
-    Known::Translated
 }
 
-/// Both directions: a connection lives while packets go one way.
+/// What both directions gain and lose, beside what the packet's own flags say.
 #[inline(always)]
-fn advance(t: &mut Translation, other: &Flow, tcp_flags: u8, now: u32, first_answer: bool) {
+fn advance(w: &mut Work, t: &mut Translation, gained: u32, lost: u32) {
+    let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
     t.used = now;
-    let Some(other) = FLOWS.get_ptr_mut(other) else { return };
+    t.flags = (t.flags | gained) & !lost;
+    if tcp_flags & FIN != 0 {
+        t.flags |= CT_FIN;
+    }
+    if tcp_flags & RST != 0 {
+        t.flags |= CT_CLOSED;
+    }
+    let Some(other) = FLOWS.get_ptr_mut(&w.key) else { return restore(w, t) };
     // SAFETY: as above.
     let other = unsafe { &mut *other };
     other.used = now;
-    let mut both = 0;
-    if first_answer {
-        both |= CT_ANSWERED;
-    }
-    if tcp_flags & FIN != 0 {
-        t.flags |= CT_FIN;
-        if other.flags & CT_FIN != 0 {
-            both |= CT_CLOSED;
-        }
-    }
-    if tcp_flags & RST != 0 {
-        both |= CT_CLOSED;
-    }
-    if both != 0 {
-        t.flags |= both;
-        other.flags |= both;
-    }
+    let fins = t.flags & other.flags & CT_FIN;
+    let closed = (t.flags & CT_CLOSED) | if fins != 0 { CT_CLOSED } else { 0 };
+    t.flags |= closed;
+    other.flags = (other.flags | gained | closed) & !lost;
+}
+
+/// The map has forgotten the other direction, at `w.key`: without it, answers would go out as they are.
+#[inline(always)]
+fn restore(w: &mut Work, t: &Translation) {
+    const SHARED: u32 = CT_ANSWERED | CT_HALF | CT_CLOSED | CT_WITHDRAWN;
+    w.entry.to = w.head.flow.flipped();
+    (w.entry.used, w.entry.flags) = (w.tick, t.flags & SHARED | !t.flags & CT_REPLY | here(&w.head.flow.src));
+    let _ = FLOWS.insert(&w.key, &w.entry, BPF_NOEXIST);
 }
 
 /// How the source of a new connection is written.
@@ -115,12 +169,29 @@ pub fn begin(w: &mut Work, source: Source) -> Result<(), Reason> {
     let now = now(w);
     claim(w, source, now)?;
     w.entry.to = w.to;
-    (w.entry.used, w.entry.flags) = (now, 0);
+    (w.entry.used, w.entry.flags) = (now, half(w) | here(&w.to.dst));
     if FLOWS.insert(&w.head.flow, &w.entry, 0).is_ok() {
         return Ok(());
     }
     let _ = FLOWS.remove(&w.key);
     Err(Reason::DroppedTableFull)
+}
+
+#[inline(always)]
+fn half(w: &Work) -> u32 {
+    if w.head.flow.proto == TCP { CT_HALF } else { 0 }
+}
+
+/// Notes that packets of `w.key` become `w.to` too, as those of the connection in hand do.
+#[inline(always)]
+pub fn also(w: &mut Work) {
+    if w.key.same(&w.head.flow) {
+        return;
+    }
+    w.entry.to = w.to;
+    (w.entry.used, w.entry.flags) = (w.tick, 0);
+    // Without room, or beside another connection, the parts go out as they are, and nobody takes them.
+    let _ = FLOWS.insert(&w.key, &w.entry, BPF_NOEXIST);
 }
 
 /// Hops to take of a packet that is relayed: two are left. That is enough for its node to send it on to a third one, and
@@ -145,7 +216,7 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
     const LOW: u32 = *SNAT_PORTS.start() as u32;
     const COUNT: u64 = (*SNAT_PORTS.end() - *SNAT_PORTS.start()) as u64 + 1;
     w.entry.to = w.head.flow.flipped();
-    (w.entry.used, w.entry.flags) = (now, CT_REPLY);
+    (w.entry.used, w.entry.flags) = (now, CT_REPLY | half(w) | here(&w.head.flow.src));
     // SAFETY: a helper without arguments.
     let mut random = unsafe { bpf_get_prandom_u32() as u32 };
     for attempt in 0..ATTEMPTS {

@@ -169,10 +169,23 @@ struct Answer6<const N: usize> {
     quoted: [u32; N],
 }
 
-/// Drops the packet and tells its sender why, as far as an error may be sent about it (RFC 1122 §3.2.2: not about a
-/// later fragment, nor to many); one about a packet with IP options is not.
+/// Errors that each CPU sends in a tick (RFC 1812 §4.3.2.8): as many as the node's stack does in a second.
+const REPORTS: u32 = 1_000;
+
 #[inline(always)]
-pub fn report(skb: &Skb, w: &Work, report: Report, reason: Reason, at: u8) -> i32 {
+fn allowed(w: &mut Work) -> bool {
+    let now = connections::now(w);
+    if w.reports_tick != now {
+        (w.reports_tick, w.reports) = (now, 0);
+    }
+    w.reports = w.reports.wrapping_add(1);
+    w.reports <= REPORTS
+}
+
+/// Drops the packet and tells its sender why, as far as an error may be sent about it (RFC 1122 §3.2.2: not about a
+/// later fragment, nor to many); one about a packet with IP options is not, nor more than [`REPORTS`].
+#[inline(always)]
+pub fn report(skb: &Skb, w: &mut Work, report: Report, reason: Reason, at: u8) -> i32 {
     count(reason);
     let head = &w.head;
     tell(skb, &head.flow, &head.flow, reason, at, true);
@@ -180,6 +193,10 @@ pub fn report(skb: &Skb, w: &Work, report: Report, reason: Reason, at: u8) -> i3
     if !plain || head.body != Body::Ports || head.flow.src.is_unspecified() {
         return DROP;
     }
+    if !allowed(w) {
+        return DROP;
+    }
+    let head = &w.head;
     let sent = match (head.v4, head.flow.proto == TCP) {
         (true, true) => answer4::<10>(skb, head, report),
         (true, false) => answer4::<7>(skb, head, report),

@@ -46,6 +46,7 @@ pub struct Ipv6 {
     pub dst: [u32; 4],
 }
 
+const MAY_NOT_FRAGMENT: u16 = 0x4000;
 const MORE_FRAGMENTS: u16 = 0x2000;
 const FRAGMENT_OFFSET: u16 = 0x1fff;
 /// In the first word of the fragment header.
@@ -75,6 +76,8 @@ pub struct Head {
     pub l4: u32,
     pub body: Body,
     pub v4: bool,
+    /// Whoever sends it on may divide it.
+    pub divisible: bool,
     /// 0 where the packet is no TCP, or has no such header.
     pub tcp_flags: u8,
     pub hops: u8,
@@ -89,14 +92,19 @@ impl Head {
     #[inline(always)]
     fn begin(&mut self, proto: u8, l4: u32, v4: bool, hops: u8) {
         (self.flow.sport_be, self.flow.dport_be, self.flow.proto, self.flow.pad) = (0, 0, proto, [0; 3]);
+        self.divisible = false;
         (self.l4, self.v4, self.hops, self.tcp_flags, self.body) = (l4, v4, hops, 0, Body::Ports);
     }
 }
 
 /// Why a packet was not read.
 pub enum Unread {
-    /// Not IP, or a protocol that is not translated.
+    /// Not IP.
+    Other,
+    /// A protocol that is not translated; the addresses are read.
     Foreign,
+    /// A later fragment whose first one was not seen; the addresses are read, and the protocol.
+    Orphan,
     Drop(Reason),
 }
 
@@ -144,7 +152,7 @@ pub trait Bytes {
         match self.ethertype() {
             Some(ETH_P_IP) => self.read4(head),
             Some(ETH_P_IPV6) => self.read6(head),
-            Some(_) => Err(Unread::Foreign),
+            Some(_) => Err(Unread::Other),
             None => Err(MALFORMED),
         }
     }
@@ -163,6 +171,7 @@ pub trait Bytes {
         head.flow.dst = Addr::from_v4(ip.dst);
         head.begin(ip.proto, L3 + length, true, ip.ttl);
         let fragment = u16::from_be(ip.fragment_be);
+        head.divisible = fragment & MAY_NOT_FRAGMENT == 0;
         let id = ip.id as u32;
         if fragment & FRAGMENT_OFFSET != 0 {
             return later(head, id);
@@ -368,6 +377,27 @@ impl Skb {
         field!(self, ifindex)
     }
 
+    /// In a VLAN, which is another network than the link's own. The number 0 is none: it carries a priority (IEEE 802.1Q).
+    #[inline(always)]
+    pub fn in_vlan(&self) -> bool {
+        const VLAN: u32 = 0xfff;
+        field!(self, vlan_present) != 0 && field!(self, vlan_tci) & VLAN != 0
+    }
+
+    /// Sent to the link-layer address of this node, and of nobody else.
+    #[inline(always)]
+    pub fn addressed(&self) -> bool {
+        const PACKET_HOST: u32 = 0;
+        field!(self, pkt_type) == PACKET_HOST
+    }
+
+    /// For another machine: seen because the link shows all that passes, or because a switch does not know better.
+    #[inline(always)]
+    pub fn for_others(&self) -> bool {
+        const PACKET_OTHERHOST: u32 = 3;
+        field!(self, pkt_type) == PACKET_OTHERHOST
+    }
+
     /// [`Bytes::patch`] with the checksum, whoever is to compute it: the device's sum of a packet that came and the sum
     /// of one that a device is still to finish are the kernel's to keep right. False: it could not be done and the packet
     /// is damaged.
@@ -516,20 +546,23 @@ pub struct Icmp {
 /// A fragment after the first goes where that went.
 #[inline(always)]
 fn later(head: &mut Head, id: u32) -> Result<(), Unread> {
-    if head.flow.proto != TCP && head.flow.proto != UDP {
+    if !matches!(head.flow.proto, TCP | UDP | ICMP | ICMPV6) {
         return Err(Unread::Foreign);
     }
+    head.body = Body::Later;
     let key = FragmentKey { src: head.flow.src, dst: head.flow.dst, id, proto: head.flow.proto, pad: [0; 3] };
     // SAFETY: written once per packet, before its later fragments come.
-    let ports = unsafe { FRAGMENTS.get(&key) }.ok_or(Unread::Drop(Reason::DroppedFragment))?;
+    let ports = unsafe { FRAGMENTS.get(&key) }.ok_or(Unread::Orphan)?;
     (head.flow.sport_be, head.flow.dport_be) = (ports.sport_be, ports.dport_be);
-    head.body = Body::Later;
     Ok(())
 }
 
-/// Without room for the note, later fragments are dropped and counted.
+/// Without room for the note, later fragments are orphans; so are those of an ICMP error, which has no ports.
 #[inline(always)]
 fn note_first(head: &Head, id: u32) {
+    if head.body == Body::Error {
+        return;
+    }
     let key = FragmentKey { src: head.flow.src, dst: head.flow.dst, id, proto: head.flow.proto, pad: [0; 3] };
     let ports = FragmentPorts { sport_be: head.flow.sport_be, dport_be: head.flow.dport_be };
     let _ = FRAGMENTS.insert(&key, &ports, 0);

@@ -74,6 +74,9 @@ pub fn from_pod(skb: Skb) -> i32 {
 
 #[inline(always)]
 pub fn from_wire(skb: Skb) -> i32 {
+    if skb.in_vlan() || skb.for_others() {
+        return NEXT;
+    }
     match skb.ethertype() {
         Some(ETH_P_ARP) => neighbour::answer_arp(&skb),
         _ => entered(skb, hook::WIRE),
@@ -83,6 +86,9 @@ pub fn from_wire(skb: Skb) -> i32 {
 /// Packets of the node's own stack: answers of its processes to translated connections.
 #[inline(always)]
 pub fn from_host(skb: Skb) -> i32 {
+    if skb.in_vlan() {
+        return NEXT;
+    }
     let Some(w) = work() else { return NEXT };
     if skb.read(&mut w.head).is_err() {
         return NEXT;
@@ -97,22 +103,40 @@ pub fn from_host(skb: Skb) -> i32 {
     dropped(&skb, w, Reason::DroppedRewrite, hook::HOST)
 }
 
+/// What was read of a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    All,
+    /// Its addresses: the protocol is none that is translated.
+    Foreign,
+    /// Its addresses and protocol.
+    Orphan,
+}
+
 #[inline(always)]
 fn entered(skb: Skb, at: u8) -> i32 {
     let Some(w) = work() else { return NEXT };
-    match skb.read(&mut w.head) {
-        Ok(()) => {}
-        Err(Unread::Foreign) if at == hook::WIRE && skb.ethertype() == Some(ETH_P_IPV6) => {
-            return neighbour::answer_nd(&skb);
-        }
-        Err(Unread::Foreign) => return NEXT,
+    w.pod = 0;
+    let seen = match skb.read(&mut w.head) {
+        Ok(()) => Seen::All,
+        Err(Unread::Foreign) => Seen::Foreign,
+        Err(Unread::Orphan) => Seen::Orphan,
+        Err(Unread::Other) => return NEXT,
         Err(Unread::Drop(reason)) => return dropped(&skb, w, reason, at),
+    };
+    if at == hook::POD {
+        match sender(&skb, &w.head.flow) {
+            Sender::Pod => {}
+            Sender::Link => return NEXT,
+            Sender::Nobody => return dropped(&skb, w, Reason::DroppedSpoofed, at),
+        }
     }
-    if w.head.flow.dst.is_multicast() {
-        return NEXT;
-    }
-    if at == hook::POD && foreign(&skb, &w.head.flow.src) {
-        return dropped(&skb, w, Reason::DroppedSpoofed, at);
+    match seen {
+        Seen::Foreign if at == hook::WIRE && !w.head.v4 => return neighbour::answer_nd(&skb),
+        Seen::Foreign => return NEXT,
+        _ if w.head.flow.dst.is_multicast() || !skb.addressed() || skb.in_vlan() => return NEXT,
+        Seen::Orphan => return orphan(&skb, w, at),
+        Seen::All => {}
     }
     let relayed = if w.head.body == Body::Error {
         match icmp::translate(&skb, w) {
@@ -134,7 +158,14 @@ fn entered(skb: Skb, at: u8) -> i32 {
 /// Towards `w.to`: rewritten to it, or relayed as it is.
 #[inline(always)]
 fn go(skb: &Skb, w: &mut Work, at: u8, relayed: bool) -> i32 {
-    let way = way(skb, &w.to, &mut w.fib);
+    let mut way = match w.pod {
+        0 => way(skb, &w.to, &mut w.fib),
+        ifindex => to_pod(ifindex, w.pod_flags),
+    };
+    way.kind = tunnelled(way, w);
+    if way.kind == Kind::TooBig && w.head.divisible && !relayed {
+        return to_divide(skb, w, at);
+    }
     let hop = way.kind == Kind::Link;
     match way.kind {
         Kind::TooBig => {
@@ -161,18 +192,79 @@ fn go(skb: &Skb, w: &mut Work, at: u8, relayed: bool) -> i32 {
     send(way, w)
 }
 
-/// Whether an address is not that of the pod whose link the packet came by. Link-local ones stay on the link.
+/// A tunnel takes also what is too large for it, where that may be divided: its own packets are.
 #[inline(always)]
-fn foreign(skb: &Skb, src: &Addr) -> bool {
+fn tunnelled(way: Way, w: &Work) -> Kind {
+    let divisible = way.kind == Kind::TooBig && w.head.divisible;
     // SAFETY: an integer of the entry.
-    let owner = unsafe { ADDRS.get(src) }.map(|pod| pod.ifindex);
-    owner != Some(skb.ifindex()) && !src.is_link_local()
+    if divisible && unsafe { DEVICES.get(way.ifindex) }.is_some_and(|d| d.flags & DEVICE_TUNNEL != 0) {
+        return Kind::Link;
+    }
+    way.kind
+}
+
+/// Leaves to the stack a packet that is larger than its way on, and may be divided. The stack takes nothing under an address
+/// of the node's own: where the source changes too, `from_host` does that, when the parts leave.
+#[inline(always)]
+fn to_divide(skb: &Skb, w: &mut Work, at: u8) -> i32 {
+    let moved = !w.to.src.same(&w.head.flow.src) || w.to.sport_be != w.head.flow.sport_be;
+    if moved {
+        w.key = w.to;
+        (w.key.src, w.key.sport_be) = (w.head.flow.src, w.head.flow.sport_be);
+        connections::also(w);
+        w.to = w.key;
+    }
+    if !skb.rewrite(&w.head, &w.to, 0) {
+        return dropped(skb, w, Reason::DroppedRewrite, at);
+    }
+    NEXT
+}
+
+/// Who a pod says it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sender {
+    Pod,
+    /// A link-local address, or none yet, in what such an address is for: finding out who is on the link.
+    Link,
+    Nobody,
+}
+
+/// Link-local addresses have no owner that the programs know of, and the node's resolver has one: under them a pod reaches the
+/// node, past all services, and no other pod.
+#[inline(always)]
+fn sender(skb: &Skb, flow: &Flow) -> Sender {
+    // SAFETY: an integer of the entry.
+    let owner = unsafe { ADDRS.get(&flow.src) }.map(|pod| pod.ifindex);
+    if owner == Some(skb.ifindex()) {
+        return Sender::Pod;
+    }
+    // SAFETY: presence only.
+    let near = || flow.dst.is_link_local() || unsafe { LOCALS.get(&flow.dst) }.is_some();
+    let local = flow.src.is_link_local();
+    if (local || flow.src.is_unspecified()) && flow.dst.is_multicast() || local && near() {
+        return Sender::Link;
+    }
+    Sender::Nobody
+}
+
+/// A later fragment that came ahead of its first, or whose first went another way. Whether it would be translated is not
+/// known: it goes on where nothing can come of that but the loss of its packet. The node's own stack puts together what is for
+/// the node.
+#[inline(always)]
+fn orphan(skb: &Skb, w: &mut Work, at: u8) -> i32 {
+    // SAFETY: presence only.
+    let announced = unsafe { ANNOUNCED.get(&w.head.flow.dst) }.is_some();
+    if announced || at == hook::POD && masqueraded(&w.head.flow.dst) {
+        return dropped(skb, w, Reason::DroppedFragment, at);
+    }
+    deliver(skb, w, at, false)
 }
 
 /// A packet that stays as it is, or is translated already.
 #[inline(always)]
 fn deliver(skb: &Skb, w: &mut Work, at: u8, translated: bool) -> i32 {
-    let way = way(skb, &w.head.flow, &mut w.fib);
+    let mut way = way(skb, &w.head.flow, &mut w.fib);
+    way.kind = tunnelled(way, w);
     match way.kind {
         Kind::Pod | Kind::ShapedPod => send(way, w),
         // What only passes through this node is the stack's, and so is every answer that it can give better.
@@ -377,11 +469,12 @@ fn source(skb: &Skb, w: &mut Work, at: u8) -> Result<Source, Reason> {
     if leaving(skb, w) { Ok(Source::Node) } else { Err(Reason::DroppedNoRoute) }
 }
 
-/// Gives `w.to` the node's address on the link by which it leaves, if it leaves and there is one.
+/// Gives `w.to` the node's address on the link by which it leaves, if it leaves and there is one; also where this packet is too
+/// large for that link.
 #[inline(always)]
 fn leaving(skb: &Skb, w: &mut Work) -> bool {
     let way = way(skb, &w.to, &mut w.fib);
-    if way.kind != Kind::Link {
+    if way.kind != Kind::Link && way.kind != Kind::TooBig {
         return false;
     }
     // SAFETY: replaced whole.
@@ -435,13 +528,17 @@ pub fn question(fib: &mut FibLookup, flow: &Flow, ifindex: u32, length: u16) {
     }
 }
 
+#[inline(always)]
+fn to_pod(ifindex: u32, flags: u32) -> Way {
+    Way { kind: if flags & POD_SHAPED != 0 { Kind::ShapedPod } else { Kind::Pod }, ifindex }
+}
+
 /// Where a packet with these addresses goes.
 #[inline(always)]
 fn way(skb: &Skb, flow: &Flow, fib: &mut FibLookup) -> Way {
     // SAFETY: replaced whole; presence decides.
     if let Some(pod) = unsafe { ADDRS.get(&flow.dst) } {
-        let kind = if pod.flags & POD_SHAPED != 0 { Kind::ShapedPod } else { Kind::Pod };
-        return Way { kind, ifindex: pod.ifindex };
+        return to_pod(pod.ifindex, pod.flags);
     }
     // SAFETY: presence only.
     if flow.dst.is_link_local() || unsafe { LOCALS.get(&flow.dst) }.is_some() {

@@ -6,7 +6,7 @@
 //! is there, and a route that changed is noticed.
 
 use crate::{
-    connections::{self, Known},
+    connections,
     maps::{ADDRS, HOPS, LOCALS, count},
     packet::{Body, Bytes, Frame, Head, Ipv4, Ipv6, L3},
     route::{FIB_SUCCESS, question},
@@ -26,8 +26,8 @@ pub fn forward(packet: Frame) -> u32 {
     if packet.read(&mut w.head).is_err() || w.head.body == Body::Error || w.head.hops <= 1 {
         return XDP_PASS;
     }
-    let known = connections::known(w);
-    if known == Known::No {
+    let Some(t) = connections::find(w) else { return XDP_PASS };
+    if t.flags & CT_HERE != 0 {
         return XDP_PASS;
     }
     let Some(hop) = HOPS.get_ptr_mut(slot(&w.to.dst)) else { return XDP_PASS };
@@ -38,12 +38,13 @@ pub fn forward(packet: Frame) -> u32 {
         learn(&packet, w, hop);
         return XDP_PASS;
     }
-    if length(&packet, &w.head).is_none_or(|length| hop.mtu < length) {
+    if length(&packet, &w.head).is_none_or(|length| hop.mtu < length) || !addressed(&packet, hop) {
         return XDP_PASS;
     }
-    let (to, hops) = match known {
-        Known::Relayed => (&w.head.flow, connections::relayed_hops(w.head.hops)),
-        _ => (&w.to, 1),
+    connections::go_on(w, t);
+    let (to, hops) = match t.flags & CT_RELAYED {
+        0 => (&w.to, 1),
+        _ => (&w.head.flow, connections::relayed_hops(w.head.hops)),
     };
     if !packet.rewrite(&w.head, to, hops) {
         count(Reason::DroppedRewrite);
@@ -54,6 +55,16 @@ pub fn forward(packet: Frame) -> u32 {
     unsafe { ptr::write(macs, hop.macs) };
     count(Reason::ForwardedXdp);
     XDP_TX
+}
+
+/// To the link's own address, under which it would go on; not one of another machine that the link has let through.
+#[inline(always)]
+fn addressed(packet: &Frame, hop: &Hop) -> bool {
+    let Some(to) = packet.at::<[u16; 3]>(0) else { return false };
+    // SAFETY: checked to be in the packet.
+    let to = unsafe { ptr::read_volatile(to) };
+    let own = &hop.macs[1];
+    to[0] == own[0] && to[1] == own[1] && to[2] == own[2]
 }
 
 /// Of the packet from its network header on, as that says: what can be looked at here is the first part of it.

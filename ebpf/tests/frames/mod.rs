@@ -22,10 +22,18 @@ pub struct Frame {
     pub flags: u8,
     /// It may be sent on so many times.
     pub hops: u8,
+    /// The link-layer address that it is sent to; `lo` has none.
+    pub mac: [u8; 6],
+    /// IPv4's "don't fragment".
+    pub whole: bool,
 }
+
+/// The other machine at the link.
+pub const SENDER: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
 pub const FIN: u8 = 1;
 pub const SYN: u8 = 2;
+pub const RST: u8 = 4;
 pub const ACK: u8 = 16;
 
 impl Default for Frame {
@@ -42,6 +50,8 @@ impl Default for Frame {
             checksum: true,
             flags: SYN,
             hops: 64,
+            mac: [0; 6],
+            whole: false,
         }
     }
 }
@@ -118,7 +128,7 @@ impl Frame {
     }
 
     fn network(&self, body: &[u8], fragment: Option<(u16, u16, u16)>) -> Vec<u8> {
-        let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+        let mut frame = [self.mac, SENDER].concat();
         let (at, more, id) = fragment.unwrap_or_default();
         match self.src {
             IpAddr::V4(_) => {
@@ -127,7 +137,7 @@ impl Frame {
                 let mut ip = vec![0x40 | (length / 4) as u8, 0];
                 ip.extend(((length + body.len()) as u16).to_be_bytes());
                 ip.extend(id.to_be_bytes());
-                ip.extend((more << 13 | at).to_be_bytes());
+                ip.extend((u16::from(self.whole) << 14 | more << 13 | at).to_be_bytes());
                 ip.extend([self.hops, self.proto, 0, 0]);
                 ip.extend([octets(self.src), octets(self.dst)].concat());
                 ip.extend(vec![1; self.options * 4]); // no operation
@@ -237,6 +247,53 @@ pub fn read(frame: &[u8]) -> Result<Read, String> {
     Ok(Read { src, dst, sport: word(body, 0).ok_or_else(cut)?, dport: word(body, 2).ok_or_else(cut)?, payload })
 }
 
+/// A packet of a protocol that is neither TCP nor UDP, whose header these bytes are. Of IPv6 with so many extension headers.
+pub fn other(frame: &Frame, body: &[u8]) -> Vec<u8> {
+    frame.network(body, None)
+}
+
+/// An echo request, or its answer, and the same in two parts.
+pub fn echo(frame: &Frame, request: bool, id: u16, payload: usize) -> (Vec<u8>, [Vec<u8>; 2]) {
+    let kind = match (frame.src.is_ipv4(), request) {
+        (true, true) => 8,
+        (true, false) => 0,
+        (false, true) => 128,
+        (false, false) => 129,
+    };
+    let mut body = [&[kind, 0, 0, 0][..], &id.to_be_bytes(), &[0, 1]].concat();
+    body.resize(8 + payload, 0x5a);
+    let proto = if frame.src.is_ipv4() { 1 } else { 58 };
+    let frame = Frame { proto, ..frame.clone() };
+    let check = match frame.src {
+        IpAddr::V4(_) => sum(&[&body]),
+        IpAddr::V6(_) => sum(&[&pseudo(frame.src, frame.dst, proto, body.len()), &body]),
+    };
+    body[2..4].copy_from_slice(&check.to_be_bytes());
+    let parts = [frame.network(&body[..16], Some((0, 1, id))), frame.network(&body[16..], Some((2, 0, id)))];
+    (frame.network(&body, None), parts)
+}
+
+/// The identifier of an echo whose checksum holds.
+pub fn read_echo(frame: &[u8]) -> Result<u16, String> {
+    let cut = || "cut short".to_owned();
+    let (src, dst, proto, body) = network(frame.get(14..).ok_or_else(cut)?)?;
+    let check = match src {
+        IpAddr::V4(_) => sum(&[body]),
+        IpAddr::V6(_) => sum(&[&pseudo(src, dst, proto, body.len()), body]),
+    };
+    if check != 0 {
+        return Err(format!("checksum of an echo: {frame:02x?}"));
+    }
+    word(body, 4).ok_or_else(cut)
+}
+
+/// Kind, code and the 32 bits that follow the checksum of an ICMP packet.
+pub fn icmp_kind(frame: &[u8]) -> Option<(u8, u8, u32)> {
+    let at = if word(frame, 12) == Some(0x0800) { 34 } else { 54 };
+    let rest = frame.get(at + 4..at + 8)?;
+    Some((frame[at], frame[at + 1], u32::from_be_bytes(rest.try_into().ok()?)))
+}
+
 /// "Port unreachable" about a packet, which is quoted whole.
 pub fn icmp_error(src: IpAddr, dst: IpAddr, about: &[u8]) -> Vec<u8> {
     let (proto, kind, code) = if src.is_ipv4() { (1, 3, 3) } else { (58, 1, 4) };
@@ -258,7 +315,7 @@ pub fn read_icmp_error(frame: &[u8]) -> Result<((IpAddr, IpAddr), Read), String>
         IpAddr::V4(_) => sum(&[body]),
         IpAddr::V6(_) => sum(&[&pseudo(src, dst, proto, body.len()), body]),
     };
-    if check != 0 || !matches!((proto, body[0]), (1, 3) | (58, 1)) {
+    if check != 0 || !matches!((proto, body[0]), (1, 3) | (58, 1 | 2)) {
         return Err(format!("no ICMP error with a right checksum: {frame:02x?}"));
     }
     let quoted = &body[8..];

@@ -2,12 +2,13 @@
 
 use crate::{ground::Ground, kernel::since};
 use sluice_ebpf::{
-    common::{Reason, ServiceKey},
+    common::{Flow, Reason, ServiceKey, Translation, map},
     dry_run::{Outcome, Program},
     layout::Wanted,
     loader::{self, XDP},
-    maps::{Counters, NodeMaps, PodMaps, ServiceMaps, pin_dir},
+    maps::{Counters, HashMap, NodeMaps, PodMaps, ServiceMaps, pin_dir},
     settings::SettingsMap,
+    sweep::Sweeper,
     table::ServiceTable,
 };
 use std::{collections::BTreeMap, sync::Arc};
@@ -17,6 +18,8 @@ pub struct Lab {
     pub pods: PodMaps,
     pub node: NodeMaps,
     pub settings: SettingsMap,
+    pub flows: HashMap<Flow, Translation>,
+    pub sweeper: Sweeper,
     counters: Counters,
     table: ServiceTable,
     programs: BTreeMap<&'static str, Program>,
@@ -33,6 +36,8 @@ impl Lab {
             pods: PodMaps::open(&dir).expect("maps"),
             node: NodeMaps::open(&dir).expect("maps"),
             settings: SettingsMap::open(&dir).expect("map"),
+            flows: HashMap::open(&dir, map::FLOWS).expect("map"),
+            sweeper: Sweeper::open(&dir).expect("map"),
             counters: Counters::open(&dir).expect("map"),
             table: ServiceTable::open(ServiceMaps::open(&dir).expect("maps")).expect("table"),
             programs: ["from_pod", "from_wire", "from_host"]
@@ -44,9 +49,15 @@ impl Lab {
         }
     }
 
+    /// What the programs know, as they made it.
+    pub fn known(&self) -> Vec<(Flow, Translation)> {
+        self.flows.entries().expect("entries")
+    }
+
     pub fn serve(&mut self, services: Vec<(ServiceKey, Wanted)>) {
         let wanted = services.into_iter().map(|(k, w)| (k, Arc::new(w))).collect();
         self.table.apply(&wanted).expect("services");
+        self.sweeper.forget(&self.table.take_withdrawn()).expect("forget");
     }
 
     /// Of all programs that this kernel takes.

@@ -2,7 +2,7 @@
 //! addressed and from that of the backend.
 
 use crate::{
-    FAMILIES, Family,
+    FAMILIES, Family, WIRE,
     frames::{self, ACK, FIN, Frame, read},
     ip,
     lab::Lab,
@@ -36,7 +36,7 @@ impl Node {
         let link = wire();
         let lab = Lab::new(name);
         let [addr4, addr6] = FAMILIES.map(|f| addr(ip(f.node)));
-        lab.node.devices.set(&link, &Device { addr4, addr6, mac: [2, 0, 0, 0, 0, 9], pad: 0 }).expect("device");
+        lab.node.devices.set(&link, &Device { addr4, addr6, mac: WIRE, flags: 0 }).expect("device");
         for (f, [far, other, excluded]) in FAMILIES.into_iter().zip(OTHERS) {
             lab.pods.addrs.set(&addr(ip(f.pod)), &PodAddr { netns: 7, flags: 0, ifindex: 1 }).expect("pod");
             lab.node.locals.set(&addr(ip(f.node)), &1).expect("local");
@@ -92,7 +92,7 @@ impl Node {
 
 fn call(f: Family, to: &str, sport: u16, proto: u8) -> Frame {
     let dport = if to == f.vip || to == f.empty { PORT } else { NODE_PORT };
-    Frame { src: ip(f.caller), dst: ip(to), sport, dport, proto, ..Frame::default() }
+    Frame { src: ip(f.caller), dst: ip(to), sport, dport, proto, mac: WIRE, ..Frame::default() }
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn what_is_addressed_to_this_node_goes_on_as_it_is() {
         let inside = Frame { src: ip(other), ..call(f, f.node, 40_112, TCP) };
         assert_eq!(node.translates(&inside), (ip(f.node), ip(far)));
         // What a pod dials is not from outside.
-        let inside = Frame { src: ip(f.pod), ..call(f, f.vip, 40_101, TCP) };
+        let inside = Frame { src: ip(f.pod), mac: [0; 6], ..call(f, f.vip, 40_101, TCP) };
         let out = node.lab.run("from_pod", &inside.bytes());
         assert_eq!(frames::addresses(&out.packet).1, ip(far));
         let whole = Frame { payload: vec![1; 64], ..call(f, f.vip, 40_102, UDP) };
@@ -220,7 +220,8 @@ fn errors_about_answers_follow_the_connection() {
             // As the backend's node sends it to the caller, past this one.
             let answer =
                 Frame { src: ip(f.vip), dst: ip(f.caller), sport: PORT, dport: sport, proto, ..Frame::default() };
-            let error = frames::icmp_error(ip(f.router), ip(f.vip), &answer.bytes()[14..]);
+            let mut error = frames::icmp_error(ip(f.router), ip(f.vip), &answer.bytes()[14..]);
+            error[..6].copy_from_slice(&WIRE);
             let out = node.lab.run_at("from_wire", node.link, &error);
             assert_eq!(out.verdict, Verdict::Redirect);
             let (outer, quoted) = frames::read_icmp_error(&out.packet).unwrap_or_else(|e| panic!("{e}"));

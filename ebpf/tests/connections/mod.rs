@@ -1,0 +1,272 @@
+//! What the programs know of connections over time, and what makes them forget.
+
+use crate::{
+    FAMILIES, Family,
+    frames::{ACK, FIN, Frame, RST, SYN, addresses, read},
+    ip, lab,
+    lab::Lab,
+    request,
+};
+use sluice_ebpf::{
+    addr,
+    common::{
+        Addr, CT_ANSWERED, CT_CLOSED, CT_HALF, CT_REPLY, Flow, INSIDE, PodAddr, Reason, Reverse, ServiceKey, TCP,
+        TICK_SHIFT, Translation, UDP, timeout,
+    },
+    dry_run::Verdict,
+    layout::{Target, Wanted, WantedGroup},
+    sweep::since_start,
+};
+use std::time::Duration;
+
+/// What a pod answers to a request as it came to it.
+fn answer(f: Family, flags: u8, proto: u8, caller: &Frame) -> Frame {
+    let (sport, dport) = (8080, caller.sport);
+    Frame { src: ip(f.pod), dst: caller.src, sport, dport, proto, flags, ..Frame::default() }
+}
+
+/// Whether the answer comes to the caller from whom he asked.
+fn answered(lab: &Lab, f: Family, flags: u8, caller: &Frame) -> bool {
+    let seen = read(&lab.run("from_pod", &answer(f, flags, caller.proto, caller).bytes()).packet).expect("whole");
+    (seen.src, seen.sport) == (caller.dst, caller.dport)
+}
+
+fn reached(lab: &Lab, frame: &Frame) -> String {
+    addresses(&lab.run("from_wire", &frame.bytes()).packet).1.to_string()
+}
+
+/// Changes what is known of every connection.
+fn edit(lab: &Lab, change: impl Fn(&mut Translation)) {
+    for (flow, mut t) in lab.known() {
+        change(&mut t);
+        lab.flows.set(&flow, &t).expect("set");
+    }
+}
+
+fn reply(t: &Translation) -> bool {
+    t.flags & CT_REPLY != 0
+}
+
+/// CPUs look at the clock at different times: what another has noted may be ahead.
+#[test]
+fn a_connection_that_another_cpu_used_a_tick_ahead_lives() {
+    let mut lab = lab("packets-ahead");
+    for f in FAMILIES {
+        for proto in [TCP, UDP] {
+            let first = request(f, proto);
+            assert_eq!(reached(&lab, &first), f.pod);
+            edit(&lab, |t| t.used += 2);
+            assert!(answered(&lab, f, SYN | ACK, &first), "{first:?}");
+        }
+    }
+    let known = lab.known().len();
+    let now = since_start().expect("clock");
+    let seen = (0..64).map(|_| lab.sweeper.step(now).expect("step")).last().expect("steps");
+    assert_eq!((lab.known().len(), seen.removed, seen.connections), (known, 0, 4));
+}
+
+#[test]
+fn what_has_timed_out_is_swept_and_what_lives_is_not() {
+    let mut lab = lab("packets-sweep");
+    let f = FAMILIES[0];
+    for sport in 0..20 {
+        assert_eq!(reached(&lab, &Frame { sport: 20_000 + sport, ..request(f, UDP) }), f.pod);
+    }
+    let old = |flow: &Flow| flow.sport_be == 20_003_u16.to_be() || flow.dport_be == 20_003_u16.to_be();
+    for (flow, t) in lab.known().into_iter().filter(|(flow, _)| old(flow)) {
+        lab.flows.set(&flow, &Translation { used: t.used.wrapping_sub(timeout::NEW + 1), ..t }).expect("set");
+    }
+    let now = since_start().expect("clock");
+    let seen = (0..64).map(|_| lab.sweeper.step(now).expect("step")).last().expect("steps");
+    assert_eq!((seen.removed, seen.connections, lab.known().len()), (2, 19, 38));
+    assert!(lab.known().iter().all(|(flow, _)| !old(flow)));
+    let later = now + Duration::from_nanos(u64::from(timeout::NEW + 2) << TICK_SHIFT);
+    let seen = (0..64).map(|_| lab.sweeper.step(later).expect("step")).last().expect("steps");
+    assert_eq!((seen.removed, seen.connections, lab.known().len()), (40, 0, 0));
+}
+
+/// The map forgets one direction before the other when it is full.
+#[test]
+fn a_direction_that_was_lost_comes_back() {
+    let lab = lab("packets-halves");
+    for f in FAMILIES {
+        for (n, proto) in [(0, TCP), (1, UDP)] {
+            let first = Frame { sport: 22_000 + n, ..request(f, proto) };
+            let next = Frame { flags: ACK, ..first.clone() };
+            reached(&lab, &first);
+            assert!(answered(&lab, f, SYN | ACK, &first));
+            reached(&lab, &next);
+            for lost in [true, false] {
+                let whole: Vec<_> = lab.known();
+                // A tick later, so that a packet brings the connection forward.
+                edit(&lab, |t| t.used -= 1);
+                for (flow, _) in whole.iter().filter(|(_, t)| reply(t) == lost) {
+                    lab.flows.remove(flow).expect("remove");
+                }
+                let came = if lost { reached(&lab, &next) == f.pod } else { answered(&lab, f, ACK, &first) };
+                assert!(came, "the direction that is there");
+                let like = |entries: Vec<(Flow, Translation)>| {
+                    let mut all: Vec<_> = entries.iter().map(|(flow, t)| (*flow, t.to, t.flags)).collect();
+                    all.sort_unstable();
+                    all
+                };
+                let of = |entries: Vec<(Flow, Translation)>| {
+                    let port = first.sport.to_be();
+                    entries
+                        .into_iter()
+                        .filter(move |(k, _)| k.sport_be == port || k.dport_be == port)
+                        .collect::<Vec<_>>()
+                };
+                assert_eq!(like(of(lab.known())), like(of(whole)), "{proto}: reply lost {lost}");
+                assert!(answered(&lab, f, ACK, &first) && reached(&lab, &next) == f.pod, "both go on");
+                for (flow, _) in lab.known() {
+                    lab.flows.remove(&flow).expect("remove");
+                }
+                reached(&lab, &first);
+                assert!(answered(&lab, f, SYN | ACK, &first));
+                reached(&lab, &next);
+            }
+        }
+    }
+}
+
+/// What anybody can begin is soon forgotten; what both sides speak of is not.
+#[test]
+fn a_connection_is_open_when_the_caller_has_gone_on() {
+    let lab = lab("packets-handshake");
+    let f = FAMILIES[0];
+    let first = request(f, TCP);
+    let ticks = |lab: &Lab| {
+        let mut all: Vec<u32> = lab.known().iter().map(|(_, t)| t.timeout()).collect();
+        all.dedup();
+        all
+    };
+    reached(&lab, &first);
+    assert_eq!(ticks(&lab), [timeout::TCP_NEW]);
+    reached(&lab, &first);
+    assert_eq!(ticks(&lab), [timeout::TCP_NEW], "tried again");
+    assert!(answered(&lab, f, SYN | ACK, &first));
+    assert_eq!(ticks(&lab), [timeout::TCP_HALF]);
+    assert!(answered(&lab, f, SYN | ACK, &first));
+    reached(&lab, &first);
+    assert_eq!(ticks(&lab), [timeout::TCP_HALF], "neither a SYN nor an answer opens it");
+    reached(&lab, &Frame { flags: ACK, ..first.clone() });
+    assert_eq!(ticks(&lab), [timeout::TCP_OPEN]);
+    assert!(answered(&lab, f, FIN | ACK, &first));
+    assert_eq!(ticks(&lab), [timeout::TCP_OPEN]);
+    reached(&lab, &Frame { flags: FIN | ACK, ..first.clone() });
+    assert_eq!(ticks(&lab), [timeout::TCP_CLOSED]);
+    reached(&lab, &first);
+    assert_eq!(ticks(&lab), [timeout::TCP_NEW], "the same port once more");
+    reached(&lab, &Frame { flags: RST, ..first.clone() });
+    assert_eq!(ticks(&lab), [timeout::TCP_CLOSED]);
+    // As programs before the flag have left it.
+    let before = |t: &mut Translation| t.flags = (t.flags | CT_ANSWERED) & !(CT_HALF | CT_CLOSED);
+    edit(&lab, before);
+    assert_eq!(ticks(&lab), [timeout::TCP_OPEN]);
+}
+
+fn to_only(f: Family, pod: &str) -> Vec<(ServiceKey, Wanted)> {
+    let target = Target { addr: addr(ip(pod)), port_be: 8080_u16.to_be() };
+    let wanted = Wanted::new(false, vec![WantedGroup { weight: 1, targets: vec![target] }]);
+    let key = |a: Addr, port: u16, proto| ServiceKey { addr: a, port_be: port.to_be(), proto, scope: INSIDE };
+    let of = |proto| [key(addr(ip(f.vip)), 80, proto), key(addr(ip(f.vip)).unspecified(), 30_080, proto)];
+    [TCP, UDP].into_iter().flat_map(of).map(|k| (k, wanted.clone())).collect()
+}
+
+/// A caller with one port, as resolvers and log shippers have.
+#[test]
+fn a_backend_that_was_withdrawn_gets_nothing_that_begins() {
+    let mut lab = Lab::new("packets-withdrawn");
+    for f in FAMILIES {
+        for (netns, pod) in [(7, f.pod), (8, f.second)] {
+            lab.pods.addrs.set(&addr(ip(pod)), &PodAddr { netns, flags: 0, ifindex: 1 }).expect("pod");
+        }
+        lab.node.locals.set(&addr(ip(f.node)), &1).expect("local");
+        lab.serve(to_only(f, f.pod));
+        let calls: Vec<[Frame; 2]> = [(f.vip, 80), (f.node, 30_080)]
+            .into_iter()
+            .zip(23_000..)
+            .map(|((dst, dport), sport)| [TCP, UDP].map(|p| Frame { dst: ip(dst), dport, sport, ..request(f, p) }))
+            .collect();
+        for [tcp, udp] in &calls {
+            assert_eq!([tcp, udp].map(|c| reached(&lab, c)), [f.pod; 2]);
+            assert!(answered(&lab, f, SYN | ACK, tcp) && answered(&lab, f, 0, udp));
+        }
+        lab.serve(to_only(f, f.second));
+        for [tcp, udp] in &calls {
+            assert_eq!(reached(&lab, udp), f.second, "the next datagram");
+            let next = Frame { flags: ACK, ..tcp.clone() };
+            assert_eq!(reached(&lab, &next), f.pod, "what is open goes on");
+            assert!(answered(&lab, f, ACK, tcp));
+            assert_eq!(reached(&lab, tcp), f.second, "what begins");
+            assert_eq!(reached(&lab, &next), f.second);
+        }
+        // A service that keeps the backend is not meant.
+        let [_, udp] = &calls[0];
+        let node_port_alone = to_only(f, f.pod).into_iter().filter(|(k, _)| k.port_be != 80_u16.to_be());
+        let kept = to_only(f, f.second).into_iter().filter(|(k, _)| k.port_be == 80_u16.to_be());
+        let before = lab.known().len();
+        lab.serve(node_port_alone.chain(kept).collect());
+        assert_eq!(lab.known().len(), before - 2, "both directions of one");
+        assert_eq!(reached(&lab, udp), f.second);
+        assert_eq!(reached(&lab, &calls[1][1]), f.pod);
+    }
+}
+
+/// A pod has gone and another has its address, before anybody could have looked through what is known.
+#[test]
+fn another_pod_with_the_address_gets_nothing_of_it() {
+    let lab = lab("packets-reused");
+    for f in FAMILIES {
+        let key = |port: u16, proto| ServiceKey {
+            addr: addr(ip(f.node)).unspecified(),
+            port_be: port.to_be(),
+            proto,
+            scope: INSIDE,
+        };
+        let entry = |netns| PodAddr { netns, flags: 0, ifindex: 1 };
+        let to = |pod: &str| Reverse { addr: addr(ip(pod)), port_be: 8080_u16.to_be(), pad: 0 };
+        for proto in [TCP, UDP] {
+            lab.pods.addrs.set(&addr(ip(f.pod)), &entry(7)).expect("pod");
+            lab.pods.host_ports.set(&key(8443, proto), &to(f.pod)).expect("host port");
+            let call = Frame { dst: ip(f.node), dport: 8443, sport: 24_000, ..request(f, proto) };
+            assert_eq!(reached(&lab, &call), f.pod);
+            assert!(answered(&lab, f, SYN | ACK, &call));
+            let next = Frame { flags: ACK, ..call.clone() };
+            assert_eq!(reached(&lab, &next), f.pod);
+            // Its pod is gone with its port; then another is there, with the address and without the port.
+            lab.pods.host_ports.remove(&key(8443, proto)).expect("host port");
+            lab.pods.addrs.remove(&addr(ip(f.pod))).expect("pod");
+            for again in [false, true] {
+                if again {
+                    lab.pods.addrs.set(&addr(ip(f.pod)), &entry(9)).expect("pod");
+                }
+                let out = lab.run("from_wire", &next.bytes());
+                assert_eq!((out.verdict, out.packet), (Verdict::Next, next.bytes()), "the node's own");
+                assert!(!answered(&lab, f, ACK, &call), "what it says is its own");
+            }
+            // The port is another's now.
+            lab.pods.host_ports.set(&key(8443, proto), &to(f.second)).expect("host port");
+            assert_eq!(reached(&lab, &next), f.second);
+        }
+        lab.pods.addrs.set(&addr(ip(f.pod)), &entry(7)).expect("pod");
+    }
+}
+
+/// A flood to a service that nobody serves is not answered by one of errors.
+#[test]
+fn errors_of_its_own_are_limited() {
+    const EACH_CPU: usize = 1_000;
+    let lab = lab("packets-limit");
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    // A tick may end meanwhile.
+    let (most, all) = (2 * cpus * EACH_CPU, 6 * cpus * EACH_CPU);
+    let f = FAMILIES[0];
+    let frame = Frame { dst: ip(f.empty), ..request(f, UDP) }.bytes();
+    let verdicts: Vec<Verdict> = (0..all).map(|_| lab.run("from_wire", &frame).verdict).collect();
+    let told = verdicts.iter().filter(|v| **v == Verdict::Redirect).count();
+    assert!((EACH_CPU.min(all)..=most).contains(&told), "{told} of {all}");
+    assert_eq!(verdicts.iter().filter(|v| **v == Verdict::Drop).count(), all - told);
+    assert_eq!(lab.counter(Reason::DroppedNoBackend), all as u64, "all are counted");
+}
