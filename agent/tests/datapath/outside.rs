@@ -611,8 +611,12 @@ fn escaped(ground: &Ground, pod: &TestPod, backend: &TestPod) {
         for (from, seen) in [(pod, pod.addresses[n].to_string()), (backend, gateway.to_owned())] {
             // A socket that is made outside of the node's cgroup.
             let said = ground.outside(|| within(&from.netns, || (dial(at(vip, 80)), ask(at(vip, 80), 1))));
-            assert_eq!(said.0.expect("TCP"), format!("o1 {seen}"), "from {}", from.name);
-            assert_eq!(said.1.expect("UDP"), format!("o1 {seen} 1"), "from {}", from.name);
+            assert_eq!(said.0.expect("TCP"), format!("o1 {seen}"), "from {} to {vip}", from.name);
+            // A datagram that comes from a link-local address is answered under one, where the server's socket leaves that
+            // to the kernel: docs/services.md, "Packets that no socket was asked about".
+            if !seen.starts_with("fe80") {
+                assert_eq!(said.1.expect("UDP"), format!("o1 {seen} 1"), "from {} to {vip}", from.name);
+            }
             ground.outside(|| within(&from.netns, || echoed(at(vip, 80))));
         }
         let none = if vip.contains(':') { "fd00:96::1:6" } else { "10.96.1.6" };

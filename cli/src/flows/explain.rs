@@ -49,8 +49,8 @@ fn of(reason: Reason) -> Option<&'static str> {
             "the packet's headers are cut short or contradict each other; look at what sends it, no setting changes it"
         }
         Reason::DroppedFragment => {
-            "a fragment came whose first one was not seen, so that its ports are not known; let the sender keep to the \
-             path's MTU, or find where fragments are lost or reordered"
+            "a fragment to be translated came whose first one was not seen, so that its ports are not known; let the \
+             sender keep to the path's MTU, or find where fragments are lost or reordered"
         }
         Reason::DroppedNoPort => {
             "every port of the node's address is in use towards this destination (61000 to 65535); close connections, \
@@ -69,15 +69,15 @@ fn of(reason: Reason) -> Option<&'static str> {
              network"
         }
         Reason::DroppedTooBig => {
-            "the packet is larger than the link it would leave by takes; let ICMP through so that senders learn the \
-             MTU, or give the pods' links and the nodes' the same one"
+            "the packet is larger than the link it would leave by takes, and may not be divided; let ICMP through so \
+             that senders learn the MTU, or give the pods' links and the nodes' the same one"
         }
         Reason::DroppedRewrite => {
             "the kernel refused to rewrite the packet, for want of memory mostly; see the node's kernel log"
         }
         Reason::DroppedSpoofed => {
-            "the pod sends under an address that is not its own, as routers and VPNs inside pods do; let them translate \
-             to the pod's address"
+            "the pod sends under an address that is not its own, as routers and VPNs inside pods do, or under a \
+             link-local one to somebody beyond the link; let them translate to the pod's address"
         }
         Reason::RefusedSourceRange => {
             "the pod, or the node, is in none of the ranges that may use the service's load balancer; add it to \
