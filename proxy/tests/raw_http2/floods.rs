@@ -134,19 +134,16 @@ fn header_lists_are_bounded() {
     }
 }
 
-/// §6.9.1: a body beyond the windows.
+/// A body sent without regard for the windows: whether it is read in time or refused, others are served. Which of the two
+/// depends on how fast the app reads, so the error itself is not looked for here.
 #[test]
-fn bodies_beyond_the_window_end_the_connection() {
+fn a_body_without_regard_for_windows_holds_up_nobody() {
     for ground in Ground::all() {
         let mut client = ground.client();
-        // Nobody reads this one: the app collects bodies, so the stream's window is what it gave, and no more is sent
-        // before the sidecar has had the time to give more.
         client.send(post(1, &[]));
         let all: Vec<u8> = frame(DATA, 0, 1, [0; 16_384]).repeat(4096);
         let _ = client.try_send(&all);
-        let mut client = ground.client();
-        client.send(get(1));
-        assert_eq!(client.status(1), (200, "none".to_owned()));
+        serves(&ground);
         ground.stop();
     }
 }
