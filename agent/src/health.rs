@@ -168,8 +168,9 @@ mod tests {
     /// Of the endpoints here those that are ready count; those that only serve until they are gone do not.
     #[test]
     fn ready_endpoints_of_the_node_count() {
-        // Node, ready with the fallback applied, draining.
-        let table: [(&[(&str, bool, bool)], usize); 6] = [
+        /// Node, ready with the fallback applied, draining.
+        type Row<'a> = (&'a str, bool, bool);
+        let table: [(&[Row<'_>], usize); 6] = [
             (&[("n1", true, false), ("n1", true, false), ("n2", true, false)], 2),
             (&[("n1", false, false), ("n2", true, false)], 0),
             (&[("n1", true, true), ("n2", true, true)], 0),

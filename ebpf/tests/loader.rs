@@ -227,7 +227,9 @@ fn a_service_that_does_not_fit_stops_no_other() {
     let dir = pin_dir(&ground.place.bpffs);
     let maps = ServiceMaps::open(&dir).expect("maps");
     let mut table = ServiceTable::open(ServiceMaps::open(&dir).expect("maps")).expect("open");
-    let all = |parts: &[BTreeMap<ServiceKey, Arc<Wanted>>]| parts.iter().cloned().flatten().collect::<BTreeMap<_, _>>();
+    let all = |parts: &[BTreeMap<ServiceKey, Arc<Wanted>>]| {
+        parts.iter().flatten().map(|(key, w)| (*key, w.clone())).collect::<BTreeMap<_, _>>()
+    };
     let groups = |port: u16| {
         let service = maps.services.get(one_service(port, 1).keys().next().expect("one")).expect("read");
         service.map(|s| s.group[..s.groups as usize].iter().map(|g| g.count).sum::<u32>())

@@ -87,7 +87,7 @@ pub fn story(ground: &Ground) {
 
 fn sockets(follower: &mut Follower, client: &TestPod, backend: &TestPod) {
     let socket = hook::SOCKET;
-    let inside = |work: &(dyn Fn() + Sync)| client.netns.run(|| work()).expect("run");
+    let inside = |work: &(dyn Fn() + Sync)| client.netns.run(work).expect("run");
     for (dial, to) in [("10.96.0.1:80", 0), ("[::ffff:10.96.0.1]:80", 0), ("[fd00:96::1]:80", 1)] {
         let to = SocketAddr::new(backend.addresses[to], 8080);
         let calls = || {
