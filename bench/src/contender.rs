@@ -77,7 +77,9 @@ pub fn peer(
         ("@LISTEN@", listen.port().to_string()),
     ];
     let text = values.iter().fold(config.to_owned(), |t, (k, v)| t.replace(k, v));
-    let file = dir.join(format!("{name}-{}.conf", listen.port()));
+    // Envoy tells the format by the name.
+    let kind = if program == "envoy" { "yaml" } else { "conf" };
+    let file = dir.join(format!("{name}-{}.{kind}", listen.port()));
     fs::write(&file, text)?;
     let places = ["/usr/sbin", "/usr/bin", "/usr/local/sbin", "target/peers"];
     let Some(path) = places.iter().map(|d| Path::new(d).join(program)).find(|p| p.exists()) else {
