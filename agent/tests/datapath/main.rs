@@ -11,6 +11,7 @@ mod outside;
 mod parts;
 mod placement;
 mod refusals;
+mod storm;
 mod told;
 
 use ground::Ground;
@@ -25,7 +26,7 @@ fn main() {
         return;
     }
     type Story = fn(&Ground);
-    let stories: [(&str, Story); 9] = [
+    let stories: [(&str, Story); 10] = [
         ("outside", outside::story),
         ("outside-clsact", outside::without_tcx),
         ("outside-xdp", outside::with_xdp),
@@ -35,6 +36,7 @@ fn main() {
         ("capture", capture::story),
         ("between", between::story),
         ("told", told::story),
+        ("storm", storm::story),
     ];
     let plugin = ground::build_plugin();
     let ground = Ground::new(plugin);

@@ -27,8 +27,8 @@ use std::{
 };
 
 const WAIT: Duration = Duration::from_secs(5);
-const NODE4: &str = "192.168.50.1";
-const NODE6: &str = "fd00:50::1";
+pub const NODE4: &str = "192.168.50.1";
+pub const NODE6: &str = "fd00:50::1";
 /// Two machines of the network: a caller, and another node, which is its own only pod as well.
 const CALLER4: &str = "192.168.50.2";
 const CALLER6: &str = "fd00:50::2";
@@ -38,7 +38,7 @@ const ANY: [&str; 2] = ["0.0.0.0", "::"];
 const FAR_POD4: &str = "10.244.2.5";
 const FAR_POD6: &str = "fd00:2::5";
 
-fn ip(text: &str) -> IpAddr {
+pub fn ip(text: &str) -> IpAddr {
     text.parse().expect(text)
 }
 
@@ -47,7 +47,7 @@ fn at(text: &str, port: u16) -> SocketAddr {
 }
 
 /// The network around the node.
-struct Around<'g> {
+pub struct Around<'g> {
     ground: &'g Ground,
     hub: Netns,
     caller: Netns,
@@ -56,7 +56,7 @@ struct Around<'g> {
 }
 
 impl<'g> Around<'g> {
-    fn new(ground: &'g Ground) -> Self {
+    pub fn new(ground: &'g Ground) -> Self {
         let make = |name: &str| ns::make_named(Path::new(&format!("/run/sluice-test/{name}"))).expect("namespace");
         let (hub, caller, other) = (make("hub"), make("caller"), make("other"));
         let own = Netns::current().expect("own namespace");
@@ -88,7 +88,7 @@ impl<'g> Around<'g> {
     }
 
     /// As the machine outside.
-    fn call<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+    pub fn call<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.ground.outside(|| within(&self.caller, work))
     }
 }
@@ -197,7 +197,7 @@ fn within<T: Send>(netns: &Netns, work: impl FnOnce() -> T + Send) -> T {
     netns.run(work).expect("run")
 }
 
-fn shop(n: &str, number: u8, edit: impl FnOnce(&mut Service)) -> Resource {
+pub fn shop(n: &str, number: u8, edit: impl FnOnce(&mut Service)) -> Resource {
     let Resource::Service(mut s) = service(n, &[&format!("10.96.1.{number}"), &format!("fd00:96::1:{number}")]) else {
         unreachable!("a service");
     };
@@ -420,7 +420,7 @@ pub fn story(ground: &Ground) {
     let _ = Command::new("nft").args(["flush", "ruleset"]).status();
 }
 
-fn remove_eth0() {
+pub fn remove_eth0() {
     let mut c = Connection::open().expect("connection");
     let eth0 = link::find(&mut c, "eth0").expect("find").expect("link").index;
     link::delete(&mut c, eth0).expect("delete");

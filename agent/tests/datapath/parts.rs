@@ -48,6 +48,7 @@ pub fn play(part: &str) {
         "idler" => idler(),
         "squatter" => squatter(),
         "callers" => crate::outside::callers(),
+        "storm" => crate::storm::callers(),
         other => panic!("no part {other:?}"),
     }
 }
