@@ -60,7 +60,7 @@ lint:
 	cargo fmt --all --check
 	cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
 
-bench: bench-proxy bench-cni bench-lb
+bench: bench-proxy bench-cni bench-lb bench-rss
 
 # The plugin beside the reference plugins (apt package), from ADD until the link is gone after DEL. As root, and ahead of
 # what else runs on the machine.
@@ -79,8 +79,6 @@ bench-lb:
 	cargo build --release -p sluice-bench
 	@target/release/bench-lb
 
-# Resident memory of the agents of the cluster that `make up` has started, the median.
-bench-rss:
-	@for p in $$(pgrep -x sluice-agent); do awk '/VmRSS/ {print $$2 / 1024}' /proc/$$p/status; done | sort -n | awk \
-	  '{ a[NR] = $$1 } END { if (!NR) { print "no agent runs: make up first"; exit 1 } \
-	  printf "RESULT agent_rss_mb ours=%.1f peer=0 unit=MB\n", a[int((NR + 1) / 2)] }'
+# Resident memory of the agents; SERVICES=10000 adds so many services.
+bench-rss: build images
+	@./scripts/rss.sh
