@@ -80,7 +80,8 @@ pub fn backends_go_under_load(c: &Cluster) -> Result<()> {
 }
 
 /// A machine is switched off under load to a service with a backend on each node. Until it is known to be lost, a third of
-/// the new connections go there and fail; after that none does, and the machine comes back without a failure.
+/// the new connections go there and fail; after that none does, and the machine comes back, and takes its part of the
+/// connections again, without a failure.
 pub fn a_lost_node_is_not_dialled(c: &Cluster) -> Result<()> {
     const RPS: u32 = 100;
     c.namespace("off", false)?;
@@ -103,6 +104,11 @@ pub fn a_lost_node_is_not_dialled(c: &Cluster) -> Result<()> {
     c.wait("the pod is ready elsewhere", 60, || Ok(on(c, "off", "node-1")? + on(c, "off", "node-2")? >= 3))?;
     c.sluice_ok(&["node-start", "2"])?;
     c.kubectl(&["wait", "--for=condition=Ready", "node/node-3", "--timeout=60s"])?;
+    c.kubectl(&["-n", "off", "rollout", "restart", "deployment/web"])?;
+    c.rollout("off", "web")?;
+    ensure!(on(c, "off", "node-3")? > 0, "the node takes pods again");
+    let running = c.json(&["-n", "off", "get", "pod", "caller"])?["status"]["phase"] == "Running";
+    ensure!(running, "the load was over before the node took pods again");
     let report = load.finish(c, "off", "caller")?;
     let log = c.kubectl(&["-n", "off", "logs", "caller", "-c", "load"])?;
     // The last line is the whole run's.
@@ -125,9 +131,6 @@ pub fn a_lost_node_is_not_dialled(c: &Cluster) -> Result<()> {
     let mean = f64::from(RPS) * (known.as_secs_f64() + 1.0) / 3.0;
     ensure!(failed as f64 <= mean + 5.0 * mean.sqrt(), "{failed} failures, {mean:.0} expected at most");
     ensure!(known >= GRACE / 2, "the node was given up after {known:?}, before its grace was over");
-    c.kubectl(&["-n", "off", "rollout", "restart", "deployment/web"])?;
-    c.rollout("off", "web")?;
-    ensure!(on(c, "off", "node-3")? > 0, "the node takes pods again");
     c.kubectl(&["-n", "off", "delete", "pod", "caller", "--timeout=60s"])?;
     let load = Load { rps: RPS, seconds: 3, fresh: true, headers: vec![] };
     let report = load.run(c, "off", "again", "http://web/")?;

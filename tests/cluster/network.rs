@@ -100,7 +100,11 @@ pub fn external_names_lead_elsewhere(c: &Cluster) -> Result<()> {
 /// A client stays with its pod, stays on its node or near it where the service says so, and reaches external addresses.
 pub fn services_keep_clients_and_stay_near(c: &Cluster) -> Result<()> {
     const ASKED: usize = 20;
+    const ZONES: [&str; 3] = ["a", "a", "b"];
     c.namespace("near", false)?;
+    for (node, zone) in NODES.into_iter().zip(ZONES) {
+        c.kubectl(&["label", "--overwrite", "node", node, &format!("topology.kubernetes.io/zone={zone}")])?;
+    }
     let with = |name: &str, spec: Value| {
         let mut service = service("near", name, json!({"app": "echo"}));
         service["spec"].as_object_mut().expect("a spec").extend(spec.as_object().expect("fields").clone());
@@ -111,6 +115,7 @@ pub fn services_keep_clients_and_stay_near(c: &Cluster) -> Result<()> {
         with("sticky", json!({"sessionAffinity": "ClientIP"})),
         with("local", json!({"internalTrafficPolicy": "Local"})),
         with("close", json!({"trafficDistribution": "PreferSameNode"})),
+        with("zoned", json!({"trafficDistribution": "PreferSameZone"})),
         with("outside", json!({"externalIPs": ["192.0.2.10"]})),
     ])?;
     c.rollout("near", "web")?;
@@ -122,10 +127,10 @@ pub fn services_keep_clients_and_stay_near(c: &Cluster) -> Result<()> {
     let all: BTreeSet<String> = NODES.iter().flat_map(|node| on(node)).collect();
     ensure!(all.len() == 2 && NODES.iter().any(|n| on(n).is_empty()), "two pods on two of three nodes: {pods:?}");
     let ask = format!(
-        "for s in sticky local close 192.0.2.10; do for i in $(seq {ASKED}); do
+        "for s in sticky local close zoned 192.0.2.10; do for i in $(seq {ASKED}); do
             echo $s $(wget -q -O - http://$s/ || echo refused); done; done"
     );
-    for node in NODES {
+    for (node, zone) in NODES.into_iter().zip(ZONES) {
         let log = script_on(c, Some(node), "near", &format!("ask-{node}"), &ask)?;
         let seen = |service: &str| -> Result<BTreeSet<String>> {
             let lines: Vec<&str> = log.lines().filter_map(|l| l.strip_prefix(service)?.strip_prefix(' ')).collect();
@@ -138,7 +143,12 @@ pub fn services_keep_clients_and_stay_near(c: &Cluster) -> Result<()> {
         ensure!(seen("sticky")?.len() == 1 && seen("sticky")?.is_subset(&all), "{node}: {log}");
         ensure!(seen("local")? == if here.is_empty() { nobody } else { here.clone() }, "{node}: {log}");
         ensure!(seen("close")? == if here.is_empty() { all.clone() } else { here }, "{node}: {log}");
+        let zoned: BTreeSet<_> = NODES.iter().zip(ZONES).filter(|(_, z)| *z == zone).flat_map(|(n, _)| on(n)).collect();
+        ensure!(seen("zoned")? == if zoned.is_empty() { all.clone() } else { zoned }, "{node}: {log}");
         ensure!(seen("192.0.2.10")? == all, "{node}: {log}");
+    }
+    for node in NODES {
+        c.kubectl(&["label", "node", node, "topology.kubernetes.io/zone-"])?;
     }
     c.delete_namespace("near")
 }
