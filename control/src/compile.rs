@@ -7,6 +7,7 @@ mod filters;
 pub mod policies;
 mod routes;
 
+pub use policies::PolicyStatus;
 pub use routes::{ParentStatus, RouteStatus, Unmeshed, Verdict};
 
 use crate::own::{AccessPolicy, BackendPolicy, RouteFilter};
@@ -52,13 +53,14 @@ pub struct Objects {
 pub struct Compiled {
     pub resources: Vec<m::Resource>,
     pub routes: Vec<RouteStatus>,
+    pub policies: Vec<PolicyStatus>,
 }
 
 /// `trust_domain` is the cluster's, in every workload's identity; `pool` has the addresses that nodes answer for.
 pub fn compile(o: &Objects, trust_domain: &str, pool: &Pool) -> Compiled {
     let mut resources = vec![];
     let mut announcers = announce::Announcers::new(o, pool);
-    let mut policies = policies::backend_policies(o);
+    let (mut policies, mut policy_statuses) = policies::backend_policies(o);
     for object in o.services.values() {
         if let Some(mut s) = service(object) {
             let set = endpoints::endpoint_set(&s, o, trust_domain);
@@ -81,7 +83,8 @@ pub fn compile(o: &Objects, trust_domain: &str, pool: &Pool) -> Compiled {
     resources.extend(o.nodes.values().filter_map(|n| node(n)).map(m::Resource::Node));
     let (routes, statuses) = routes::routes(o);
     resources.extend(routes.into_iter().map(m::Resource::Route));
-    Compiled { resources, routes: statuses }
+    policy_statuses.extend(policies::access_statuses(o, trust_domain));
+    Compiled { resources, routes: statuses, policies: policy_statuses }
 }
 
 fn port(n: i32) -> Option<u16> {

@@ -70,6 +70,9 @@ pub struct BackendPolicySpec {
     /// How many retries there may be. Default where routes retry: 20 % of requests, and 10 a second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_budget: Option<RetryBudgetSpec>,
+    /// Sends slow requests to a second endpoint, too. Default: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hedging: Option<HedgingSpec>,
     /// For one try, to the head of its answer. Default: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub per_try_timeout: Option<String>,
@@ -179,6 +182,13 @@ pub struct RetryBudgetSpec {
     /// In any case. Default 10.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_per_second: Option<i32>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct HedgingSpec {
+    /// Without the head of an answer after this time, the other request is sent; the first answer counts. Requests without
+    /// body that may be repeated only, within the retry budget.
+    pub after: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

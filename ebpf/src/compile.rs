@@ -275,7 +275,8 @@ fn wanted_pod(snapshot: &Snapshot, workload: &Workload) -> WantedPod {
 /// Routes of each service, oldest first; of two of one second the first by name (Gateway API precedence).
 fn routes_by_parent(snapshot: &Snapshot) -> BTreeMap<&Name, Vec<&Route>> {
     let mut by_parent = BTreeMap::<&Name, Vec<&Route>>::new();
-    for route in snapshot.routes() {
+    // Callers are not told apart here by their namespace.
+    for route in snapshot.routes().filter(|r| !r.of_consumer()) {
         by_parent.entry(&route.parent).or_default().push(route);
     }
     for routes in by_parent.values_mut() {

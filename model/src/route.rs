@@ -39,6 +39,18 @@ pub struct Route {
     pub rules: Vec<Rule>,
 }
 
+impl Route {
+    /// For callers of its own namespace alone: its parent is in another one (a consumer route, GEP-1426).
+    pub fn of_consumer(&self) -> bool {
+        self.name.namespace != self.parent.namespace
+    }
+
+    /// Whether it takes traffic to this port of this service.
+    pub fn attached(&self, service: &Name, port: u16) -> bool {
+        self.parent == *service && self.parent_port.is_none_or(|p| p == port)
+    }
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     /// Any of these; empty means every request.

@@ -110,6 +110,15 @@ impl Snapshot {
         Snapshot { revision, resources }
     }
 
+    /// The routes to a port of a service that callers of `namespace` follow: those of their own namespace, and the service's
+    /// own where there are none (GEP-1426: consumer routes take the place of the producer's).
+    pub fn routes_from<'a>(&'a self, namespace: &str, service: &Name, port: u16) -> Vec<&'a Route> {
+        let attached = self.routes().filter(|r| r.attached(service, port));
+        let (consumer, own): (Vec<_>, Vec<_>) = attached.partition(|r| r.of_consumer());
+        let consumer: Vec<_> = consumer.into_iter().filter(|r| r.name.namespace == namespace).collect();
+        if consumer.is_empty() { own } else { consumer }
+    }
+
     /// Where callers on the node of that name are.
     pub fn place<'a>(&'a self, node: &'a str) -> Place<'a> {
         Place { node, zone: self.node(&Name::cluster(node)).map_or("", |n| &n.zone) }

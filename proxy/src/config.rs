@@ -3,9 +3,7 @@
 //! Indices instead of names inside: a request costs one table walk and no lookup by name.
 
 use crate::{held::Held, tls::Tls};
-use sluice_model::{
-    AppProtocol, BackendPolicy, Identity, InboundMode, Name, Policy, Protocol, Revision, Route, Snapshot,
-};
+use sluice_model::{AppProtocol, BackendPolicy, Identity, InboundMode, Name, Policy, Protocol, Revision, Snapshot};
 use sluice_traffic::{resolve::Resolved, route::Table};
 use std::{
     collections::{HashMap, HashSet},
@@ -94,7 +92,8 @@ pub fn compile(held: &Held, workload: &Name, tls: Option<Arc<Tls>>, generation: 
     let node = held.snapshot.workload(workload).map_or("", |w| &w.node);
     let zone = held.snapshot.place(node).zone;
     let config = Config::default();
-    let mut compiler = Compiler { snapshot: &held.snapshot, zone, config, clusters: HashMap::new() };
+    let namespace = &workload.namespace;
+    let mut compiler = Compiler { snapshot: &held.snapshot, namespace, zone, config, clusters: HashMap::new() };
     for (address, resolved) in &held.resolutions {
         let destination = compiler.destination(*address, resolved);
         compiler.config.destinations.insert(*address, destination);
@@ -113,6 +112,8 @@ fn inbound(snapshot: &Snapshot, workload: &Name) -> Inbound {
 
 struct Compiler<'a> {
     snapshot: &'a Snapshot,
+    /// This workload's.
+    namespace: &'a str,
     /// This workload's; empty: unknown.
     zone: &'a str,
     config: Config,
@@ -135,7 +136,7 @@ impl Compiler<'_> {
         }
         let ports = &self.snapshot.service(service)?.ports;
         let app_protocol = ports.iter().find(|p| p.protocol == Protocol::Tcp && p.port == port)?.app_protocol;
-        let routes: Vec<&Route> = self.snapshot.routes().filter(|r| r.parent == *service).collect();
+        let routes = self.snapshot.routes_from(self.namespace, service, port);
         let table = Table::compile(routes, service, port);
         let rules = table.rules().iter().map(|r| RuleClusters {
             backends: r.rule.backends.iter().map(|b| self.cluster(&b.service, b.port)).collect(),

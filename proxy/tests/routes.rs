@@ -393,3 +393,27 @@ fn expressions_and_queries_choose_the_rule() {
     }
     running.stop();
 }
+
+#[test]
+fn a_route_of_the_callers_own_namespace_takes_the_place_of_the_services() {
+    let (one, two) = (start("v1"), start("v2"));
+    let consumer = |namespace: &str| {
+        let Resource::Route(route) = split(&[("v2", 1)]) else { unreachable!("a route") };
+        Resource::Route(Route { name: Name::new(namespace, "mine"), ..route })
+    };
+    let seen = |caller: &str, routes: Vec<Resource>| {
+        let mut settings = settings([web(&[one.address]), v2(&[two.address]), routes].concat());
+        settings.workload.namespace = caller.to_owned();
+        let running = sluice_proxy::run::Running::start(settings).expect("the sidecar starts");
+        let version = Client::connect(running.outbound[0]).get("/").version().to_owned();
+        running.stop();
+        version
+    };
+    assert_eq!(seen("team", vec![split(&[("web", 1)]), consumer("team")]), "v2");
+    assert_eq!(
+        seen("shop", vec![split(&[("web", 1)]), consumer("team")]),
+        "v1",
+        "the service's own namespace is another"
+    );
+    assert_eq!(seen("third", vec![consumer("team")]), "v1", "nobody else follows it");
+}

@@ -99,6 +99,9 @@ pub fn routes_do_what_they_ask(c: &Cluster) -> Result<()> {
     let report = load.finish(c, "mesh", "tapped")?;
     ensure!(report["failed"] == 0, "{report}");
 
+    policies_say_what_became_of_them(c)?;
+    consumers_have_routes_of_their_own(c)?;
+
     // What makes no sense is refused with its field, and nothing changes.
     for (object, field) in [
         (
@@ -112,6 +115,65 @@ pub fn routes_do_what_they_ask(c: &Cluster) -> Result<()> {
         ensure!(said.contains(field), "{said}");
     }
     c.delete_namespace("mesh")
+}
+
+fn policies_say_what_became_of_them(c: &Cluster) -> Result<()> {
+    let to = |service: &str| json!({"targetRefs": [{"kind": "Service", "name": service}]});
+    let pods = |app: &str| json!({"selector": {"matchLabels": {"app": app}}, "action": "Allow"});
+    c.apply(&[
+        own("BackendPolicy", "second", to("echo-v1")),
+        own("BackendPolicy", "astray", to("nobody")),
+        own("AccessPolicy", "all", pods("echo")),
+        own("AccessPolicy", "none", pods("nobody")),
+    ])?;
+    for (kind, name, condition, status, reason) in [
+        ("backendpolicy", "echo", "Accepted", "True", "Accepted"),
+        ("backendpolicy", "second", "Accepted", "False", "Conflicted"),
+        ("backendpolicy", "astray", "ResolvedRefs", "False", "TargetNotFound"),
+        ("accesspolicy", "all", "Enforced", "True", "Enforced"),
+        ("accesspolicy", "none", "Enforced", "False", "NoPods"),
+    ] {
+        c.wait(&format!("{kind} {name} says {condition} {status}"), 20, || {
+            let object = c.json(&["-n", "mesh", "get", kind, name])?;
+            let all = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            Ok(all.iter().any(|x| x["type"] == condition && x["status"] == status && x["reason"] == reason))
+        })?;
+    }
+    c.kubectl(&[
+        "-n",
+        "mesh",
+        "delete",
+        "backendpolicy/second",
+        "backendpolicy/astray",
+        "accesspolicy/all",
+        "accesspolicy/none",
+    ])
+    .map(drop)
+}
+
+/// A route in the callers' namespace, with the leave of the backend's, is for those callers and for nobody else.
+fn consumers_have_routes_of_their_own(c: &Cluster) -> Result<()> {
+    c.namespace("consumers", true)?;
+    let grant = json!({
+        "apiVersion": "gateway.networking.k8s.io/v1", "kind": "ReferenceGrant",
+        "metadata": {"name": "consumers", "namespace": "mesh"},
+        "spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "consumers"}],
+                 "to": [{"group": "", "kind": "Service"}]}
+    });
+    let parent = json!({"group": "", "kind": "Service", "name": "echo", "namespace": "mesh"});
+    let route = json!({
+        "apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
+        "metadata": {"name": "ours", "namespace": "consumers"},
+        "spec": {"parentRefs": [parent], "rules": [{"backendRefs": [{"name": "echo-v2", "namespace": "mesh", "port": 80}]}]}
+    });
+    c.apply(&[grant, route])?;
+    let version = |namespace: &str| script(c, namespace, "whose", "wget -q -O - http://echo.mesh/");
+    c.wait("callers of that namespace follow their route", 20, || {
+        Ok(version("consumers")?.contains("\"version\":\"v2\""))
+    })?;
+    let others = version("mesh")?;
+    ensure!(others.contains("\"version\":\"v1\""), "others follow the service's own: {others}");
+    c.delete_namespace("consumers")
 }
 
 /// Callers are told apart by the identity that mTLS proves; who is not allowed gets an answer that says so.

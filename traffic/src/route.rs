@@ -78,8 +78,7 @@ enum Host {
 impl Table {
     /// Compiles those of `routes` that are attached to `service`'s `port`.
     pub fn compile<'a>(routes: impl IntoIterator<Item = &'a Route>, service: &Name, port: u16) -> Self {
-        let attached = |r: &&Route| r.parent == *service && r.parent_port.is_none_or(|p| p == port);
-        let mut routes: Vec<&Route> = routes.into_iter().filter(attached).collect();
+        let mut routes: Vec<&Route> = routes.into_iter().filter(|r| r.attached(service, port)).collect();
         // Age decides between equals, so the stable sort of entries below keeps the order made here.
         routes.sort_by_key(|r| (r.created_s, &r.name));
         let mut rules = Vec::new();

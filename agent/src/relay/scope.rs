@@ -1,7 +1,7 @@
 //! What a sidecar may know: its own workload and policy, and of each destination that it dialled what the address
 //! means, the service, its routes, and the services and endpoints those name. PURE.
 
-use sluice_model::{Delta, Endpoint, EndpointSet, Kind, Name, Place, Resource, ResourceKey, Service, Snapshot};
+use sluice_model::{Delta, Endpoint, EndpointSet, Kind, Name, Place, Resource, ResourceKey, Route, Service, Snapshot};
 use sluice_traffic::resolve::{Resolved, resolve};
 use sluice_wire::{
     CHUNK_RESOURCES,
@@ -35,7 +35,8 @@ impl Scope {
             add(Kind::Service, service);
             add(Kind::EndpointSet, service);
         }
-        for route in snapshot.routes().filter(|r| dialled.contains(&r.parent)) {
+        let for_it = |r: &&Route| !r.of_consumer() || r.name.namespace == workload.namespace;
+        for route in snapshot.routes().filter(|r| dialled.contains(&r.parent)).filter(for_it) {
             add(Kind::Route, &route.name);
             let backends = route.rules.iter().flat_map(|r| &r.backends).map(|b| &b.service);
             let mirrors = route.rules.iter().flat_map(|r| &r.filters.mirrors).map(|m| &m.service);

@@ -2,7 +2,7 @@
 //! so that the API refuses it with the field's name before it is stored, and the compiler leaves it out where another API
 //! server let it pass.
 
-use super::{Objects, name_of, port};
+use super::{Objects, Verdict, name_of, port, workload};
 use crate::{
     api::validate::selects,
     duration::parse_ms,
@@ -43,18 +43,81 @@ fn percent(field: &str, n: Option<i32>) -> Result<Option<u8>, Wrong> {
     Ok(at_most(field, n, 100)?.map(|p| p as u8))
 }
 
+/// What became of an object of `sluice.dev`, for its status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyStatus {
+    /// Its kind, as in paths of the API.
+    pub plural: &'static str,
+    pub name: m::Name,
+    pub generation: i64,
+    /// The conditions' types, and whether they hold.
+    pub conditions: Vec<(&'static str, Verdict)>,
+}
+
+fn invalid<T>(result: Result<T, Wrong>) -> Result<T, (&'static str, String)> {
+    result.map_err(|(field, detail)| ("Invalid", format!("{field}: {detail}")))
+}
+
+fn none_or(reason: &'static str, sentences: Vec<String>) -> Verdict {
+    if sentences.is_empty() { Ok(()) } else { Err((reason, sentences.join("; "))) }
+}
+
 /// The services' policies: of several for one service the oldest, then the first by name.
-pub(super) fn backend_policies(o: &Objects) -> HashMap<m::Name, m::BackendPolicy> {
+pub(super) fn backend_policies(o: &Objects) -> (HashMap<m::Name, m::BackendPolicy>, Vec<PolicyStatus>) {
     let mut all: Vec<&BackendPolicy> = o.backend_policies.values().map(AsRef::as_ref).collect();
     all.sort_by_key(|p| (p.metadata.creation_timestamp.clone().map(|t| t.0), p.metadata.name.clone()));
-    let mut of = HashMap::new();
+    let mut of = HashMap::<m::Name, (m::Name, m::BackendPolicy)>::new();
+    let mut statuses = vec![];
     for policy in all {
-        let (Ok(compiled), Some(name)) = (backend_policy(&policy.spec), name_of(&policy.metadata)) else { continue };
-        for target in policy.spec.target_refs.iter().filter(|t| t.kind == "Service" && t.group.is_empty()) {
-            of.entry(m::Name::new(name.namespace.clone(), target.name.clone())).or_insert_with(|| compiled.clone());
+        let Some(name) = name_of(&policy.metadata) else { continue };
+        let compiled = invalid(backend_policy(&policy.spec));
+        let (mut missing, mut taken) = (vec![], vec![]);
+        for target in &policy.spec.target_refs {
+            let service = m::Name::new(name.namespace.clone(), target.name.clone());
+            if !o.services.contains_key(&service) {
+                missing.push(format!("service {service} does not exist"));
+            }
+            let Ok(compiled) = &compiled else { continue };
+            let (first, _) = of.entry(service.clone()).or_insert_with(|| (name.clone(), compiled.clone()));
+            if *first != name {
+                taken.push(format!("service {service} follows the older policy {first}"));
+            }
         }
+        let accepted = compiled.map(drop).and_then(|()| none_or("Conflicted", taken));
+        statuses.push(PolicyStatus {
+            plural: "backendpolicies",
+            name,
+            generation: policy.metadata.generation.unwrap_or(0),
+            conditions: vec![("Accepted", accepted), ("ResolvedRefs", none_or("TargetNotFound", missing))],
+        });
     }
-    of
+    (of.into_iter().map(|(service, (_, policy))| (service, policy)).collect(), statuses)
+}
+
+/// Whether the access policies are what they should be, and whom they reach.
+pub(super) fn access_statuses(o: &Objects, trust_domain: &str) -> Vec<PolicyStatus> {
+    let status = |(name, object): (&m::Name, &std::sync::Arc<AccessPolicy>)| {
+        let own = o.pods.range(m::Name::new(name.namespace.clone(), "")..);
+        let own = own.take_while(|(n, _)| n.namespace == name.namespace).map(|(_, pod)| pod);
+        let selected = own.filter(|p| selects(&json!(object.spec.selector), &json!(p.metadata.labels)));
+        let meshed: Vec<bool> = selected.filter_map(|p| workload(p, trust_domain)).map(|w| w.meshed).collect();
+        let without = meshed.iter().filter(|meshed| !**meshed).count();
+        let enforced = match (meshed.len(), without) {
+            (0, _) => Err(("NoPods", "it selects no pod that runs".to_owned())),
+            (_, 0) => Ok(()),
+            (all, n) => Err(("NoSidecar", format!("{n} of the {all} pods it selects have no sidecar and ask nobody"))),
+        };
+        PolicyStatus {
+            plural: "accesspolicies",
+            name: name.clone(),
+            generation: object.metadata.generation.unwrap_or(0),
+            conditions: vec![
+                ("Accepted", invalid(access(&object.spec, name, trust_domain)).map(drop)),
+                ("Enforced", enforced),
+            ],
+        }
+    };
+    o.access_policies.iter().map(status).collect()
 }
 
 pub fn backend_policy(s: &BackendPolicySpec) -> Result<m::BackendPolicy, Wrong> {
@@ -98,7 +161,13 @@ pub fn backend_policy(s: &BackendPolicySpec) -> Result<m::BackendPolicy, Wrong> 
                 Some(m::RetryBudget { percent, min_per_s: min.unwrap_or(default.min_per_s) })
             }
         },
-        hedge_after_ms: 0,
+        hedge_after_ms: match &s.hedging {
+            None => 0,
+            Some(h) => match ms("hedging.after", Some(&h.after))? {
+                Some(ms) if ms > 0 => ms,
+                _ => return wrong("hedging.after", &h.after, "must be longer than nothing"),
+            },
+        },
         per_try_timeout_ms: ms("perTryTimeout", s.per_try_timeout.as_ref())?.unwrap_or(0),
         connect_timeout_ms: ms("connectTimeout", s.connect_timeout.as_ref())?.unwrap_or(0),
         idle_timeout_ms: ms("idleTimeout", s.idle_timeout.as_ref())?.unwrap_or(0),

@@ -63,6 +63,8 @@ pub enum Unmeshed {
     Older(m::Name),
     /// The service's own endpoints: no rule takes every request.
     Endpoints,
+    /// What the service's own namespace says: this is a route of consumers.
+    Producer,
 }
 
 pub(super) fn routes(o: &Objects) -> (Vec<m::Route>, Vec<RouteStatus>) {
@@ -79,7 +81,8 @@ pub(super) fn routes(o: &Objects) -> (Vec<m::Route>, Vec<RouteStatus>) {
 /// Of several routes with a rule that takes everything the oldest counts for callers without a sidecar (as agents
 /// compile it); the others say so.
 fn settle_unmeshed(routes: &[m::Route], statuses: &mut [RouteStatus]) {
-    let mut catching: Vec<&m::Route> = routes.iter().filter(|r| r.rules.iter().any(m::Rule::catch_all)).collect();
+    let mut catching: Vec<&m::Route> =
+        routes.iter().filter(|r| !r.of_consumer() && r.rules.iter().any(m::Rule::catch_all)).collect();
     catching.sort_by_key(|r| (r.created_s, &r.name));
     let rank = |name: &m::Name| catching.iter().position(|r| r.name == *name);
     for p in statuses.iter_mut().flat_map(|s| &mut s.parents) {
@@ -215,16 +218,21 @@ fn attach(
         if let (Ok(rules), Ok(())) = (&rules, &accepted) {
             let name = compiled_name(&h, i);
             compiled = Some(name.clone());
-            unmeshed = rules.iter().position(m::Rule::catch_all).map_or(Unmeshed::Endpoints, Unmeshed::Rule);
-            routes.push(m::Route {
+            let route = m::Route {
                 name,
                 kind: h.kind,
-                parent: m::Name::new(h.name.namespace.clone(), p.name),
+                parent: parent_name(p, &h),
                 parent_port: p.port.and_then(port),
                 created_s: h.created_s,
                 generation: h.generation,
                 rules: rules.clone(),
-            });
+            };
+            unmeshed = match rules.iter().position(m::Rule::catch_all) {
+                _ if route.of_consumer() => Unmeshed::Producer,
+                Some(rule) => Unmeshed::Rule(rule),
+                None => Unmeshed::Endpoints,
+            };
+            routes.push(route);
         }
         parents.push(ParentStatus {
             service: p.name.to_owned(),
@@ -244,13 +252,13 @@ fn of_service(p: &Reference<'_>) -> bool {
     p.kind == Some("Service") && p.group.unwrap_or("gateway.networking.k8s.io").is_empty()
 }
 
+fn parent_name(p: &Reference<'_>, h: &Header<'_>) -> m::Name {
+    m::Name::new(p.namespace.unwrap_or(&h.name.namespace), p.name)
+}
+
+/// A service of another namespace will do: the route is for that service's callers in the route's own (GEP-1426).
 fn parent(p: &Reference<'_>, h: &Header<'_>, o: &Objects) -> Verdict {
-    if p.namespace.is_some_and(|n| n != h.name.namespace) {
-        let text =
-            format!("service {} is in another namespace than the route; only its own namespace's routes apply", p.name);
-        return Err(("NotAllowedByParent", text));
-    }
-    let name = m::Name::new(h.name.namespace.clone(), p.name);
+    let name = parent_name(p, h);
     let Some(service) = o.services.get(&name) else {
         return Err(("NoMatchingParent", format!("service {name} does not exist")));
     };

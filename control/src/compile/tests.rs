@@ -302,7 +302,7 @@ fn parents_that_do_not_fit_are_not_accepted_and_gateways_left_alone() {
     for (parent, reason) in [
         (json!({"group": "", "kind": "Service", "name": "nope"}), Some("NoMatchingParent")),
         (json!({"group": "", "kind": "Service", "name": "web", "port": 81}), Some("NoMatchingParent")),
-        (json!({"group": "", "kind": "Service", "name": "web", "namespace": "other"}), Some("NotAllowedByParent")),
+        (json!({"group": "", "kind": "Service", "name": "web", "namespace": "other"}), Some("NoMatchingParent")),
         (json!({"name": "gw"}), None),
     ] {
         let mut o = objects();
@@ -314,6 +314,37 @@ fn parents_that_do_not_fit_are_not_accepted_and_gateways_left_alone() {
         let got = statuses[0].parents.first().map(|p| p.accepted.clone().expect_err("refused").0);
         assert_eq!(got, reason);
     }
+}
+
+#[test]
+fn routes_of_consumers_are_for_callers_of_their_namespace() {
+    let mut o = objects();
+    let parent = json!({"group": "", "kind": "Service", "name": "web", "namespace": "shop"});
+    let spec = json!({"parentRefs": [parent], "rules": [{"timeouts": {"request": "1s"},
+                      "backendRefs": [{"name": "web", "namespace": "shop", "port": 80}]}]});
+    let own = json!({"metadata": {"name": "mine", "namespace": "team"}, "spec": spec});
+    o.http_routes.insert(m::Name::new("team", "mine"), Arc::new(serde_json::from_value(own).expect("a route")));
+    put(&mut o.http_routes, "canary", route(split("web-v2")));
+    let of = |statuses: &[RouteStatus], name: &str| {
+        let status = statuses.iter().find(|s| s.name.name == name).expect("a status");
+        status.parents[0].clone()
+    };
+    let (_, statuses) = snapshot(&o);
+    let mine = of(&statuses, "mine");
+    assert_eq!((&mine.accepted, &mine.unmeshed), (&Ok(()), &Unmeshed::Producer));
+    assert!(matches!(&mine.resolved, Err(("RefNotPermitted", _))), "backends there ask for a grant as ever");
+    assert_eq!(of(&statuses, "canary").unmeshed, Unmeshed::Rule(0), "it does not count as the older one");
+    let grant = json!({"spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "team"}],
+                                "to": [{"group": "", "kind": "Service"}]}});
+    put(&mut o.grants, "team", grant);
+    let (s, statuses) = snapshot(&o);
+    assert_eq!(of(&statuses, "mine").resolved, Ok(()));
+    let web = m::Name::new("shop", "web");
+    let followed =
+        |namespace: &str| s.routes_from(namespace, &web, 80).iter().map(|r| r.name.to_string()).collect::<Vec<_>>();
+    assert_eq!(followed("team"), ["team/mine"]);
+    assert_eq!(followed("shop"), ["shop/canary"]);
+    assert_eq!(followed("third"), ["shop/canary"]);
 }
 
 #[test]
@@ -469,4 +500,50 @@ fn specs_that_make_no_sense_are_told_with_their_field() {
     let filter = json!({"fault": {"abort": {"status": 99}}});
     let filter = serde_json::from_value(filter).expect("a spec");
     assert_eq!(route_filter(&filter, &mut m::Rule::default()).expect_err("wrong").0, "spec.fault.abort.status");
+}
+
+#[test]
+fn policies_say_what_became_of_them() {
+    let mut o = objects();
+    let backend = |at: &str, service: &str, more: Value| {
+        let mut spec = json!({"targetRefs": [{"kind": "Service", "name": service}]});
+        spec.as_object_mut().expect("a map").extend(more.as_object().cloned().unwrap_or_default());
+        json!({"metadata": {"creationTimestamp": at, "generation": 3}, "spec": spec})
+    };
+    put(&mut o.backend_policies, "old", backend("2026-01-01T00:00:00Z", "web", json!({})));
+    put(&mut o.backend_policies, "young", backend("2026-01-02T00:00:00Z", "web", json!({})));
+    put(&mut o.backend_policies, "astray", backend("2026-01-01T00:00:00Z", "wbe", json!({})));
+    put(&mut o.backend_policies, "wrong", backend("2026-01-01T00:00:00Z", "web-v1", json!({"slowStart": "soon"})));
+    let access = |label: &str| json!({"spec": {"selector": {"matchLabels": {"app": label}}, "action": "Allow"}});
+    for (pod, app, meshed) in [("a1", "a", true), ("b1", "b", true), ("b2", "b", false)] {
+        let injected = if meshed { json!({"sluice.dev/sidecar": "injected"}) } else { json!({}) };
+        put(
+            &mut o.pods,
+            pod,
+            json!({"metadata": {"uid": pod, "labels": {"app": app}, "annotations": injected},
+                   "spec": {"nodeName": "n1", "containers": []}, "status": {"phase": "Running"}}),
+        );
+    }
+    ["a", "b", "c"].into_iter().for_each(|app| put(&mut o.access_policies, app, access(app)));
+    let statuses = compile(&o, "cluster.local", &"192.0.2.0/29".parse().expect("a pool")).policies;
+    let of = |name: &str, condition: &str| {
+        let status = statuses.iter().find(|s| s.name.name == name).expect(name);
+        let found = status.conditions.iter().find(|(c, _)| *c == condition).expect(condition);
+        found.1.as_ref().map_or_else(|(reason, text)| format!("{reason}: {text}"), |()| String::new())
+    };
+    assert_eq!(of("old", "Accepted"), "");
+    assert_eq!(of("young", "Accepted"), "Conflicted: service shop/web follows the older policy shop/old");
+    assert_eq!(of("astray", "Accepted"), "");
+    assert_eq!(of("astray", "ResolvedRefs"), "TargetNotFound: service shop/wbe does not exist");
+    assert!(of("wrong", "Accepted").starts_with("Invalid: spec.slowStart: "));
+    assert_eq!(["a", "b", "c"].map(|n| of(n, "Accepted")), ["", "", ""]);
+    assert_eq!(
+        ["a", "b", "c"].map(|n| of(n, "Enforced")),
+        [
+            "",
+            "NoSidecar: 1 of the 2 pods it selects have no sidecar and ask nobody",
+            "NoPods: it selects no pod that runs"
+        ]
+    );
+    assert_eq!(statuses.iter().find(|s| s.name.name == "old").expect("old").generation, 3);
 }

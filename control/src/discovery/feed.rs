@@ -3,7 +3,7 @@
 use super::Counters;
 use crate::{
     api::kinds,
-    compile::{Objects, RouteStatus, compile},
+    compile::{Objects, PolicyStatus, RouteStatus, compile},
     own,
     pool::Pool,
     store::{ListQuery, Store, StoreError, Watch, WatchItem},
@@ -31,6 +31,7 @@ pub struct Published {
     pub epoch: String,
     pub snapshot: Arc<Snapshot>,
     pub routes: Arc<Vec<RouteStatus>>,
+    pub policies: Arc<Vec<PolicyStatus>>,
     /// Of each route: the generation compiled, the snapshot revision that first had it, and when the change was made.
     pub since: Arc<HashMap<Name, (i64, Revision, Instant)>>,
 }
@@ -289,9 +290,12 @@ fn next(mut p: Published, epoch: &str, state: &State, trust_domain: &str, pool: 
         p.since = Arc::new(since(&p, fresh, state.changed.unwrap_or_else(Instant::now)));
         epoch.clone_into(&mut p.epoch);
     }
-    let statuses = *p.routes != compiled.routes;
-    if statuses {
+    let statuses = *p.routes != compiled.routes || *p.policies != compiled.policies;
+    if *p.routes != compiled.routes {
         p.routes = Arc::new(compiled.routes);
+    }
+    if *p.policies != compiled.policies {
+        p.policies = Arc::new(compiled.policies);
     }
     (changed || statuses).then_some(p)
 }

@@ -1,9 +1,11 @@
-//! Writes the routes' statuses: accepted, resolved, in force and where, and what callers without a sidecar follow.
+//! Writes the routes' statuses: accepted, resolved, in force and where, and what callers without a sidecar follow; and the
+//! policies': accepted, and whom they reach.
 
 use super::{Programmed, Published, Shared};
 use crate::{
     api::kinds,
-    compile::{ParentStatus, RouteStatus, Unmeshed, Verdict},
+    compile::{ParentStatus, PolicyStatus, RouteStatus, Unmeshed, Verdict},
+    own,
     store::{Op, Store, StoreError, Txn, TxnOutcome},
 };
 use k8s_openapi::jiff::Timestamp;
@@ -18,6 +20,7 @@ const NAMED: usize = 5;
 /// For ever: after every change of the published state or of an acknowledgement.
 pub async fn run(store: Arc<dyn Store>, shared: Arc<Shared>) {
     let mut published = shared.published.clone();
+    let mut written = Arc::default();
     loop {
         let current = published.borrow_and_update().clone();
         // A node that is not ready any more is not waited for.
@@ -29,11 +32,49 @@ pub async fn run(store: Arc<dyn Store>, shared: Arc<Shared>) {
                 shared.acknowledged.notify_one();
             }
         }
+        if !Arc::ptr_eq(&written, &current.policies) {
+            match write_policies(&store, &current.policies).await {
+                Ok(()) => written = current.policies.clone(),
+                Err(error) => {
+                    tracing::warn!(%error, "a policy's status not written, trying again");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    shared.acknowledged.notify_one();
+                }
+            }
+        }
         tokio::select! {
             () = shared.acknowledged.notified() => {}
             changed = published.changed() => if changed.is_err() { return },
         }
     }
+}
+
+async fn write_policies(store: &Arc<dyn Store>, policies: &[PolicyStatus]) -> Result<(), StoreError> {
+    for policy in policies {
+        let kind = kinds::find(own::GROUP, own::VERSION, policy.plural).expect("policies are in the table of kinds");
+        let key = kind.key(&policy.name.namespace, &policy.name.name);
+        loop {
+            let Some(kv) = store.get(&key).await? else { break };
+            let Ok(mut object) = serde_json::from_slice::<Value>(&kv.value) else { break };
+            // A newer generation is being compiled: its own turn will write.
+            if object["metadata"]["generation"].as_i64().unwrap_or(0) != policy.generation {
+                break;
+            }
+            let all = policy.conditions.iter();
+            let conditions: Value =
+                all.map(|(t, v)| condition(t, verdict(v, t), policy.generation, Some(&object["status"]))).collect();
+            if object["status"]["conditions"] == conditions {
+                break;
+            }
+            object["status"]["conditions"] = conditions;
+            let value = serde_json::to_vec(&object).expect("JSON serializes");
+            let txn = Txn::new().when(key.clone(), kv.mod_revision).then(Op::put(key.clone(), value));
+            if let TxnOutcome::Committed { .. } = store.txn(txn).await? {
+                break;
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn write(
@@ -111,13 +152,14 @@ fn programmed(shared: &Shared, current: &Published, name: &Name) -> Option<Progr
 /// Status, reason, message.
 type Words = (&'static str, &'static str, String);
 
+fn verdict(v: &Verdict, good: &'static str) -> Words {
+    match v {
+        Ok(()) => ("True", good, String::new()),
+        Err((reason, message)) => ("False", reason, message.clone()),
+    }
+}
+
 fn conditions(route: &RouteStatus, p: &ParentStatus, programmed: Option<Programmed>, before: Option<&Value>) -> Value {
-    let verdict = |v: &Verdict, good: &'static str| -> Words {
-        match v {
-            Ok(()) => ("True", good, String::new()),
-            Err((reason, message)) => ("False", reason, message.clone()),
-        }
-    };
     let fallback = match &p.unmeshed {
         Unmeshed::Rule(i) => (
             "True",
@@ -131,6 +173,11 @@ fn conditions(route: &RouteStatus, p: &ParentStatus, programmed: Option<Programm
             "False",
             "ServiceEndpoints",
             "callers without a sidecar use the service's own endpoints: no rule takes every request".into(),
+        ),
+        Unmeshed::Producer => (
+            "False",
+            "ConsumerRoute",
+            "callers without a sidecar follow the routes of the service's own namespace".into(),
         ),
     };
     let all = [
