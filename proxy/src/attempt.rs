@@ -11,7 +11,7 @@ use crate::{
     paced::Fate,
     reason::{self, Reason},
     rule::Routed,
-    upstream::{ConnectError, InFlight, Sender, Upstream},
+    upstream::{ConnectError, InFlight, Sender, Serving, Upstream},
     worker::Worker,
 };
 use http::{Request, Response, StatusCode, Version};
@@ -19,6 +19,7 @@ use hyper::body::Incoming;
 use sluice_model::Retry;
 use sluice_traffic::retry;
 use std::{
+    cell::Cell,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -42,78 +43,168 @@ pub async fn send(
     if !cluster.known {
         return Err(Reason::NoBackend);
     }
-    let mut tries = Tries::new(routed, key, &request, needs);
-    let patience = tries.patience(routed);
-    let mut request = request;
-    loop {
-        let Some(at) = tries.pick(cluster, worker) else { return Err(tries.failure) };
-        let upstream = &cluster.endpoints[at];
-        in_flight.at(upstream);
-        let begun = cluster.policy.is_some().then(Instant::now);
-        let us = || begun.map_or(0, |b| b.elapsed().as_micros() as u64);
-        let (mut sender, reused) = match tries.connection(cluster, upstream, worker).await {
-            Ok(got) => got,
-            Err(reason) => {
-                if reason == Reason::CircuitOpen {
-                    return Err(reason);
-                }
-                cluster.observe(worker, at, false, us());
-                tries.failure = if inbound { Reason::AppUnreachable } else { reason };
-                tries.next_endpoint(at, worker);
-                continue;
-            }
-        };
+    let tries = Tries::new(routed, key, &request, needs);
+    if tries.asked.is_some() {
+        cluster.may_retry(worker);
+    }
+    let exchange = Exchange { worker, routed, fate, needs, inbound };
+    match cluster.hedge_after().filter(|_| tries.repeatable && cluster.endpoints.len() > 1) {
+        None => exchange.send(tries, request, &mut |_, upstream| in_flight.at(upstream)).await,
+        Some(after) => {
+            let again = Tries::new(routed, key, &request, needs);
+            Box::pin(exchange.hedged(after, [tries, again], request, in_flight)).await
+        }
+    }
+}
+
+/// What does not change from try to try.
+struct Exchange<'a> {
+    worker: &'a Rc<Worker>,
+    routed: &'a Routed,
+    fate: &'a Fate,
+    needs: Needs,
+    inbound: bool,
+}
+
+impl Exchange<'_> {
+    /// Sends the request to a second endpoint when the first has not answered after a while: the first answer counts, and the
+    /// other request is given up. Within the budget of retries.
+    async fn hedged(
+        &self,
+        after: Duration,
+        [tries, mut again]: [Tries<'_>; 2],
+        request: Request<Outgoing>,
+        in_flight: &mut InFlight,
+    ) -> Result<(Response<Incoming>, Sender), Reason> {
+        let (cluster, worker) = (&self.routed.choice.cluster, self.worker);
         let spare = copy(&request);
-        match within(patience, sender.try_send(request)).await {
-            Some(Ok(mut response)) => {
-                cluster.observe(worker, at, !response.status().is_server_error(), us());
-                // Only the endpoint's own sidecar may say why it answered: an app could have it from anywhere.
-                if inbound || upstream.endpoint.identity.is_none() {
-                    response.headers_mut().remove(reason::HEADER);
-                }
-                let Some(spare) = spare else { return check::answer(&response, needs).map(|()| (response, sender)) };
-                let again = tries.says_again(&response) && tries.another_endpoint(at, cluster, worker);
-                if !again && !tries.asked_again(Some(response.status()), at, cluster, worker).await {
-                    return check::answer(&response, needs).map(|()| (response, sender));
-                }
-                request = spare;
+        let first_at = Cell::new(0);
+        let mut note = |at, upstream: &Rc<Upstream>| {
+            first_at.set(at);
+            in_flight.at(upstream);
+        };
+        let mut first = Box::pin(self.send(tries, request, &mut note));
+        if let Ok(answer) = tokio::time::timeout(after, &mut first).await {
+            return answer;
+        }
+        again.tried = 1u64.checked_shl(first_at.get() as u32).unwrap_or(0);
+        let Some(spare) = spare.filter(|_| again.pick(cluster, worker).is_some()) else { return first.await };
+        match cluster.retry(worker, Some(&Retry::default())) {
+            Ok(place) => again.retrying = place,
+            Err(reason) => {
+                worker.counters.refuse(reason);
+                return first.await;
             }
-            Some(Err(mut failed)) => {
-                if let Some(reason) = fate.reason() {
-                    return Err(reason);
-                }
-                let unsent = failed.take_message();
-                tracing::debug!(error = %failed.error(), reused, "request failed");
-                upstream.failed(&sender, failed.error());
-                let malformed = failed.error().is_parse();
-                tries.failure = if malformed { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
-                if !failed.error().is_user() {
-                    // Else the client broke off, which says nothing of the endpoint.
+        }
+        add(&worker.counters.hedged, 1);
+        let mut second_at = None;
+        let mut serving = Serving::default();
+        let mut note = |at, upstream: &Rc<Upstream>| {
+            second_at = Some(at);
+            serving.at(upstream);
+        };
+        let mut second = Box::pin(self.send(again, spare, &mut note));
+        tokio::select! {
+            biased;
+            answer = &mut first => match answer {
+                Ok(answer) => return Ok(answer),
+                Err(_) => { let answer = (&mut second).await; drop((first, second)); self.settle(answer, second_at, in_flight) }
+            },
+            answer = &mut second => match answer {
+                Err(_) => first.await,
+                answer => { drop((first, second)); self.settle(answer, second_at, in_flight) }
+            },
+        }
+    }
+
+    /// The second endpoint has answered, or neither: the request is there.
+    fn settle<T>(&self, answer: T, at: Option<usize>, in_flight: &mut InFlight) -> T {
+        at.into_iter().for_each(|at| in_flight.at(&self.routed.choice.cluster.endpoints[at]));
+        answer
+    }
+
+    /// One request to as many endpoints as it may be tried at, one after the other; `note` is told of each.
+    async fn send(
+        &self,
+        mut tries: Tries<'_>,
+        mut request: Request<Outgoing>,
+        note: &mut dyn FnMut(usize, &Rc<Upstream>),
+    ) -> Result<(Response<Incoming>, Sender), Reason> {
+        let Self { worker, routed, fate, needs, inbound } = *self;
+        let cluster = &routed.choice.cluster;
+        let patience = tries.patience(routed);
+        loop {
+            let Some(at) = tries.pick(cluster, worker) else { return Err(tries.failure) };
+            let upstream = &cluster.endpoints[at];
+            note(at, upstream);
+            let begun = cluster.policy.is_some().then(Instant::now);
+            let us = || begun.map_or(0, |b| b.elapsed().as_micros() as u64);
+            let (mut sender, reused) = match tries.connection(cluster, upstream, worker).await {
+                Ok(got) => got,
+                Err(reason) => {
+                    if reason == Reason::CircuitOpen {
+                        return Err(reason);
+                    }
                     cluster.observe(worker, at, false, us());
+                    tries.failure = if inbound { Reason::AppUnreachable } else { reason };
+                    tries.next_endpoint(at, worker);
+                    continue;
                 }
-                let untouched = unsent.is_some() || multiplex::unprocessed(failed.error());
-                let may = untouched || tries.repeatable && !malformed;
-                let again = match unsent {
-                    Some(unsent) => Some(unsent),
-                    None => spare,
-                };
-                let built_in = may && again.is_some() && tries.another_connection(untouched, at, cluster, worker);
-                let Some(again) = again else { return Err(tries.failure) };
-                if !built_in && !tries.asked_again(None, at, cluster, worker).await {
-                    return Err(tries.failure);
+            };
+            let spare = copy(&request);
+            match within(patience, sender.try_send(request)).await {
+                Some(Ok(mut response)) => {
+                    cluster.observe(worker, at, !response.status().is_server_error(), us());
+                    // Only the endpoint's own sidecar may say why it answered: an app could have it from anywhere.
+                    if inbound || upstream.endpoint.identity.is_none() {
+                        response.headers_mut().remove(reason::HEADER);
+                    }
+                    let Some(spare) = spare else {
+                        return check::answer(&response, needs).map(|()| (response, sender));
+                    };
+                    let again = tries.says_again(&response) && tries.another_endpoint(at, cluster, worker);
+                    if !again && !tries.asked_again(Some(response.status()), at, cluster, worker).await {
+                        return check::answer(&response, needs).map(|()| (response, sender));
+                    }
+                    request = spare;
                 }
-                request = again;
-            }
-            None => {
-                tracing::debug!(endpoint = %upstream.endpoint.address, "no answer in time");
-                cluster.observe(worker, at, false, us());
-                tries.failure = Reason::TryTimeout;
-                drop(sender);
-                let Some(again) = spare else { return Err(tries.failure) };
-                if !tries.asked_again(None, at, cluster, worker).await {
-                    return Err(tries.failure);
+                Some(Err(mut failed)) => {
+                    if let Some(reason) = fate.reason() {
+                        return Err(reason);
+                    }
+                    let unsent = failed.take_message();
+                    tracing::debug!(error = %failed.error(), reused, "request failed");
+                    upstream.failed(&sender, failed.error());
+                    let malformed = failed.error().is_parse();
+                    tries.failure = if malformed { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
+                    if !failed.error().is_user() {
+                        // Else the client broke off, which says nothing of the endpoint.
+                        cluster.observe(worker, at, false, us());
+                    }
+                    let untouched = unsent.is_some() || multiplex::unprocessed(failed.error());
+                    let may = untouched || tries.repeatable && !malformed;
+                    let again = match unsent {
+                        Some(unsent) => Some(unsent),
+                        None => spare,
+                    };
+                    let built_in = may && again.is_some() && tries.another_connection(untouched, at, cluster, worker);
+                    let Some(again) = again else { return Err(tries.failure) };
+                    if !built_in && !tries.asked_again(None, at, cluster, worker).await {
+                        return Err(tries.failure);
+                    }
+                    request = again;
                 }
-                request = again;
+                None => {
+                    tracing::debug!(endpoint = %upstream.endpoint.address, "no answer in time");
+                    cluster.observe(worker, at, false, us());
+                    tries.failure = Reason::TryTimeout;
+                    drop(sender);
+                    let Some(again) = spare else { return Err(tries.failure) };
+                    if !tries.asked_again(None, at, cluster, worker).await {
+                        return Err(tries.failure);
+                    }
+                    request = again;
+                }
             }
         }
     }

@@ -17,6 +17,7 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
+    time::Duration,
 };
 
 /// The endpoints of a backend.
@@ -233,6 +234,19 @@ impl LiveCluster {
         Ok(Some(Held::new(&self.state, |s| &s.requests)))
     }
 
+    /// A request that may be tried again has come: the budget is a share of those. With a policy all are counted.
+    pub fn may_retry(&self, worker: &Worker) {
+        if self.policy.is_none() {
+            self.state.budget.borrow_mut().request(worker.now_ms() / 1000);
+        }
+    }
+
+    /// After how long without an answer a request is also sent elsewhere.
+    pub fn hedge_after(&self) -> Option<Duration> {
+        let ms = self.policy.as_ref()?.of.hedge_after_ms;
+        (ms > 0).then(|| Duration::from_millis(ms.into()))
+    }
+
     /// Lets a request wait for a connection.
     pub fn wait(&self) -> Result<Option<Held>, Reason> {
         let Some(policy) = &self.policy else { return Ok(None) };
@@ -248,11 +262,11 @@ impl LiveCluster {
 
     /// Lets a request be tried once more; `asked` is the route's own word, which is held to a budget in any case.
     pub fn retry(&self, worker: &Worker, asked: Option<&Retry>) -> Result<Option<Held>, Reason> {
-        let budget = match (&self.policy, asked) {
-            (Some(policy), _) => policy.of.retry_budget,
-            (None, Some(_)) => Some(RetryBudget::default()),
-            (None, None) => return Ok(None),
-        };
+        let own = self.policy.as_ref().and_then(|p| p.of.retry_budget);
+        let budget = own.or(asked.map(|_| RetryBudget::default()));
+        if budget.is_none() && self.policy.is_none() {
+            return Ok(None);
+        }
         let most = self.policy.as_ref().map_or(0, |p| p.of.circuit.max_retries);
         if most > 0 && self.state.retries.get() >= most {
             return Err(Reason::CircuitOpen);

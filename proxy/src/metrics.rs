@@ -115,6 +115,8 @@ pub struct WorkerCounters {
     pub refused: [Cell<u64>; Reason::COUNT],
     /// Requests sent again, and connects tried at another endpoint.
     pub retries: Cell<u64>,
+    /// Requests sent to a second endpoint because the first took its time.
+    pub hedged: Cell<u64>,
     /// Endpoints taken out for a while.
     pub ejections: Cell<u64>,
     /// Copies of requests sent to mirrors.
@@ -142,6 +144,7 @@ pub struct Scrape {
     pub series: BTreeMap<SeriesKey, Totals>,
     pub refused: [u64; Reason::COUNT],
     pub retries: u64,
+    pub hedged: u64,
     pub ejections: u64,
     pub mirrored: u64,
     pub audited: u64,
@@ -156,6 +159,7 @@ impl Scrape {
             series,
             refused: std::array::from_fn(|i| counters.refused[i].get()),
             retries: counters.retries.get(),
+            hedged: counters.hedged.get(),
             ejections: counters.ejections.get(),
             mirrored: counters.mirrored.get(),
             audited: counters.audited.get(),
@@ -171,6 +175,7 @@ impl Scrape {
         }
         self.refused.iter_mut().zip(other.refused).for_each(|(a, b)| *a += b);
         self.retries += other.retries;
+        self.hedged += other.hedged;
         self.ejections += other.ejections;
         self.mirrored += other.mirrored;
         self.audited += other.audited;
@@ -209,6 +214,7 @@ impl Scrape {
         }
         for (name, kind, n) in [
             ("sluice_retries_total", "counter", self.retries),
+            ("sluice_hedged_total", "counter", self.hedged),
             ("sluice_ejections_total", "counter", self.ejections),
             ("sluice_mirrored_total", "counter", self.mirrored),
             ("sluice_audit_denied_total", "counter", self.audited),

@@ -420,11 +420,36 @@ async fn connect_within(address: SocketAddr, patience: Duration) -> io::Result<T
     Ok(stream)
 }
 
+/// Where a request counts as in flight: at an endpoint, until it goes to another one or is dropped.
+#[derive(Debug, Default)]
+pub struct Serving(Option<Rc<Upstream>>);
+
+impl Serving {
+    /// The endpoint that has the request now; it leaves the one before.
+    pub fn at(&mut self, upstream: &Rc<Upstream>) {
+        self.leave();
+        upstream.in_flight.set(upstream.in_flight.get() + 1);
+        self.0 = Some(upstream.clone());
+    }
+
+    fn leave(&mut self) {
+        if let Some(upstream) = self.0.take() {
+            upstream.in_flight.set(upstream.in_flight.get() - 1);
+        }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
 /// A request between its start and the end of its answer. Dropped before the end, it counts as unanswered.
 #[derive(Debug)]
 pub struct InFlight {
     series: Rc<Series>,
-    upstream: Option<Rc<Upstream>>,
+    serving: Serving,
     /// Its place within the bounds of the backend's policy.
     admitted: Option<Held>,
     started: Instant,
@@ -444,7 +469,7 @@ impl InFlight {
     pub fn new(series: Rc<Series>, started: Instant) -> Self {
         add(&series.requests, 1);
         add(&series.in_flight, 1);
-        Self { series, upstream: None, admitted: None, started, status: None, sender: None, seen: None }
+        Self { series, serving: Serving::default(), admitted: None, started, status: None, sender: None, seen: None }
     }
 
     /// Somebody wants to see it: `exchange` is handed over when it has ended.
@@ -469,9 +494,7 @@ impl InFlight {
 
     /// The endpoint that has the request now; it leaves the one before.
     pub fn at(&mut self, upstream: &Rc<Upstream>) {
-        self.leave();
-        upstream.in_flight.set(upstream.in_flight.get() + 1);
-        self.upstream = Some(upstream.clone());
+        self.serving.at(upstream);
         if let Some(seen) = &mut self.seen {
             seen.exchange.tries += 1;
             seen.exchange.endpoint = Some(upstream.endpoint.address);
@@ -489,21 +512,14 @@ impl InFlight {
 
     /// The answer is complete; its connection may be used again.
     pub fn end(mut self) {
-        if let (Some(upstream), Some(Sender::Http1(sender))) = (&self.upstream, self.sender.take()) {
+        if let (Some(upstream), Some(Sender::Http1(sender))) = (&self.serving.0, self.sender.take()) {
             upstream.put_idle(sender, Instant::now());
-        }
-    }
-
-    fn leave(&mut self) {
-        if let Some(upstream) = self.upstream.take() {
-            upstream.in_flight.set(upstream.in_flight.get() - 1);
         }
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.leave();
         self.series.in_flight.set(self.series.in_flight.get() - 1);
         let took = self.started.elapsed();
         self.series.answered(self.status, took);

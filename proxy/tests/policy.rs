@@ -224,3 +224,40 @@ fn new_endpoints_warm_up() {
     assert!(old.seen() > 20 && new.seen() > 20);
     running.stop();
 }
+
+#[test]
+fn slow_requests_go_to_a_second_endpoint_too() {
+    let (slow, fast) = (slow_app(Duration::from_millis(600)), start("fast"));
+    let hedged = |min_per_s| BackendPolicy {
+        // In turns, so that every other request meets the slow one first.
+        balance: Balance::RoundRobin,
+        hedge_after_ms: 40,
+        retry_budget: Some(RetryBudget { percent: 0, min_per_s }),
+        ..BackendPolicy::default()
+    };
+    let running = sidecar(of(hedged(100), &[slow, fast.address]));
+    let mut client = Client::connect(running.outbound[0]);
+    let mut ask = |method: &str, more: &str| {
+        let begun = Instant::now();
+        let answer = client.ask(method, "/", more);
+        assert_eq!(answer.status, 200);
+        begun.elapsed()
+    };
+    let times: Vec<Duration> = (0..6).map(|_| ask("GET", "")).collect();
+    assert!(times.iter().all(|t| *t < Duration::from_millis(550)), "{times:?}");
+    assert!(times.iter().any(|t| *t >= Duration::from_millis(40)), "some met the slow one first: {times:?}");
+    let hedged_by_now = scrape(&running).hedged;
+    assert!((2..=6).contains(&hedged_by_now), "{hedged_by_now}");
+    let posts: Vec<Duration> = (0..2).map(|_| ask("POST", "content-length: 0\r\n")).collect();
+    assert!(posts.iter().any(|t| *t >= Duration::from_millis(600)), "what may not be repeated is not: {posts:?}");
+    assert_eq!(scrape(&running).hedged, hedged_by_now);
+    running.stop();
+
+    let running = sidecar(of(hedged(0), &[slow, fast.address]));
+    let mut client = Client::connect(running.outbound[0]);
+    let begun = Instant::now();
+    (0..2).for_each(|_| assert_eq!(client.get("/").status, 200));
+    assert!(begun.elapsed() >= Duration::from_millis(600), "without budget one endpoint is asked");
+    assert_eq!(scrape(&running).hedged, 0);
+    running.stop();
+}
