@@ -142,9 +142,11 @@ pub fn services_keep_clients_and_stay_near(c: &Cluster) -> Result<()> {
         let nobody = BTreeSet::from(["refused".to_owned()]);
         ensure!(seen("sticky")?.len() == 1 && seen("sticky")?.is_subset(&all), "{node}: {log}");
         ensure!(seen("local")? == if here.is_empty() { nobody } else { here.clone() }, "{node}: {log}");
-        ensure!(seen("close")? == if here.is_empty() { all.clone() } else { here }, "{node}: {log}");
-        let zoned: BTreeSet<_> = NODES.iter().zip(ZONES).filter(|(_, z)| *z == zone).flat_map(|(n, _)| on(n)).collect();
-        ensure!(seen("zoned")? == if zoned.is_empty() { all.clone() } else { zoned }, "{node}: {log}");
+        let in_zone = NODES.iter().zip(ZONES).filter(|(_, z)| *z == zone).flat_map(|(n, _)| on(n));
+        let in_zone: BTreeSet<_> = in_zone.collect();
+        let zoned = if in_zone.is_empty() { all.clone() } else { in_zone };
+        ensure!(seen("close")? == if here.is_empty() { zoned.clone() } else { here }, "{node}: {log}");
+        ensure!(seen("zoned")? == zoned, "{node}: {log}");
         ensure!(seen("192.0.2.10")? == all, "{node}: {log}");
     }
     for node in NODES {
