@@ -62,6 +62,8 @@ pub struct RunSummary {
     pub url: String,
     pub rps: f64,
     pub duration_s: f64,
+    /// When request 0 was due (datagrams: at the earliest), in milliseconds since 1970.
+    pub began_ms: u64,
     #[serde(flatten)]
     pub report: serde_json::Value,
 }
@@ -82,12 +84,20 @@ struct Run {
 
 /// Runs to the end and returns what there is to say.
 pub async fn run(args: LoadArgs) -> anyhow::Result<RunSummary> {
+    let summary = |args: &LoadArgs, began_ms, report| RunSummary {
+        url: args.url.to_string(),
+        rps: args.rps,
+        duration_s: args.duration,
+        began_ms,
+        report,
+    };
     if args.url.scheme_str() == Some("udp") {
+        let began_ms = now_ms();
         let report = datagrams::run(&args, resolve(&args.url).await?).await?;
-        return Ok(RunSummary { url: args.url.to_string(), rps: args.rps, duration_s: args.duration, report });
+        return Ok(summary(&args, began_ms, report));
     }
     let run = Rc::new(Run::new(args).await?);
-    let start = Instant::now();
+    let (start, began_ms) = (Instant::now(), now_ms());
     let total = (run.args.rps * run.args.duration).round() as u64;
     let progress = run.args.progress.map(|s| tokio::task::spawn_local(print_progress(run.clone(), s, start)));
     for number in 0..total {
@@ -103,7 +113,11 @@ pub async fn run(args: LoadArgs) -> anyhow::Result<RunSummary> {
         p.abort();
     }
     let report = serde_json::to_value(run.report.borrow().summary())?;
-    Ok(RunSummary { url: run.args.url.to_string(), rps: run.args.rps, duration_s: run.args.duration, report })
+    Ok(summary(&run.args, began_ms, report))
+}
+
+fn now_ms() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_millis() as u64)
 }
 
 async fn resolve(url: &Uri) -> anyhow::Result<SocketAddr> {

@@ -6,7 +6,10 @@ use crate::{
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 /// Mission row 8 (first half): a rolling restart at 1,000 requests a second loses none, over kept and fresh connections.
 pub fn rolling_update_loses_nothing(c: &Cluster) -> Result<()> {
@@ -71,42 +74,70 @@ pub fn canary_split_is_exact(c: &Cluster) -> Result<()> {
     c.delete_namespace("split")
 }
 
-/// Mission row 9: 10 → 50 → 100 under load, nothing fails, and nothing goes to v1 once that is acknowledged.
+/// Mission row 9: a hundred shifts at 2,000 requests a second. Nothing fails, each request arrives once, and none goes to a
+/// version of weight 0 from when that is acknowledged until the next shift begins.
 pub fn canary_shifts_under_load(c: &Cluster) -> Result<()> {
+    /// For which nothing else is done while a version has no weight.
+    const DWELL: Duration = Duration::from_millis(50);
     start_canary(c, "shift", 90, 10)?;
     // Five sidecars hold the route, on all nodes.
-    let load = Load { rps: 100, seconds: 40, fresh: false, headers: vec![] };
+    let load = Load { rps: 400, seconds: 45, fresh: false, headers: vec![] };
     let clients = ["shift-a", "shift-b", "shift-c", "shift-d", "shift-e"];
     for name in clients {
         load.start(c, "shift", name, "http://echo/")?;
     }
-    let mut ms = vec![];
-    let back_and_forth = [["v1=50", "v2=50"], ["v1=90", "v2=10"]].into_iter().cycle().take(30);
-    for weights in back_and_forth.chain([["v1=50", "v2=50"], ["v1=0", "v2=100"]]) {
-        let out = c.sluice_ok(&["split", "echo", "-n", "shift", weights[0], weights[1]])?;
+    let now_ms = || Ok::<_, anyhow::Error>(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64);
+    // Times to the last acknowledgement; and the version without weight, from when until when.
+    let (mut ms, mut without) = (vec![], vec![]);
+    let shifts = [[50, 50], [100, 0], [90, 10], [0, 100]].into_iter().cycle().take(100);
+    for [v1, v2] in shifts {
+        let out = c.sluice_ok(&["split", "echo", "-n", "shift", &format!("v1={v1}"), &format!("v2={v2}")])?;
         let words: Vec<_> = out.split_whitespace().collect();
         let at = words.iter().position(|w| *w == "ms").with_context(|| out.clone())?;
         ms.push(words[at - 1].parse::<u64>()?);
+        if v1 * v2 == 0 {
+            let acknowledged = now_ms()?;
+            std::thread::sleep(DWELL);
+            without.push((if v1 == 0 { "v1" } else { "v2" }, acknowledged, now_ms()?));
+        }
     }
     // All is at v2 now, and acknowledged: the clients that run send nothing else from here on.
-    let acknowledged_ms = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64;
+    let acknowledged_ms = without.last().context("shifts")?.1;
+    let mut began_ms = HashMap::new();
     for name in clients {
         let report = load.finish(c, "shift", name)?;
         prove_exactly_once(c, "shift", name, &report)?;
+        began_ms.insert(name, report["began_ms"].as_u64().context("began_ms")?);
     }
-    let times = |version: &str| -> Result<Vec<u64>> {
+    // When it was due at its client, and when it arrived at the app.
+    let due_ms = |id: &str| {
+        let (client, number) = id.rsplit_once('-')?;
+        Some(began_ms.get(client)? + number.parse::<u64>().ok()? * 1000 / u64::from(load.rps))
+    };
+    let times = |version: &str| -> Result<Vec<(u64, u64)>> {
         let mut all = vec![];
         for pod in c.pods("shift", &format!("version={version}"))? {
             let (name, node) = (&pod["metadata"]["name"], &pod["spec"]["nodeName"]);
             let (name, node) = (name.as_str().context("name")?, node.as_str().context("node")?);
-            all.extend(request_log(c, node, "shift", name)?.into_iter().map(|(at_ms, _)| at_ms));
+            all.extend(
+                request_log(c, node, "shift", name)?.iter().filter_map(|(at_ms, id)| Some((due_ms(id)?, *at_ms))),
+            );
         }
         Ok(all)
     };
-    let late = times("v1")?.into_iter().filter(|at_ms| *at_ms > acknowledged_ms).count();
-    let after = times("v2")?.into_iter().filter(|at_ms| *at_ms > acknowledged_ms).count();
+    let seen = [("v1", times("v1")?), ("v2", times("v2")?)];
+    let after = seen[1].1.iter().filter(|(due_ms, _)| *due_ms > acknowledged_ms).count();
     ensure!(after > 500, "the clients still ran when everything was acknowledged: {after} requests after it");
-    ensure!(late == 0, "{late} requests reached v1 after every sidecar had acknowledged weight 0");
+    if let Some(last) = without.last_mut() {
+        last.2 = u64::MAX;
+    }
+    for (version, from, until) in &without {
+        let late = seen.iter().filter(|(v, _)| v == version).flat_map(|(_, times)| times);
+        // One that was on its way already may arrive later.
+        let late = late.filter(|(due_ms, at_ms)| due_ms > from && at_ms < until);
+        let late: Vec<_> = late.map(|(due_ms, at_ms)| (due_ms - from, at_ms - from)).collect();
+        ensure!(late.is_empty(), "{version} got requests after every sidecar had acknowledged weight 0; ms: {late:?}");
+    }
     ms.sort_unstable();
     eprintln!("answer to last acknowledgement, ms: {ms:?}");
     let status = c.sluice_ok(&["status"])?;
