@@ -28,6 +28,7 @@ pub mod io;
 pub mod limits;
 pub mod listener;
 pub mod live;
+pub mod memory;
 pub mod metrics;
 pub mod multiplex;
 pub mod observe;

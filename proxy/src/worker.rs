@@ -11,6 +11,7 @@ use crate::{
     limits::Limits,
     listener::{Listener, Original},
     live::Live,
+    memory,
     metrics::{Scrape, Series, SeriesKey, WorkerCounters, add},
     observe::Observer,
     outbound,
@@ -99,6 +100,8 @@ pub struct Worker {
     /// Copies for mirrors that are under way.
     pub mirroring: Cell<u32>,
     pub phase: watch::Receiver<Phase>,
+    /// The most connections that were open at a time since the last housekeeping.
+    most_open: Cell<u64>,
     connection_ended: Notify,
     inside: Arc<[IpNet]>,
     pub limits: Limits,
@@ -132,6 +135,7 @@ async fn serve(start: Start) -> std::io::Result<()> {
         buckets: Buckets::default(),
         mirroring: Cell::default(),
         phase: phase.clone(),
+        most_open: Cell::default(),
         connection_ended: Notify::new(),
         inside,
         limits,
@@ -180,6 +184,7 @@ struct Open(Rc<Worker>, bool);
 impl Open {
     fn new(worker: Rc<Worker>, outbound: bool) -> Self {
         add(worker.open_counter(outbound), 1);
+        worker.most_open.set(worker.most_open.get().max(worker.open()));
         Self(worker, outbound)
     }
 }
@@ -232,6 +237,9 @@ async fn housekeeping(worker: Rc<Worker>) {
         let now = Instant::now();
         worker.upstreams.borrow().values().for_each(|u| u.reap(now));
         worker.inbound.borrow().values().flat_map(|c| &c.endpoints).for_each(|u| u.reap(now));
+        if memory::ebbed(worker.most_open.replace(worker.open()), worker.open()) {
+            tokio::task::spawn_blocking(memory::give_back);
+        }
         let used: Vec<SocketAddr> = worker.dialled.borrow().keys().copied().collect();
         worker.dialled.borrow_mut().retain(|_, open| *open > 0);
         worker.unanswered.borrow_mut().retain(|_, since| now - *since < UNANSWERED_FOR);
@@ -261,6 +269,11 @@ impl Worker {
 
     fn open_counter(&self, outbound: bool) -> &Cell<u64> {
         if outbound { &self.counters.open_outbound } else { &self.counters.open_inbound }
+    }
+
+    /// Connections from apps and to the app that are open.
+    fn open(&self) -> u64 {
+        self.counters.open_outbound.get() + self.counters.open_inbound.get()
     }
 
     fn install(&self, config: Arc<Config>) {

@@ -10,7 +10,6 @@ use sluice_proxy::{
     run::{Listen, Running, Settings},
 };
 use std::{
-    collections::BTreeMap,
     io::{BufRead, BufReader, Write},
     net::TcpListener,
     sync::{
@@ -28,18 +27,35 @@ fn v2(addresses: &[std::net::SocketAddr]) -> Vec<Resource> {
 }
 
 #[test]
-fn a_split_is_exact_over_ten_thousand_requests() {
-    let (one, two) = (start("v1"), start("v2"));
-    let resources = [web(&[one.address]), v2(&[two.address]), vec![split(&[("web", 90), ("v2", 10)])]].concat();
-    let running = sidecar(resources);
-    let mut clients: Vec<Client> = (0..4).map(|_| Client::connect(running.outbound[0])).collect();
-    let mut counts = BTreeMap::new();
-    for i in 0..10_000 {
-        let answer = clients[i % 4].get("/");
-        *counts.entry(answer.version().to_owned()).or_insert(0) += 1;
+fn splits_are_exact_over_a_hundred_thousand_requests() {
+    const REQUESTS: u64 = 100_000;
+    const TOGETHER: usize = 100;
+    const WORKERS: usize = 2;
+    let apps = ["v1", "v2", "v3"].map(start);
+    let third = service("v3", "10.96.0.3", AppProtocol::Detect, &[apps[2].address]);
+    for weights in [&[90, 10][..], &[99, 1], &[33, 33, 34]] {
+        let named: Vec<(&str, u32)> = ["web", "v2", "v3"].into_iter().zip(weights.iter().copied()).collect();
+        let resources = [web(&[apps[0].address]), v2(&[apps[1].address]), third.clone(), vec![split(&named)]].concat();
+        let settings = sluice_proxy::run::Settings { workers: WORKERS, ..settings(resources) };
+        let running = sluice_proxy::run::Running::start(settings).expect("the sidecar starts");
+        let before = apps.each_ref().map(|a| a.seen());
+        // Each at the next worker.
+        let mut clients: Vec<Client> = (0..4).map(|_| Client::connect(running.outbound[0])).collect();
+        let requests = "GET / HTTP/1.1\r\nhost: web\r\n\r\n".repeat(TOGETHER);
+        for round in 0..REQUESTS as usize / TOGETHER {
+            let client = &mut clients[round % 4];
+            client.send(&requests);
+            (0..TOGETHER).for_each(|_| assert_eq!(client.answer(false).expect("an answer").status, 200));
+        }
+        let seen: Vec<u64> = apps.iter().zip(before).map(|(a, before)| a.seen() - before).collect();
+        assert_eq!(seen.iter().sum::<u64>(), REQUESTS, "each arrives once");
+        for (seen, weight) in seen.iter().zip(weights) {
+            let exact = REQUESTS * u64::from(*weight) / 100;
+            assert!(seen.abs_diff(exact) <= (WORKERS * weights.len()) as u64, "{seen} of {exact} with {weights:?}");
+        }
+        println!("{weights:?}: {seen:?}");
+        running.stop();
     }
-    assert_eq!(counts, BTreeMap::from([("v1".to_owned(), 9_000), ("v2".to_owned(), 1_000)]));
-    running.stop();
 }
 
 #[test]

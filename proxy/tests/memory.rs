@@ -5,8 +5,13 @@ mod common;
 
 use common::*;
 use rustix::process::{Resource as Limit, getrlimit, setrlimit};
-use sluice_model::AppProtocol;
+use sluice_model::{AppProtocol, Revision, Snapshot};
 use sluice_proxy::run::Running;
+use std::{
+    net::SocketAddr,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
 
 const CONNECTIONS: usize = 2000;
 /// Far above what is aimed at (8 KiB), far below what a buffer per direction costs.
@@ -15,14 +20,12 @@ const MOST_KIB: usize = 16;
 #[test]
 fn idle_connections_are_cheap() {
     // Both ends of each are in this process.
-    let mut limit = getrlimit(Limit::Nofile);
-    limit.current = limit.maximum;
-    setrlimit(Limit::Nofile, limit).expect("as many descriptors as are allowed");
+    many_descriptors();
     let app = start("v1");
     let running = sidecar(service("web", "10.96.0.1", AppProtocol::Detect, &[app.address]));
     // Pools and tables are there.
     assert_eq!(Client::connect(running.outbound[0]).get("/").status, 200);
-    let before = rss_kib();
+    let before = rss_kib("self");
     // Each speaks at once: one that is silent for long is taken for a protocol in which the server begins.
     let used = |_| {
         let mut client = Client::connect(running.outbound[0]);
@@ -31,7 +34,7 @@ fn idle_connections_are_cheap() {
     };
     let _clients: Vec<Client> = (0..CONNECTIONS).map(used).collect();
     assert!(open(&running) >= CONNECTIONS as u64, "they are all open");
-    let cost = rss_kib() - before;
+    let cost = rss_kib("self") - before;
     println!("idle connection after a request: {:.1} KiB", cost as f64 / CONNECTIONS as f64);
     assert!(cost / CONNECTIONS <= MOST_KIB, "{cost} KiB for {CONNECTIONS} connections");
     running.stop();
@@ -42,8 +45,110 @@ fn open(running: &Running) -> u64 {
     runtime.block_on(running.scrape()).open_outbound
 }
 
-fn rss_kib() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").expect("status");
+fn many_descriptors() {
+    let mut limit = getrlimit(Limit::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Limit::Nofile, limit).expect("as many descriptors as are allowed");
+}
+
+fn rss_kib(process: &str) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).expect("status");
     let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:")).expect("RssAnon");
     line.trim().split(' ').next().and_then(|n| n.parse().ok()).expect("a number")
+}
+
+/// The sidecar as a process of its own: what another has freed is not its memory.
+struct Process {
+    child: Child,
+    at: SocketAddr,
+    admin: SocketAddr,
+}
+
+impl Process {
+    fn start(resources: Vec<sluice_model::Resource>) -> Self {
+        let config = std::env::temp_dir().join(format!("sluice-memory-{}.json", std::process::id()));
+        let snapshot = Snapshot::new(Revision(1), resources);
+        std::fs::write(&config, serde_json::to_vec(&snapshot).expect("encodes")).expect("write");
+        let (at, admin) = (nowhere(), nowhere());
+        let child = Command::new(env!("CARGO_BIN_EXE_sluice-proxy"))
+            .arg("--static-config")
+            .arg(&config)
+            .args([
+                "--outbound-to",
+                "10.96.0.1:80",
+                "--outbound-listen",
+                &at.to_string(),
+                "--admin",
+                &admin.to_string(),
+            ])
+            .env("SLUICE_LOG", "warn")
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("the sidecar starts");
+        let process = Self { child, at, admin };
+        eventually("it listens", || std::net::TcpStream::connect(process.at).is_ok());
+        std::fs::remove_file(&config).expect("remove");
+        process
+    }
+
+    fn open(&self) -> u64 {
+        let metrics = Client::connect(self.admin).get("/metrics").body;
+        let line = metrics.lines().find_map(|l| l.strip_prefix("sluice_open_outbound_connections "));
+        line.and_then(|n| n.parse().ok()).expect("the gauge")
+    }
+
+    fn rss_kib(&self) -> usize {
+        rss_kib(&self.child.id().to_string())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn what_connections_took_is_given_back() {
+    const IDLE: usize = 9_000;
+    const CHURNING: usize = 1_000;
+    const ROUNDS: usize = 10;
+    /// For tables that have grown and do not shrink.
+    const LEFT_KIB: usize = 8 * 1024;
+    many_descriptors();
+    let app = start("v1");
+    let process = Process::start(service("web", "10.96.0.1", AppProtocol::Detect, &[app.address]));
+    let used = |_| {
+        let mut client = Client::connect(process.at);
+        assert_eq!(client.get("/").status, 200);
+        client
+    };
+    drop(used(0));
+    eventually("nothing is open", || process.open() == 0);
+    let before = process.rss_kib();
+    let mut after_first = 0;
+    for round in 0..2 {
+        let idle: Vec<Client> = (0..IDLE).map(used).collect();
+        for _ in 0..ROUNDS {
+            let churning: Vec<Client> = (0..CHURNING).map(used).collect();
+            drop(churning);
+        }
+        let most = process.rss_kib();
+        drop(idle);
+        eventually("nothing is open", || process.open() == 0);
+        // It is looked at every ten seconds.
+        let until = Instant::now() + Duration::from_secs(25);
+        while process.rss_kib() >= before + LEFT_KIB {
+            let left = process.rss_kib();
+            assert!(Instant::now() < until, "{left} KiB are left of {most}, {before} at the beginning");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let after = process.rss_kib();
+        println!("round {round}: {before} KiB before, {most} with {IDLE} idle, {after} after");
+        if round == 0 {
+            after_first = after;
+        }
+        assert!(after < after_first + LEFT_KIB / 4, "it grows from round to round");
+    }
 }
