@@ -2,7 +2,8 @@
 //!
 //! - a bounded time for each head, counted from its first byte. The library's own bound begins with the end of the
 //!   request before, and so would end idle connections, which the app may be about to use;
-//! - the reason on answers that the library makes by itself, before there is a request to serve.
+//! - the reason on answers that the library makes by itself, before there is a request to serve;
+//! - whether nothing is under way, so that the library can be taken off the connection meanwhile (`idle`).
 //!
 //! The library tells when it waits for a head by asking its [`Timer`] for a sleep, and drops that when it has one.
 
@@ -10,8 +11,10 @@ use crate::{
     limits::UNCERTAIN,
     reason::{self, Reason},
 };
+use bytes::Bytes;
 use hyper::rt::{Sleep, Timer};
 use std::{
+    future::poll_fn,
     io::{self, IoSlice},
     pin::Pin,
     sync::{
@@ -36,6 +39,10 @@ pub struct Head {
     /// The request before had a body of a given length, which may end in any way.
     sized: AtomicBool,
     late: AtomicBool,
+    /// All that was written has gone out.
+    flushed: AtomicBool,
+    /// Requests that have come.
+    requests: AtomicU32,
     /// Index of the reason of the library's answer, plus 1.
     refused: AtomicU8,
 }
@@ -44,6 +51,19 @@ impl Head {
     /// A request has come; `sized` when its body's end cannot be told from the last bytes.
     pub fn complete(&self, sized: bool) {
         self.sized.store(sized, Relaxed);
+        self.requests.fetch_add(1, Relaxed);
+    }
+
+    /// Requests that have come until now.
+    pub fn requests(&self) -> u32 {
+        self.requests.load(Relaxed)
+    }
+
+    /// The library waits for a head of which no byte has come since it waits, and has written all that it had: it writes
+    /// and flushes what it has in the same turn in which it begins to wait.
+    pub fn idle(&self) -> bool {
+        let waits = self.waiting.load(Relaxed) > 0 && !self.begun.load(Relaxed);
+        waits && self.flushed.load(Relaxed) && !self.late.load(Relaxed)
     }
 
     /// Why the library has refused what the client sent.
@@ -157,13 +177,36 @@ const BEGINNINGS: [(&[u8], Reason); 3] = [
 pub struct Guard<S> {
     inner: S,
     head: Arc<Head>,
+    /// Read already, and to be read again.
+    again: Bytes,
     /// Written in place of the library's answer, from the second field on.
     instead: Option<(Vec<u8>, usize)>,
 }
 
 impl<S> Guard<S> {
     pub fn new(inner: S, head: Arc<Head>) -> Self {
-        Self { inner, head, instead: None }
+        head.flushed.store(true, Relaxed);
+        Self { inner, head, again: Bytes::new(), instead: None }
+    }
+}
+
+impl<S: AsyncRead + Unpin> Guard<S> {
+    /// Waits for what the client sends next, without room for it until then. It is read again afterwards; `false`: the
+    /// client has ended.
+    pub async fn wait(&mut self) -> bool {
+        let first = poll_fn(|cx| {
+            let mut part = [0; 1024];
+            let mut buf = ReadBuf::new(&mut part);
+            ready!(Pin::new(&mut self.inner).poll_read(cx, &mut buf))?;
+            Poll::Ready(Ok::<_, io::Error>(Bytes::copy_from_slice(buf.filled())))
+        });
+        self.again = first.await.unwrap_or_default();
+        !self.again.is_empty()
+    }
+
+    /// What the library has read too much.
+    pub fn put_back(&mut self, bytes: Bytes) {
+        self.again = bytes;
     }
 }
 
@@ -222,7 +265,14 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guard<S> {
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
-        ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
+        if self.again.is_empty() {
+            ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
+        } else {
+            let n = self.again.len().min(buf.remaining());
+            buf.put_slice(&self.again[..n]);
+            // The last of it frees the rest.
+            self.again = self.again.split_off(n);
+        }
         if let bytes @ [_, ..] = &buf.filled()[before..] {
             self.head.read(bytes);
         }
@@ -233,6 +283,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guard<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Guard<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let me = self.get_mut();
+        me.head.flushed.store(false, Relaxed);
         if me.replaced(&[IoSlice::new(buf)]) {
             return me.poll_instead(cx).map_ok(|()| buf.len());
         }
@@ -245,6 +296,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guard<S> {
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let me = self.get_mut();
+        me.head.flushed.store(false, Relaxed);
         if me.replaced(bufs) {
             return me.poll_instead(cx).map_ok(|()| bufs.iter().map(|b| b.len()).sum());
         }
@@ -256,7 +308,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guard<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        ready!(Pin::new(&mut self.inner).poll_flush(cx))?;
+        self.head.flushed.store(self.instead.is_none(), Relaxed);
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -8,9 +8,9 @@ use crate::{
     body::Answer,
     check, cluster,
     drain::Phase,
-    guard::{Guard, Head, HeadTimer},
+    guard::Head,
     headers::{Needs, prepare_request, remove_hop_by_hop, restore_version},
-    limits::MAX_HEAD,
+    idle,
     metrics::SeriesKey,
     multiplex,
     observe::Exchange,
@@ -28,7 +28,6 @@ use futures::{FutureExt, future::Either};
 use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use hyper::{
     body::{Body, Incoming},
-    server::conn::http1,
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
@@ -114,23 +113,15 @@ where
 {
     let ending = ending(worker.clone(), side.clone(), Protocol::Http1);
     let head = Arc::new(Head::default());
-    let stream = Guard::new(stream, head.clone());
-    let timer = HeadTimer::new(head.clone(), worker.limits.head);
-    let (of_end, of_service) = ((worker.clone(), head.clone()), head);
+    let (of_end, of_service) = ((worker.clone(), head.clone()), head.clone());
+    let of_connection = worker.clone();
     let service = service_fn(move |request: Request<Incoming>| {
         of_service.complete(request.headers().contains_key(header::CONTENT_LENGTH));
         let (worker, side) = (worker.clone(), side.clone());
         // Boxed, or the connection would hold room for a request while it serves none.
         Box::pin(async move { Ok::<_, Infallible>(respond(&worker, &side, request).await) })
     });
-    let mut builder = http1::Builder::new();
-    builder.half_close(true).auto_date_header(false);
-    builder.max_buf_size(MAX_HEAD).max_header_size(MAX_HEAD);
-    // How long, the timer knows by itself.
-    builder.timer(timer).header_read_timeout(Duration::ZERO);
-    let connection = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();
-    let served = until_end(connection, ending, |c| c.graceful_shutdown());
-    served.map(move |()| {
+    idle::serve(of_connection, stream, head, service, ending).map(move |()| {
         let (worker, head) = of_end;
         if let Some(reason) = head.refused() {
             worker.counters.refuse(reason);

@@ -23,6 +23,7 @@ pub mod held;
 pub mod http;
 pub mod hub;
 pub mod identity;
+pub mod idle;
 pub mod inbound;
 pub mod io;
 pub mod limits;

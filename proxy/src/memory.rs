@@ -1,12 +1,12 @@
-//! What many connections took goes back to the kernel when they have ended.
+//! What many connections took goes back to the kernel when they have ended or are idle.
 
-/// Connections that must have ended for it to be worth while; each had some 17 KiB.
+/// Connections that must have ended or become idle for it to be worth while; each had some 17 KiB.
 const WORTH: u64 = 256;
 
-/// Of the most connections that were open since it was last looked at, so many have ended that their memory is given back.
+/// Of the most connections that were busy since it was last looked at, so many are not any more that their memory is given back.
 /// PURE.
-pub fn ebbed(most: u64, open: u64) -> bool {
-    most.saturating_sub(open) >= WORTH.max(most / 4)
+pub fn ebbed(most: u64, busy: u64) -> bool {
+    most.saturating_sub(busy) >= WORTH.max(most / 4)
 }
 
 /// Gives free pages of all heaps back: the C library gives back what lies at the end of one alone, and the oldest of its
@@ -26,7 +26,7 @@ mod tests {
 
     #[test]
     fn a_few_that_end_are_not_worth_it() {
-        for (most, open, worth) in [
+        for (most, busy, worth) in [
             (0, 0, false),
             (300, 100, false),
             (300, 10, true),
@@ -34,7 +34,7 @@ mod tests {
             (10_000, 7_000, true),
             (5, 9, false),
         ] {
-            assert_eq!(ebbed(most, open), worth, "{most} {open}");
+            assert_eq!(ebbed(most, busy), worth, "{most} {busy}");
         }
     }
 }

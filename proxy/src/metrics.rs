@@ -126,6 +126,8 @@ pub struct WorkerCounters {
     pub upstream_connects: Cell<u64>,
     pub open_inbound: Cell<u64>,
     pub open_outbound: Cell<u64>,
+    /// Of the open ones, those that hold no buffers.
+    pub idle: Cell<u64>,
 }
 
 impl WorkerCounters {
@@ -151,6 +153,7 @@ pub struct Scrape {
     pub upstream_connects: u64,
     pub open_inbound: u64,
     pub open_outbound: u64,
+    pub idle: u64,
 }
 
 impl Scrape {
@@ -166,6 +169,7 @@ impl Scrape {
             upstream_connects: counters.upstream_connects.get(),
             open_inbound: counters.open_inbound.get(),
             open_outbound: counters.open_outbound.get(),
+            idle: counters.idle.get(),
         }
     }
 
@@ -182,6 +186,7 @@ impl Scrape {
         self.upstream_connects += other.upstream_connects;
         self.open_inbound += other.open_inbound;
         self.open_outbound += other.open_outbound;
+        self.idle += other.idle;
     }
 
     /// What goes up the discovery stream: what this workload sent, per route and backend.
@@ -221,6 +226,7 @@ impl Scrape {
             ("sluice_upstream_connects_total", "counter", self.upstream_connects),
             ("sluice_open_inbound_connections", "gauge", self.open_inbound),
             ("sluice_open_outbound_connections", "gauge", self.open_outbound),
+            ("sluice_idle_connections", "gauge", self.idle),
         ] {
             let _ = writeln!(out, "# TYPE {name} {kind}\n{name} {n}");
         }

@@ -100,8 +100,8 @@ pub struct Worker {
     /// Copies for mirrors that are under way.
     pub mirroring: Cell<u32>,
     pub phase: watch::Receiver<Phase>,
-    /// The most connections that were open at a time since the last housekeeping.
-    most_open: Cell<u64>,
+    /// The most connections that held some at a time since the last housekeeping.
+    most_busy: Cell<u64>,
     connection_ended: Notify,
     inside: Arc<[IpNet]>,
     pub limits: Limits,
@@ -135,7 +135,7 @@ async fn serve(start: Start) -> std::io::Result<()> {
         buckets: Buckets::default(),
         mirroring: Cell::default(),
         phase: phase.clone(),
-        most_open: Cell::default(),
+        most_busy: Cell::default(),
         connection_ended: Notify::new(),
         inside,
         limits,
@@ -184,7 +184,7 @@ struct Open(Rc<Worker>, bool);
 impl Open {
     fn new(worker: Rc<Worker>, outbound: bool) -> Self {
         add(worker.open_counter(outbound), 1);
-        worker.most_open.set(worker.most_open.get().max(worker.open()));
+        worker.most_busy.set(worker.most_busy.get().max(worker.busy()));
         Self(worker, outbound)
     }
 }
@@ -194,6 +194,17 @@ impl Drop for Open {
         let open = self.0.open_counter(self.1);
         open.set(open.get() - 1);
         self.0.connection_ended.notify_waiters();
+    }
+}
+
+/// A connection on which nothing happens.
+pub struct Idle(Rc<Worker>);
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        let worker = &self.0;
+        worker.counters.idle.set(worker.counters.idle.get() - 1);
+        worker.most_busy.set(worker.most_busy.get().max(worker.busy()));
     }
 }
 
@@ -237,7 +248,7 @@ async fn housekeeping(worker: Rc<Worker>) {
         let now = Instant::now();
         worker.upstreams.borrow().values().for_each(|u| u.reap(now));
         worker.inbound.borrow().values().flat_map(|c| &c.endpoints).for_each(|u| u.reap(now));
-        if memory::ebbed(worker.most_open.replace(worker.open()), worker.open()) {
+        if memory::ebbed(worker.most_busy.replace(worker.busy()), worker.busy()) {
             tokio::task::spawn_blocking(memory::give_back);
         }
         let used: Vec<SocketAddr> = worker.dialled.borrow().keys().copied().collect();
@@ -271,9 +282,15 @@ impl Worker {
         if outbound { &self.counters.open_outbound } else { &self.counters.open_inbound }
     }
 
-    /// Connections from apps and to the app that are open.
-    fn open(&self) -> u64 {
-        self.counters.open_outbound.get() + self.counters.open_inbound.get()
+    /// Connections from apps and to the app that are open and hold buffers.
+    fn busy(&self) -> u64 {
+        (self.counters.open_outbound.get() + self.counters.open_inbound.get()).saturating_sub(self.counters.idle.get())
+    }
+
+    /// A connection holds no buffers until this is dropped.
+    pub fn idle(self: &Rc<Self>) -> Idle {
+        add(&self.counters.idle, 1);
+        Idle(self.clone())
     }
 
     fn install(&self, config: Arc<Config>) {
