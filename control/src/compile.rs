@@ -239,6 +239,7 @@ fn workload(p: &Pod, trust_domain: &str) -> Option<m::Workload> {
         addresses,
         identity: identity(p, trust_domain),
         meshed: inject::injected(p),
+        gateway: None,
     })
 }
 
