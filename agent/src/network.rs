@@ -46,6 +46,8 @@ use told::{News, Told};
 
 const REPAIR_EVERY: Duration = Duration::from_secs(1);
 const ANNOTATION_SIDECAR: &str = "sluice.dev/sidecar";
+/// On pods that serve a gateway's listeners, its name.
+const ANNOTATION_GATEWAY: &str = "sluice.dev/gateway";
 const ANNOTATION_EXCLUDED: &str = "sluice.dev/exclude-inbound-ports";
 
 pub struct Network {
@@ -297,7 +299,7 @@ impl Network {
     }
 
     /// After a restart, for pods that another agent's life began, and again until it has come about: serves every
-    /// meshed pod of this node, and no pod that is not here any more.
+    /// meshed pod and every gateway of this node, and no pod that is not here any more.
     fn serve_all(&self, snapshot: &Snapshot) {
         let pods = self.datapath().pods();
         let here: HashMap<String, PathBuf> = match pods {
@@ -306,7 +308,7 @@ impl Network {
             Err(error) => return tracing::warn!(error = describe(&error), "pods of this node not known"),
         };
         let mut unserved = HashMap::new();
-        for w in snapshot.workloads().filter(|w| w.node == self.node && w.meshed) {
+        for w in snapshot.workloads().filter(|w| w.node == self.node && (w.meshed || w.gateway.is_some())) {
             if let Some(netns) = here.get(&w.uid).filter(|netns| !netns.as_os_str().is_empty())
                 && let Err(error) = self.serve(&w.name, &w.uid, netns)
             {
@@ -477,8 +479,10 @@ impl Network {
         let netns = self
             .netns(uid)
             .ok_or_else(|| format!("pod {}: the network plugin has no lease for it", convert::name(pod)))?;
+        let serve = || self.serve(&Name::new(convert::namespace(pod), convert::name(pod)), uid, &netns);
         if annotation(pod, ANNOTATION_SIDECAR) != Some("injected") {
-            return Ok(());
+            // Nothing of a gateway is captured, but it asks as a sidecar does.
+            return if annotation(pod, ANNOTATION_GATEWAY).is_some() { serve() } else { Ok(()) };
         }
         let excluded: Vec<u16> = annotation(pod, ANNOTATION_EXCLUDED)
             .into_iter()
@@ -486,6 +490,6 @@ impl Network {
             .filter_map(|p| p.trim().parse().ok())
             .collect();
         self.datapath().set_pod_mesh(uid, true, &excluded).map_err(|e| e.to_string())?;
-        self.serve(&Name::new(convert::namespace(pod), convert::name(pod)), uid, &netns)
+        serve()
     }
 }

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming, transport::Channel};
 
-const FEATURES: [&str; 2] = ["http-route", "tcp-route"];
+const FEATURES: [&str; 3] = ["http-route", "tcp-route", sluice_wire::FEATURE_GATEWAY];
 const RETRY: Duration = Duration::from_millis(300);
 
 /// What the data path says of a view.

@@ -2,7 +2,7 @@
 //! serves from it before control answers.
 
 use crate::file;
-use sluice_model::{Delta, Resource, ResourceKey, Revision, Snapshot};
+use sluice_model::{Delta, Kind, Resource, ResourceKey, Revision, Snapshot};
 use sluice_wire::{Malformed, convert, v1};
 use std::{fs, io, path::PathBuf, sync::Arc};
 
@@ -91,9 +91,11 @@ impl Store {
         }
     }
 
-    /// Whole or not at all.
+    /// Whole or not at all; without gateways, whose keys are not for the disk.
     pub fn save(&self, view: &View) -> io::Result<()> {
-        let file = File { epoch: view.epoch.clone(), snapshot: (*view.snapshot).clone() };
+        let kept = view.snapshot.iter().filter(|r| r.kind() != Kind::Gateway).cloned();
+        let snapshot = Snapshot::from_shared(view.snapshot.revision, kept);
+        let file = File { epoch: view.epoch.clone(), snapshot };
         file::replace(&self.path, &serde_json::to_vec(&file)?)
     }
 }
@@ -144,5 +146,38 @@ mod tests {
         let v = Assembly::default().take(&View::default(), update("e", 2, &["b"], true)).expect("fine").expect("whole");
         s.save(&v).expect("saves");
         assert_eq!((s.load().epoch, s.load().snapshot), (v.epoch, v.snapshot));
+    }
+
+    #[test]
+    fn a_view_with_a_grpc_route_is_loaded_again_and_keys_are_not_on_disk() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("view.json");
+        let name = |n: &str| sluice_model::Name::new("shop", n);
+        let route = sluice_model::Route {
+            name: name("web/grpc"),
+            kind: sluice_model::RouteKind::Grpc,
+            parent: name("edge/gateway"),
+            parent_port: None,
+            created_s: 1,
+            generation: 1,
+            rules: vec![],
+        };
+        let certificate =
+            sluice_model::Certificate { chain_pem: "chain".into(), key_pem: sluice_model::Secret("hidden".into()) };
+        let listener = sluice_model::Listener {
+            name: "https".into(),
+            port: 443,
+            mode: sluice_model::ListenerMode::Https,
+            hostname: None,
+            certificates: vec![certificate],
+            routes: vec![],
+        };
+        let gateway = sluice_model::Gateway { name: name("edge"), listeners: vec![listener] };
+        let both = [Resource::Route(route), Resource::Gateway(gateway)];
+        let v = View { epoch: "e".into(), snapshot: Arc::new(Snapshot::new(Revision(3), both)) };
+        Store::new(path.clone()).save(&v).expect("saves");
+        let loaded = Store::new(path.clone()).load().snapshot;
+        assert_eq!((loaded.routes().count(), loaded.gateways().count()), (1, 0));
+        assert!(!fs::read_to_string(&path).expect("reads").contains("chain"));
     }
 }

@@ -150,6 +150,7 @@ fn pod(name: &str) -> Resource {
         addresses: vec![],
         identity: identity(name),
         meshed: true,
+        gateway: None,
     })
 }
 

@@ -1,5 +1,5 @@
-//! `sluice split`: changes the weights of the route in front of a service and waits until they are in force at every
-//! node and sidecar. What to change is decided in plain code; only `run` talks to the cluster.
+//! `sluice split`: changes the weights of the route in front of a service, or of a gateway's route, and waits until they
+//! are in force at every node, sidecar and gateway. What to change is decided in plain code; only `run` talks to the cluster.
 
 use crate::client::{block_on, connect};
 use anyhow::{Context, Result, bail};
@@ -17,6 +17,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Who writes statuses of routes under services, and under gateways.
+const OURS: [&str; 2] = ["sluice.dev/control", "sluice.dev/gateway"];
 /// Times a change is tried against others' changes.
 const TRIES: usize = 10;
 
@@ -84,9 +86,15 @@ fn of_service(r: &HttpRoute, service: &str) -> bool {
     r.spec.parent_refs.iter().flatten().any(|p| p.kind.as_deref() == Some("Service") && p.name == service)
 }
 
+/// A route of this name that clients reach by a gateway.
+fn of_gateway(r: &HttpRoute, name: &str) -> bool {
+    let gateway = |kind: Option<&str>| kind.is_none_or(|k| k == "Gateway");
+    r.metadata.name.as_deref() == Some(name) && r.spec.parent_refs.iter().flatten().any(|p| gateway(p.kind.as_deref()))
+}
+
 /// What the route's status says of a generation: in force under all parents with a message, or not yet and why.
 fn in_force(r: &HttpRoute, generation: i64) -> std::result::Result<String, String> {
-    let ours = r.status.iter().flat_map(|s| &s.parents).filter(|p| p.controller_name == "sluice.dev/control");
+    let ours = r.status.iter().flat_map(|s| &s.parents).filter(|p| OURS.contains(&p.controller_name.as_str()));
     let all: Vec<String> = ours.map(|p| in_force_under(&p.conditions, generation)).collect::<Result<_, _>>()?;
     all.into_iter().next_back().ok_or_else(|| "control has not looked at it yet".to_owned())
 }
@@ -109,12 +117,15 @@ pub fn run(kubeconfig: &Path, namespace: &str, service: &str, weights: &[String]
     block_on(async {
         let client = connect(kubeconfig).await?;
         let service_of = Api::<Service>::namespaced(client.clone(), namespace);
-        if service_of.get_opt(service).await.context("read the service")?.is_none() {
+        let api: Api<HttpRoute> = Api::namespaced(client, namespace);
+        let routes = api.list(&ListParams::default()).await.context("list HTTPRoutes")?.items;
+        let mut of: Vec<_> = routes.iter().filter(|r| of_service(r, service)).cloned().collect();
+        if of.is_empty() {
+            of = routes.into_iter().filter(|r| of_gateway(r, service)).collect();
+        }
+        if of.is_empty() && service_of.get_opt(service).await.context("read the service")?.is_none() {
             bail!("there is no service {service} in namespace {namespace}; another namespace is given by -n");
         }
-        let api: Api<HttpRoute> = Api::namespaced(client, namespace);
-        let routes = api.list(&ListParams::default()).await.context("list HTTPRoutes")?;
-        let mut of: Vec<_> = routes.items.into_iter().filter(|r| of_service(r, service)).collect();
         let route = match of.len() {
             0 => {
                 bail!("service {namespace}/{service} has no HTTPRoute; create one with its versions as backends first")

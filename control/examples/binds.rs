@@ -35,6 +35,7 @@ async fn run(nodes: usize, pods: usize) -> anyhow::Result<()> {
         token_file: None,
         node_grace: Duration::from_secs(3_600),
         eviction: Duration::from_secs(300),
+        proxy: None,
     };
     let began = Instant::now();
     let service = Service::start(&config, Vec::new(), None).await.context("start")?;

@@ -1,14 +1,16 @@
-//! The objects every cluster has: namespaces, the API's own service and the cluster DNS service. Made at every start if
+//! The objects every cluster has: namespaces, the API's own service, the cluster DNS service and the class of gateways. Made at every start if
 //! they are not there; what is there is left alone.
 
 use std::net::SocketAddr;
 
+use gateway_api::gatewayclasses::GatewayClass;
 use serde_json::{Value, json};
 
-use crate::api::client::Client;
-use crate::api::kinds;
+use crate::api::client::{Client, Object as _};
+use crate::api::kinds::{self, Kind};
 use crate::api::registry::Context;
 use crate::api::status::ApiError;
+use crate::gateway;
 use crate::service::Config;
 
 const NAMESPACES: [&str; 4] = ["default", "kube-system", "kube-public", "kube-node-lease"];
@@ -42,7 +44,12 @@ pub async fn run(client: &Client, config: &Config) -> Result<(), ApiError> {
             ],
         },
     });
-    ensure(client, "services", "kube-system", dns).await
+    ensure(client, "services", "kube-system", dns).await?;
+    let class = json!({
+        "metadata": {"name": gateway::CLASS},
+        "spec": {"controllerName": gateway::CONTROLLER_NAME, "description": "Gateways served by sluice-proxy"},
+    });
+    ensure_kind(client, GatewayClass::kind(), "", class).await
 }
 
 /// Where the API's own service leads: the advertised address, if pods can reach it.
@@ -68,7 +75,10 @@ async fn publish_api(client: &Client, config: &Config) -> Result<(), ApiError> {
 }
 
 async fn ensure(client: &Client, plural: &str, namespace: &str, body: Value) -> Result<(), ApiError> {
-    let kind = kinds::find("", "v1", plural).expect("core kinds are in the table");
+    ensure_kind(client, kinds::find("", "v1", plural).expect("core kinds are in the table"), namespace, body).await
+}
+
+async fn ensure_kind(client: &Client, kind: &'static Kind, namespace: &str, body: Value) -> Result<(), ApiError> {
     match client.registry().create(&Context::internal("bootstrap"), kind, namespace, body).await {
         Err(error) if error.reason != "AlreadyExists" => Err(error),
         _ => Ok(()),

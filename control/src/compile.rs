@@ -4,25 +4,29 @@
 mod announce;
 mod endpoints;
 mod filters;
+mod gateways;
 pub mod policies;
 mod routes;
 
+pub use gateways::{ClassStatus, GatewayStatus, ListenerStatus};
 pub use policies::PolicyStatus;
-pub use routes::{ParentStatus, RouteStatus, Unmeshed, Verdict};
+pub use routes::{ParentKind, ParentStatus, RouteStatus, Unmeshed, Verdict};
 
 use crate::own::{AccessPolicy, BackendPolicy, RouteFilter};
 use crate::{
     api::{services::SOURCE_RANGES, validate::special},
-    inject,
+    gateway, inject,
     pool::{self, Pool},
 };
 use gateway_api::{
     experimental::{grpcroutes::GrpcRoute, httproutes::HttpRoute, tcproutes::TcpRoute},
+    gatewayclasses::GatewayClass,
+    gateways::Gateway,
     referencegrants::ReferenceGrant,
     tlsroutes::TlsRoute,
 };
 use k8s_openapi::api::{
-    core::v1::{Node, Pod, Service, ServiceSpec},
+    core::v1::{Namespace, Node, Pod, Secret, Service, ServiceSpec},
     discovery::v1::EndpointSlice,
 };
 use sluice_model as m;
@@ -47,6 +51,11 @@ pub struct Objects {
     pub backend_policies: BTreeMap<m::Name, Arc<BackendPolicy>>,
     pub access_policies: BTreeMap<m::Name, Arc<AccessPolicy>>,
     pub route_filters: BTreeMap<m::Name, Arc<RouteFilter>>,
+    pub gateway_classes: BTreeMap<m::Name, Arc<GatewayClass>>,
+    pub gateways: BTreeMap<m::Name, Arc<Gateway>>,
+    /// Those of certificates.
+    pub secrets: BTreeMap<m::Name, Arc<Secret>>,
+    pub namespaces: BTreeMap<m::Name, Arc<Namespace>>,
 }
 
 /// What [`compile`] returns besides the resources.
@@ -54,6 +63,8 @@ pub struct Compiled {
     pub resources: Vec<m::Resource>,
     pub routes: Vec<RouteStatus>,
     pub policies: Vec<PolicyStatus>,
+    pub gateways: Vec<GatewayStatus>,
+    pub classes: Vec<ClassStatus>,
 }
 
 /// `trust_domain` is the cluster's, in every workload's identity; `pool` has the addresses that nodes answer for.
@@ -72,7 +83,7 @@ pub fn compile(o: &Objects, trust_domain: &str, pool: &Pool) -> Compiled {
     }
     for p in o.pods.values() {
         if let Some(w) = workload(p, trust_domain) {
-            if w.meshed {
+            if w.meshed || w.gateway.is_some() {
                 let mut policy = policy(p, &w.name);
                 policies::add_access(&mut policy, p, o, trust_domain);
                 resources.push(m::Resource::Policy(policy));
@@ -81,10 +92,13 @@ pub fn compile(o: &Objects, trust_domain: &str, pool: &Pool) -> Compiled {
         }
     }
     resources.extend(o.nodes.values().filter_map(|n| node(n)).map(m::Resource::Node));
-    let (routes, statuses) = routes::routes(o);
+    let mut gateways = gateways::Gateways::new(o);
+    let (routes, statuses) = routes::routes(o, &mut gateways);
     resources.extend(routes.into_iter().map(m::Resource::Route));
     policy_statuses.extend(policies::access_statuses(o, trust_domain));
-    Compiled { resources, routes: statuses, policies: policy_statuses }
+    resources.extend(gateways.resources().into_iter().map(m::Resource::Gateway));
+    let (gateways, classes) = (gateways.statuses(o), gateways::classes(o));
+    Compiled { resources, routes: statuses, policies: policy_statuses, gateways, classes }
 }
 
 fn port(n: i32) -> Option<u16> {
@@ -242,7 +256,14 @@ fn workload(p: &Pod, trust_domain: &str) -> Option<m::Workload> {
         addresses,
         identity: identity(p, trust_domain),
         meshed: inject::injected(p),
+        gateway: serves_gateway(p),
     })
+}
+
+/// The gateway that a pod serves. A pod with a sidecar serves none: its own traffic would go by both.
+fn serves_gateway(p: &Pod) -> Option<String> {
+    let named = p.metadata.annotations.as_ref()?.get(gateway::ANNOTATION)?;
+    (!named.is_empty() && !inject::injected(p)).then(|| named.clone())
 }
 
 fn policy(p: &Pod, name: &m::Name) -> m::Policy {
@@ -286,3 +307,6 @@ fn zone(n: &Node) -> String {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod gateway_tests;

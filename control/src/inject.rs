@@ -84,6 +84,24 @@ fn show(container: &mut Value, pod: &Value, namespace_labels: &Value, config: &C
     }
 }
 
+/// The container of a pod that serves a gateway; `pod` and its namespace ask it to show of requests what they would ask
+/// of a sidecar.
+pub fn gateway_container(pod: &Value, namespace_labels: &Value, config: &Config) -> Value {
+    let mut container = container(config);
+    show(&mut container, pod, namespace_labels, config);
+    if let Some(fields) = container.as_object_mut() {
+        fields.remove("restartPolicy");
+        fields.insert("args".into(), json!(["--role=gateway"]));
+        let probe = json!({
+            "httpGet": {"path": "/ready", "port": 15020, "scheme": "HTTP"},
+            "periodSeconds": 2, "timeoutSeconds": 1, "failureThreshold": 3, "successThreshold": 1
+        });
+        fields.insert("readinessProbe".into(), probe);
+        fields.insert("resources".into(), json!({"requests": {"cpu": "100m", "memory": "32Mi"}}));
+    }
+    container
+}
+
 fn container(config: &Config) -> Value {
     let field = |path: &str| json!({"fieldRef": {"apiVersion": "v1", "fieldPath": path}});
     json!({

@@ -8,6 +8,7 @@ pub mod compile;
 pub mod controllers;
 pub mod discovery;
 pub mod duration;
+pub mod gateway;
 pub mod histogram;
 pub mod inject;
 pub mod join;

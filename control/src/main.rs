@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use sluice_control::api::server;
 use sluice_control::ca::PassphraseFile;
+use sluice_control::inject;
 use sluice_control::mesh;
 use sluice_control::pool::{self, Pool};
 use sluice_control::range::Ranges;
@@ -100,11 +101,22 @@ impl Serve {
             token_file: self.token_auth_file.clone(),
             node_grace: Duration::from_secs(self.node_monitor_grace_s),
             eviction: Duration::from_secs(self.eviction_s),
+            proxy: Some(self.proxy()),
         }
     }
 }
 
 impl Serve {
+    /// What sidecars and gateways are made of.
+    fn proxy(&self) -> inject::Config {
+        let ranges = self.service_cidr.iter().chain(self.pod_cidr.iter());
+        inject::Config {
+            image: self.proxy_image.clone(),
+            cluster_ranges: ranges.map(|range| range.to_string()).collect::<Vec<_>>().join(","),
+            tracing: self.otlp_endpoint.clone().map(|collector| (collector, self.trace_sample)),
+        }
+    }
+
     fn mesh(&self) -> mesh::Config {
         mesh::Config {
             listen: self.discovery_listen,
@@ -159,9 +171,7 @@ async fn run(serve: Serve) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let inherited = server::inherited().context("take over inherited sockets")?;
-    let ranges = serve.service_cidr.iter().chain(serve.pod_cidr.iter());
-    let tracing = serve.otlp_endpoint.clone().map(|collector| (collector, serve.trace_sample));
-    let hook = mesh::pod_hook(serve.proxy_image.clone(), ranges, tracing);
+    let hook = mesh::pod_hook(serve.proxy());
     let service = Service::start(&serve.config(), inherited, Some(hook)).await?;
     let (discovery, parts) = mesh::start(&service.parts, &serve.mesh()).await?;
     tracing::info!(%discovery, "serving discovery");

@@ -6,7 +6,6 @@ use crate::{
     discovery::{Counters, Published, Server, Shared, run_feed, run_status},
     inject,
     pool::Pool,
-    range::Cidr,
     service::Parts,
 };
 use serde_json::{Value, json};
@@ -30,13 +29,7 @@ pub struct Config {
 pub const SERVER_NAME: &str = "sluice-control";
 
 /// Sees every new pod: injects the sidecar where its namespace asks for it.
-pub fn pod_hook(
-    image: String,
-    ranges: impl Iterator<Item = Cidr>,
-    tracing: Option<(String, f64)>,
-) -> crate::api::registry::PodHook {
-    let cluster_ranges = ranges.map(|range| range.to_string()).collect::<Vec<_>>().join(",");
-    let config = inject::Config { image, cluster_ranges, tracing };
+pub fn pod_hook(config: inject::Config) -> crate::api::registry::PodHook {
     Box::new(move |pod, namespace| inject::inject(pod, &namespace["metadata"]["labels"], &config))
 }
 

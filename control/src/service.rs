@@ -18,6 +18,7 @@ use crate::api::metrics::Metrics;
 use crate::api::registry::{PodHook, Registry};
 use crate::api::server;
 use crate::ca::{Authority, CaError, Pair, PassphraseFile, kubeconfig, write_private};
+use crate::inject;
 use crate::pool::Pool;
 use crate::range::Ranges;
 use crate::store::{EmbeddedStore, Store, StoreError};
@@ -51,6 +52,8 @@ pub struct Config {
     pub node_grace: Duration,
     /// Pods of a node that is not ready are evicted after this, where they do not say otherwise.
     pub eviction: Duration,
+    /// What gateways' pods are made of; without it gateways get none.
+    pub proxy: Option<inject::Config>,
 }
 
 /// Why the service did not start.

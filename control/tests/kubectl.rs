@@ -355,3 +355,58 @@ async fn health_check_ports_are_node_ports_of_their_own() {
     assert!(port("c").await.starts_with("30100 "));
     cluster.stop().await;
 }
+
+const GATEWAY: &str = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: edge}
+spec:
+  gatewayClassName: sluice
+  listeners:
+  - {name: http, port: 80, protocol: HTTP}
+";
+
+/// What a Gateway is made of is made, is put right when somebody changes it, and goes with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_is_a_deployment_and_a_service() {
+    let cluster = three_nodes().await;
+    cluster.apply(GATEWAY).await;
+    let get = |what: &'static str, path: &'static str| {
+        let cluster = &cluster;
+        async move { cluster.kubectl_with(&["get", what, "-o", path], "").await.out }
+    };
+    eventually("it has a service", || async { !get("svc/edge-sluice", "name").await.is_empty() }).await;
+    cluster.kubectl(&["rollout", "status", "deploy/edge-sluice", "--timeout=20s"]).await;
+    let class = cluster.kubectl(&["get", "gatewayclass"]).await;
+    assert!(class.contains("sluice.dev/gateway"), "{class}");
+    let listed = cluster.kubectl(&["get", "gateway"]).await;
+    for want in ["NAME", "CLASS", "ADDRESS", "PROGRAMMED", "edge", "sluice"] {
+        assert!(listed.contains(want), "{listed}");
+    }
+    let (ports, kind) = ("jsonpath={.spec.ports[*].port}", "jsonpath={.spec.type}/{.spec.externalTrafficPolicy}");
+    assert_eq!(get("svc/edge-sluice", ports).await, "80");
+    assert_eq!(get("svc/edge-sluice", kind).await, "LoadBalancer/Local");
+    let revision = get("deploy/edge-sluice", "jsonpath={.metadata.generation}").await;
+    // A listener more changes the service and replaces no pod.
+    let more = GATEWAY.replace("HTTP}\n", "HTTP}\n  - {name: more, port: 8080, protocol: HTTP, hostname: a.example}\n");
+    cluster.apply(&more).await;
+    eventually("the service has its port", || async { get("svc/edge-sluice", ports).await == "80 8080" }).await;
+    assert_eq!(get("deploy/edge-sluice", "jsonpath={.metadata.generation}").await, revision);
+    cluster.kubectl(&["scale", "deploy/edge-sluice", "--replicas=2"]).await;
+    cluster.kubectl(&["patch", "svc/edge-sluice", "-p", "{\"spec\":{\"selector\":{\"app\":\"x\"}}}"]).await;
+    let selector = "jsonpath={.spec.selector.gateway\\.networking\\.k8s\\.io/gateway-name}";
+    cluster.kubectl(&["annotate", "gateway/edge", "sluice.dev/service-type=NodePort"]).await;
+    eventually("the service is of another type", || async { get("svc/edge-sluice", kind).await == "NodePort/Local" })
+        .await;
+    assert_eq!(get("svc/edge-sluice", selector).await, "edge");
+    assert_eq!(get("deploy/edge-sluice", "jsonpath={.spec.replicas}").await, "2", "that is whoever scales it");
+    cluster.kubectl(&["delete", "gateway", "edge"]).await;
+    eventually("all of it goes", || async {
+        let left = cluster.kubectl(&["get", "deploy,svc,sa", "-o", "name"]).await;
+        !left.contains("edge-sluice")
+    })
+    .await;
+    let wrong = cluster.kubectl_with(&["apply", "-f", "-"], &GATEWAY.replace("port: 80,", "port: 0,")).await;
+    assert!(!wrong.ok && wrong.err.contains("spec.listeners[0].port"), "{}", wrong.err);
+    cluster.stop().await;
+}

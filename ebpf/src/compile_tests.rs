@@ -183,7 +183,15 @@ fn pods_of_this_node_carry_mesh_and_excluded_ports() {
     let pod = |n: &str, node: &str| {
         let (name, uid) = (name(n), format!("uid-{n}"));
         let identity = identity.clone();
-        Resource::Workload(Workload { name, uid, node: node.into(), addresses: vec![], identity, meshed: true })
+        Resource::Workload(Workload {
+            name,
+            uid,
+            node: node.into(),
+            addresses: vec![],
+            identity,
+            meshed: true,
+            gateway: None,
+        })
     };
     let policy = Policy { name: name("a"), excluded_ports: vec![9000], ..Policy::default() };
     let s = Snapshot::new(Revision(1), [pod("a", "n1"), pod("b", "n2"), Resource::Policy(policy)]);

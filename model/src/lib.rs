@@ -6,6 +6,7 @@
 
 mod backend_policy;
 mod filter;
+mod gateway;
 mod identity;
 mod name;
 mod node;
@@ -22,6 +23,7 @@ pub use backend_policy::{BackendPolicy, Balance, Circuit, HashKey, Locality, Out
 pub use filter::{
     Fault, Filters, Fraction, HeaderChanges, Mirror, PathChange, RateLimit, Redirect, Retry, Rewrite, Sticky, Timeouts,
 };
+pub use gateway::{Certificate, Gateway, Listener, ListenerMode, Secret, common_host};
 pub use identity::{Identity, IdentityError};
 pub use name::{Name, NameError, Revision};
 pub use node::Node;

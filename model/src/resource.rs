@@ -1,6 +1,6 @@
 //! One of the things that discovery carries, and its key.
 
-use crate::{EndpointSet, Name, Node, Policy, Route, Service, Workload};
+use crate::{EndpointSet, Gateway, Name, Node, Policy, Route, Service, Workload};
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -11,6 +11,7 @@ pub enum Kind {
     Policy,
     Workload,
     Node,
+    Gateway,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -28,6 +29,7 @@ pub enum Resource {
     Policy(Policy),
     Workload(Workload),
     Node(Node),
+    Gateway(Gateway),
 }
 
 impl Resource {
@@ -39,6 +41,7 @@ impl Resource {
             Self::Policy(_) => Kind::Policy,
             Self::Workload(_) => Kind::Workload,
             Self::Node(_) => Kind::Node,
+            Self::Gateway(_) => Kind::Gateway,
         }
     }
 
@@ -50,6 +53,7 @@ impl Resource {
             Self::Policy(r) => &r.name,
             Self::Workload(r) => &r.name,
             Self::Node(r) => &r.name,
+            Self::Gateway(r) => &r.name,
         }
     }
 

@@ -3,7 +3,9 @@
 //! A snapshot is never changed: [`Snapshot::apply`] makes the next one, sharing every resource that stayed the same,
 //! so control can hold one for thousands of streams.
 
-use crate::{EndpointSet, Kind, Name, Node, Place, Policy, Resource, ResourceKey, Revision, Route, Service, Workload};
+use crate::{
+    EndpointSet, Gateway, Kind, Name, Node, Place, Policy, Resource, ResourceKey, Revision, Route, Service, Workload,
+};
 use serde::{Deserialize, Serialize};
 use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
@@ -62,6 +64,7 @@ impl Snapshot {
         policy, policies: Policy => Policy;
         workload, workloads: Workload => Workload;
         node, nodes: Node => Node;
+        gateway, gateways: Gateway => Gateway;
     }
 
     pub fn get(&self, key: &ResourceKey) -> Option<&Arc<Resource>> {

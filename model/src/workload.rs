@@ -16,4 +16,8 @@ pub struct Workload {
     pub identity: Identity,
     /// A sidecar was injected: its TCP is captured and it is closed while no sidecar lives.
     pub meshed: bool,
+    /// The gateway, of its namespace, whose listeners it serves: its program asks the node's agent as a sidecar does, and
+    /// nothing of the pod is captured.
+    #[serde(default)]
+    pub gateway: Option<String>,
 }

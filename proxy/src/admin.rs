@@ -5,6 +5,7 @@
 use crate::{
     config::{Cluster, Config, Target},
     control::Scraper,
+    gateway,
     observe::{Access, Filter, Observer, Tap},
     status::Status,
     upstream::Pool,
@@ -161,7 +162,7 @@ fn compiled(config: &Config) -> Value {
             })
         });
         json!({
-            "service": t.service.to_string(), "port": t.port, "protocol": t.app_protocol,
+            "service": t.service.to_string(), "port": t.port, "listener": t.listener, "protocol": t.app_protocol,
             "rules": rules.collect::<Vec<_>>(), "own": cluster(t.own),
         })
     };
@@ -177,7 +178,13 @@ fn compiled(config: &Config) -> Value {
         "targets": config.targets.iter().map(target).collect::<Vec<_>>(),
         "backends": config.clusters.iter().map(backend).collect::<Vec<_>>(),
         "inbound": config.inbound.policy,
+        "listeners": config.listeners.iter().flat_map(|(port, all)| all.iter().map(move |l| listener(*port, l))).collect::<Vec<_>>(),
     })
+}
+
+/// Without its keys.
+fn listener(port: u16, l: &gateway::Listener) -> Value {
+    json!({"port": port, "name": l.name, "hostname": l.hostname, "mode": l.mode, "target": l.target})
 }
 
 fn pools(workers: &[(usize, Vec<Pool>)]) -> Value {

@@ -8,7 +8,13 @@ use sluice_traffic::{
     access::{Call, decide, limits},
     rate::Bucket,
 };
-use std::{cell::RefCell, collections::HashMap, net::SocketAddr, rc::Rc, sync::Arc};
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+};
 
 /// Buckets beyond this are emptied of those that are full; when none is, callers share one.
 const MAX_BUCKETS: usize = 4096;
@@ -32,13 +38,14 @@ impl Entry {
     /// Lets a request in, or says why not.
     pub fn admit<B>(&self, worker: &Worker, request: &Request<B>) -> Result<Routed, Reason> {
         let request = Some((request.method().as_str(), request.uri().path()));
-        admit(worker, &Call { caller: self.caller.as_deref(), port: self.address.port(), request })?;
+        admit(worker, &Call { caller: self.caller.as_deref(), port: self.address.port(), request }, None)?;
         Ok(Routed::plain(self.choice.clone()))
     }
 }
 
-/// Lets a request or connection in, or says why not.
-pub fn admit(worker: &Worker, call: &Call<'_>) -> Result<(), Reason> {
+/// Lets a request or connection in, or says why not. `client` is where it comes from, at a gateway: who proves no identity
+/// there is told apart by it.
+pub fn admit(worker: &Worker, call: &Call<'_>, client: Option<IpAddr>) -> Result<(), Reason> {
     let live = worker.live();
     let policy = &live.config.inbound.policy;
     if !policy.access.is_empty() {
@@ -53,27 +60,34 @@ pub fn admit(worker: &Worker, call: &Call<'_>) -> Result<(), Reason> {
         }
     }
     let now = worker.now_ns();
-    match limits(&policy.rate_limits, call).all(|(at, limit)| worker.buckets.take(at, limit, call.caller, now)) {
+    let whom = call.caller.map(|c| Whom::Identity(Rc::new(c.clone()))).or(client.map(Whom::Address));
+    match limits(&policy.rate_limits, call).all(|(at, limit)| worker.buckets.take(at, limit, whom.as_ref(), now)) {
         true => Ok(()),
         false => Err(Reason::RateLimited),
     }
 }
 
 /// Of which limit of which policy, and of whom.
-type Key = (Name, usize, Option<Rc<Identity>>);
+type Key = (Name, usize, Option<Whom>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Whom {
+    Identity(Rc<Identity>),
+    Address(IpAddr),
+}
 
 /// A worker's buckets.
 #[derive(Debug, Default)]
 pub struct Buckets(RefCell<HashMap<Key, Bucket>>);
 
 impl Buckets {
-    fn take(&self, at: usize, limit: &InboundLimit, caller: Option<&Identity>, now_ns: u64) -> bool {
+    fn take(&self, at: usize, limit: &InboundLimit, caller: Option<&Whom>, now_ns: u64) -> bool {
         let mut buckets = self.0.borrow_mut();
         if buckets.len() >= MAX_BUCKETS {
             buckets.retain(|_, b| !b.is_full(now_ns));
         }
         let own = limit.per_identity && buckets.len() < MAX_BUCKETS;
-        let key = (limit.policy.clone(), at, caller.filter(|_| own).map(|c| Rc::new(c.clone())));
+        let key = (limit.policy.clone(), at, caller.filter(|_| own).cloned());
         buckets.entry(key).or_default().take(now_ns, limit.limit).is_ok()
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     worker::Worker,
 };
 use bytes::{Bytes, BytesMut};
-use http::{HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderValue, Request, Response, StatusCode, header, uri::Scheme};
 use hyper::body::{Body, Incoming};
 use std::{
     future::poll_fn,
@@ -32,17 +32,17 @@ const MAX_MIRRORING: u32 = 256;
 /// How long a mirror may take to answer.
 const MIRROR_PATIENCE: Duration = Duration::from_secs(15);
 
-/// Does what the rule asks before a request is sent; an answer instead, where it asks for one. `port` is the one that was
-/// dialled.
+/// Does what the rule asks before a request is sent; an answer instead, where it asks for one. `scheme` and `port` are those
+/// by which it came.
 pub async fn prepare(
     worker: &Rc<Worker>,
     routed: &Routed,
     asks: &Asks,
     mut request: Request<Incoming>,
-    port: u16,
+    (scheme, port): (&Scheme, u16),
 ) -> Result<(Request<Outgoing>, Fate), Box<Response<Answer>>> {
     inject_faults(worker, asks).await?;
-    if let Some((status, location)) = asks.redirect(host(&request), port, request.uri()) {
+    if let Some((status, location)) = asks.redirect(scheme, host(&request), port, request.uri()) {
         return Err(redirect(worker, status, location).into());
     }
     let length = request.headers().get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse::<u64>().ok());

@@ -24,6 +24,8 @@ use std::{
 #[derive(Debug)]
 pub struct LiveCluster {
     pub known: bool,
+    /// Its port is said to speak HTTP/2.
+    pub http2: bool,
     pub endpoints: Vec<Rc<Upstream>>,
     pub policy: Option<Box<LivePolicy>>,
     pub state: Rc<ClusterState>,
@@ -109,7 +111,7 @@ pub fn key(key: &HashKey, headers: &http::HeaderMap, source: u64) -> Option<u64>
 impl LiveCluster {
     /// One without policy, of an endpoint.
     pub fn of(upstream: Rc<Upstream>) -> Self {
-        Self { known: true, endpoints: vec![upstream], policy: None, state: Rc::default() }
+        Self { known: true, http2: false, endpoints: vec![upstream], policy: None, state: Rc::default() }
     }
 
     /// The key by which this backend's endpoint is chosen, where one is.

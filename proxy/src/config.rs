@@ -2,11 +2,17 @@
 //!
 //! Indices instead of names inside: a request costs one table walk and no lookup by name.
 
-use crate::{held::Held, tls::Tls};
-use sluice_model::{AppProtocol, BackendPolicy, Identity, InboundMode, Name, Policy, Protocol, Revision, Snapshot};
+use crate::{
+    gateway::{self, Port},
+    held::Held,
+    tls::Tls,
+};
+use sluice_model::{
+    AppProtocol, BackendPolicy, Gateway, Identity, InboundMode, Name, Policy, Protocol, Revision, Snapshot,
+};
 use sluice_traffic::{resolve::Resolved, route::Table};
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddr,
     sync::Arc,
 };
@@ -24,6 +30,8 @@ pub struct Config {
     /// Service ports that targets send to.
     pub clusters: Vec<Cluster>,
     pub inbound: Inbound,
+    /// What a gateway listens for, by port.
+    pub listeners: BTreeMap<u16, Port>,
     pub tls: Option<Arc<Tls>>,
 }
 
@@ -38,11 +46,14 @@ pub enum Destination {
     Outside,
 }
 
-/// One port of a service that the app dials.
+/// One port of a service that the app dials, or a gateway's listener.
 #[derive(Debug)]
 pub struct Target {
+    /// Of a listener: the name that its routes have as their parent, which no service has.
     pub service: Name,
     pub port: u16,
+    /// The name of the listener: nothing but routes takes its traffic.
+    pub listener: Option<String>,
     pub app_protocol: AppProtocol,
     pub table: Table,
     /// Of each of the table's rules, the clusters it sends to.
@@ -65,6 +76,8 @@ pub struct Cluster {
     pub port: u16,
     /// The service and port exist.
     pub known: bool,
+    /// The port is said to speak HTTP/2.
+    pub http2: bool,
     pub endpoints: Vec<Endpoint>,
     /// Of each endpoint, whether it is in this workload's zone.
     pub near: Vec<bool>,
@@ -98,8 +111,17 @@ pub fn compile(held: &Held, workload: &Name, tls: Option<Arc<Tls>>, generation: 
         let destination = compiler.destination(*address, resolved);
         compiler.config.destinations.insert(*address, destination);
     }
+    if let Some(gateway) = served(&held.snapshot, workload) {
+        compiler.listen(gateway);
+    }
     let inbound = inbound(&held.snapshot, workload);
     Config { generation, epoch: held.epoch.clone(), revision: held.snapshot.revision, inbound, tls, ..compiler.config }
+}
+
+/// The gateway that the workload serves.
+pub fn served<'s>(snapshot: &'s Snapshot, workload: &Name) -> Option<&'s Gateway> {
+    let name = snapshot.workload(workload)?.gateway.clone()?;
+    snapshot.gateway(&Name::new(workload.namespace.clone(), name))
 }
 
 fn inbound(snapshot: &Snapshot, workload: &Name) -> Inbound {
@@ -138,14 +160,34 @@ impl Compiler<'_> {
         let app_protocol = ports.iter().find(|p| p.protocol == Protocol::Tcp && p.port == port)?.app_protocol;
         let routes = self.snapshot.routes_from(self.namespace, service, port);
         let table = Table::compile(routes, service, port);
+        Some(self.add((service, port, None), app_protocol, table))
+    }
+
+    fn add(
+        &mut self,
+        (service, port, listener): (&Name, u16, Option<String>),
+        app_protocol: AppProtocol,
+        table: Table,
+    ) -> usize {
         let rules = table.rules().iter().map(|r| RuleClusters {
             backends: r.rule.backends.iter().map(|b| self.cluster(&b.service, b.port)).collect(),
             mirrors: r.rule.filters.mirrors.iter().map(|m| self.cluster(&m.service, m.port)).collect(),
         });
         let rules = rules.collect();
         let own = self.cluster(service, port);
-        self.config.targets.push(Target { service: service.clone(), port, app_protocol, table, rules, own });
-        Some(self.config.targets.len() - 1)
+        self.config.targets.push(Target { service: service.clone(), port, listener, app_protocol, table, rules, own });
+        self.config.targets.len() - 1
+    }
+
+    /// The tables of a gateway's listeners.
+    fn listen(&mut self, gateway: &Gateway) {
+        let (parent, snapshot) = (Gateway::parent(&gateway.name), self.snapshot);
+        let listeners = gateway::listeners(gateway, snapshot, |listener, routes| {
+            let table = Table::compile(&routes, &parent, listener.port);
+            let at = (&parent, listener.port, Some(listener.name.clone()));
+            self.add(at, AppProtocol::Detect, table)
+        });
+        self.config.listeners = listeners;
     }
 
     fn cluster(&mut self, service: &Name, port: u16) -> usize {
@@ -172,7 +214,8 @@ fn compile_cluster(snapshot: &Snapshot, zone: &str, name: &Name, port: u16) -> C
         _ => Default::default(),
     };
     let policy = service.and_then(|s| s.backend_policy.clone()).map(Arc::new);
-    Cluster { service: name.clone(), port, known: found.is_some(), endpoints, near, policy }
+    let http2 = found.is_some_and(|p| p.app_protocol == AppProtocol::Http2);
+    Cluster { service: name.clone(), port, known: found.is_some(), http2, endpoints, near, policy }
 }
 
 fn endpoint(e: &sluice_model::Endpoint, port: u16) -> Endpoint {

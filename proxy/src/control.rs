@@ -35,6 +35,8 @@ pub enum Source {
     Discovery { socket: String },
     /// A view that never changes, with certificates from elsewhere: `None` where there is none yet, or never.
     Static { snapshot: Snapshot, certificate: watch::Receiver<Option<Arc<Tls>>> },
+    /// The same with views that change.
+    Changing { snapshots: watch::Receiver<Snapshot>, certificate: watch::Receiver<Option<Arc<Tls>>> },
 }
 
 /// The listeners to keep registered with the agent.
@@ -106,10 +108,19 @@ pub async fn run(start: Start) {
     let (to_events, mut events) = mpsc::channel(64);
     let (to_certificates, mut certificates) = mpsc::channel(1);
     let (identity, identity_known) = watch::channel(None);
+    let (to_views, mut views) = mpsc::channel(1);
     let (hub, todo, certificate_expected) = match source {
         Source::Static { snapshot, certificate } => {
             let expected = certificate.borrow().is_some();
             tokio::spawn(identity::pass_on(certificate, to_certificates.clone()));
+            let (hub, todo) = Hub::fixed(workload, workers, snapshot);
+            (hub, todo, expected)
+        }
+        Source::Changing { mut snapshots, certificate } => {
+            let expected = certificate.borrow().is_some();
+            tokio::spawn(identity::pass_on(certificate, to_certificates.clone()));
+            let snapshot = snapshots.borrow_and_update().clone();
+            tokio::spawn(pass_on(snapshots, to_views));
             let (hub, todo) = Hub::fixed(workload, workers, snapshot);
             (hub, todo, expected)
         }
@@ -141,6 +152,7 @@ pub async fn run(start: Start) {
                 None => return,
             },
             Some(event) = events.recv() => control.stream(event),
+            Some(snapshot) = views.recv() => control.hub.replace(snapshot),
             Some(event) = certificates.recv() => control.certificate(event),
             _ = ticks.tick() => {
                 if reported.elapsed() >= control.metrics_every {
@@ -152,6 +164,15 @@ pub async fn run(start: Start) {
         };
         control.act(todo);
         control.say(*registered.borrow());
+    }
+}
+
+async fn pass_on(mut snapshots: watch::Receiver<Snapshot>, views: mpsc::Sender<Snapshot>) {
+    while snapshots.changed().await.is_ok() {
+        let snapshot = snapshots.borrow_and_update().clone();
+        if views.send(snapshot).await.is_err() {
+            return;
+        }
     }
 }
 

@@ -86,6 +86,44 @@ pub fn prepare_request<B>(request: &mut Request<B>) -> Needs {
     }
 }
 
+/// Gives a request of a gateway's client the version that its backend speaks: `http2`, or what carries gRPC; else HTTP/1.1,
+/// which every app knows. A client chooses its version by what the gateway speaks, not by what the app does. Upgrades and
+/// CONNECT stay as they are.
+pub fn convert_version<B>(request: &mut Request<B>, http2: bool) {
+    let grpc = |v: &HeaderValue| v.as_bytes().starts_with(b"application/grpc");
+    let http2 = http2 || request.headers().get(header::CONTENT_TYPE).is_some_and(grpc);
+    if request.method() == Method::CONNECT {
+        return;
+    }
+    match request.version() {
+        Version::HTTP_2 if !http2 => {
+            *request.version_mut() = Version::HTTP_11;
+            join_cookies(request.headers_mut());
+        }
+        Version::HTTP_11 if http2 && requested_upgrade(request.headers()).is_none() => {
+            let trailers = request.headers().get(header::TE).is_some_and(|te| te == "trailers");
+            remove_hop_by_hop(request.headers_mut());
+            request.headers_mut().remove(header::TE);
+            if trailers {
+                request.headers_mut().insert(header::TE, HeaderValue::from_static("trailers"));
+            }
+            *request.version_mut() = Version::HTTP_2;
+        }
+        _ => {}
+    }
+}
+
+/// HTTP/2 may send cookies apart, HTTP/1.1 may not (RFC 9113 §8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let all: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if all.len() < 2 {
+        return;
+    }
+    if let Ok(joined) = HeaderValue::from_bytes(&all.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, joined);
+    }
+}
+
 /// Says for the sidecar at the other side of `sluice-h2` in which version the prepared request came. An HTTP/1.1 request
 /// keeps its target and its `Host` as they are: it has no `:authority`.
 pub fn mark_version<B>(mut request: Request<B>) -> Request<B> {
@@ -190,6 +228,40 @@ mod tests {
         }
         let needs = prepare_request(&mut request);
         (request, needs)
+    }
+
+    #[test]
+    fn a_gateways_request_gets_its_backends_version() {
+        let table: [(Version, &[(&'static str, &'static str)], bool, Version); 7] = [
+            (Version::HTTP_2, &[], false, Version::HTTP_11),
+            (Version::HTTP_2, &[], true, Version::HTTP_2),
+            (Version::HTTP_2, &[("content-type", "application/grpc+proto")], false, Version::HTTP_2),
+            (Version::HTTP_11, &[], false, Version::HTTP_11),
+            (Version::HTTP_11, &[("connection", "x-a"), ("x-a", "1")], true, Version::HTTP_2),
+            (Version::HTTP_11, &[("connection", "upgrade"), ("upgrade", "websocket")], true, Version::HTTP_11),
+            (Version::HTTP_10, &[], true, Version::HTTP_10),
+        ];
+        for (version, headers, http2, want) in table {
+            let mut request = Request::builder().version(version).uri("http://a.example/").body(()).expect("a request");
+            for (name, value) in headers {
+                request.headers_mut().append(*name, HeaderValue::from_static(value));
+            }
+            convert_version(&mut request, http2);
+            assert_eq!(request.version(), want, "{version:?} {headers:?}");
+            assert!(!request.headers().contains_key("x-a"));
+        }
+        let mut request = Request::builder().version(Version::HTTP_2).uri("http://a.example/p?q").body(());
+        let headers = request.as_mut().expect("a request").headers_mut();
+        headers.append(header::COOKIE, HeaderValue::from_static("a=1"));
+        headers.append(header::COOKIE, HeaderValue::from_static("b=2"));
+        let mut request = request.expect("a request");
+        convert_version(&mut request, false);
+        prepare_request(&mut request);
+        assert_eq!(
+            (request.uri().to_string().as_str(), &request.headers()[header::HOST]),
+            ("/p?q", &HeaderValue::from_static("a.example"))
+        );
+        assert_eq!(request.headers()[header::COOKIE], "a=1; b=2");
     }
 
     #[test]

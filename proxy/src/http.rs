@@ -8,8 +8,9 @@ use crate::{
     body::Answer,
     check, cluster,
     drain::Phase,
+    gateway::Door,
     guard::Head,
-    headers::{Needs, prepare_request, remove_hop_by_hop, restore_version},
+    headers::{Needs, convert_version, prepare_request, remove_hop_by_hop, restore_version},
     idle,
     metrics::SeriesKey,
     multiplex,
@@ -25,7 +26,7 @@ use crate::{
     worker::Worker,
 };
 use futures::{FutureExt, future::Either};
-use http::{HeaderValue, Request, Response, StatusCode, Version, header};
+use http::{HeaderValue, Request, Response, StatusCode, Version, header, uri::Scheme};
 use hyper::{
     body::{Body, Incoming},
     service::service_fn,
@@ -35,7 +36,7 @@ use sluice_model::Identity;
 use std::{
     cell::Cell,
     convert::Infallible,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::{Pin, pin},
     rc::Rc,
     sync::Arc,
@@ -59,6 +60,8 @@ pub enum Side {
     /// To the app, from a peer's sidecar by `sluice-h2`: requests of both versions, on a connection that ends with our
     /// certificate.
     Mesh(Entry, Arc<Tls>),
+    /// A gateway's client's, to backends of its listener's routes.
+    Gateway(Door),
     /// Nowhere: every request is answered with this.
     Refuse(Reason),
 }
@@ -68,11 +71,30 @@ impl Side {
         matches!(self, Self::Inbound(_) | Self::Mesh(..))
     }
 
+    /// Who opened the connection may leave it open: we end it.
+    fn of_others(&self) -> bool {
+        self.inbound() || matches!(self, Self::Gateway(_))
+    }
+
+    /// What stands for who calls, and the scheme by which.
+    fn source(&self, worker: &Worker) -> (u64, Scheme) {
+        match self {
+            Self::Gateway(door) => (door.source(), door.scheme()),
+            // What reaches a sidecar is plain HTTP, whatever it came from.
+            _ => (worker.source(), Scheme::HTTP),
+        }
+    }
+
+    /// Where the caller is, if that is known to be its own address.
+    fn client(&self) -> Option<IpAddr> {
+        if let Self::Gateway(door) = self { Some(door.client) } else { None }
+    }
+
     /// Who called, proven by mTLS.
     fn caller(&self) -> Option<&Arc<Identity>> {
         match self {
             Self::Inbound(entry) | Self::Mesh(entry, _) => entry.caller.as_ref(),
-            Self::Outbound { .. } | Self::Refuse(_) => None,
+            Self::Outbound { .. } | Self::Refuse(_) | Self::Gateway(_) => None,
         }
     }
 
@@ -80,6 +102,7 @@ impl Side {
     fn key(&self, worker: &Worker) -> SeriesKey {
         match self {
             Self::Outbound { destination, target } => worker.target_key(*destination, target.get().1),
+            Self::Gateway(door) => worker.gateway_key(door.port),
             _ => worker.inbound_key(self.port()),
         }
     }
@@ -89,6 +112,7 @@ impl Side {
         match self {
             Self::Outbound { destination, .. } => destination.port(),
             Self::Inbound(entry) | Self::Mesh(entry, _) => entry.address.port(),
+            Self::Gateway(door) => door.port,
             Self::Refuse(_) => 0,
         }
     }
@@ -134,7 +158,8 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let ending = ending(worker.clone(), side.clone(), Protocol::Http2);
-    let mesh = matches!(*side, Side::Mesh(..));
+    // A gateway's client may have gone without a word, too.
+    let mesh = matches!(*side, Side::Mesh(..) | Side::Gateway(_));
     let service = service_fn(move |request| {
         let (worker, side) = (worker.clone(), side.clone());
         async move { Ok::<_, Infallible>(respond(&worker, &side, request).await) }
@@ -157,7 +182,7 @@ async fn until_end<C: Future>(connection: C, ending: impl Future<Output = ()>, c
 
 /// Comes when a connection is to take no more requests; never for the app's own connections, which the app ends.
 async fn ending(worker: Rc<Worker>, side: Rc<Side>, protocol: Protocol) {
-    if !side.inbound() {
+    if !side.of_others() {
         return std::future::pending().await;
     }
     let mut phase = worker.phase.clone();
@@ -177,6 +202,12 @@ async fn ending(worker: Rc<Worker>, side: Rc<Side>, protocol: Protocol) {
                 () = worker.replaced(tls) => {}
             }
         }
+        Side::Gateway(door) => {
+            tokio::select! {
+                () = drained => {}
+                () = door.idle(worker.limits.idle) => {}
+            }
+        }
         _ => drained.await,
     }
 }
@@ -192,7 +223,7 @@ impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for LocalExecutor 
 }
 
 async fn respond(worker: &Rc<Worker>, side: &Side, mut request: Request<Incoming>) -> Response<Answer> {
-    let (inbound, http1) = (side.inbound(), request.version() < Version::HTTP_2);
+    let http1 = request.version() < Version::HTTP_2;
     if let Side::Mesh(..) = side {
         restore_version(&mut request);
     }
@@ -200,6 +231,7 @@ async fn respond(worker: &Rc<Worker>, side: &Side, mut request: Request<Incoming
     let malformed = checked.is_err();
     let routed = checked.and_then(|()| match side {
         Side::Outbound { destination, target } => choose_http(worker, *destination, target, &request),
+        Side::Gateway(door) => door.route(worker, &mut request),
         Side::Inbound(entry) | Side::Mesh(entry, _) => entry.admit(worker, &request),
         Side::Refuse(reason) => Err(*reason),
     });
@@ -210,7 +242,7 @@ async fn respond(worker: &Rc<Worker>, side: &Side, mut request: Request<Incoming
         },
         Err(reason) => refuse_unrouted(worker, side, &request, reason),
     };
-    if http1 && (malformed || inbound && worker.draining()) {
+    if http1 && (malformed || side.of_others() && worker.draining()) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
@@ -247,7 +279,7 @@ fn refuse_unrouted(worker: &Rc<Worker>, side: &Side, request: &Request<Incoming>
         let key = side.key(worker);
         let exchange = Exchange::begin(request, &key, host(request), side.caller(), worker.observer.shows_headers());
         let (status, reason) = (Some(response.status().as_u16()), Some(reason.label()));
-        worker.observer.note(Exchange { status, reason, ..exchange });
+        worker.observer.note(Exchange { status, reason, client: side.client(), ..exchange });
     }
     response
 }
@@ -257,6 +289,7 @@ fn watch(worker: &Worker, side: &Side, routed: &Routed, request: &mut Request<In
     let observer = &worker.observer;
     let key = &routed.choice.key;
     let mut exchange = Exchange::begin(request, key, host(request), side.caller(), observer.shows_headers());
+    exchange.client = side.client();
     let threshold = observer.tracing();
     if threshold > 0 {
         let fresh = [worker.random(), worker.random(), worker.random()];
@@ -275,6 +308,9 @@ async fn forward(worker: &Rc<Worker>, routed: Routed, mut request: Request<Incom
     if worker.observer.wanted() {
         watch(worker, side, &routed, &mut request, &mut in_flight);
     }
+    if let Side::Gateway(_) = side {
+        convert_version(&mut request, cluster.http2);
+    }
     let needs = prepare_request(&mut request);
     // Only tunnels take their end of the connection over; the others need no handle for it.
     let client = (needs == Needs::Tunnel).then(|| hyper::upgrade::on(&mut request));
@@ -282,10 +318,11 @@ async fn forward(worker: &Rc<Worker>, routed: Routed, mut request: Request<Incom
         Ok(place) => in_flight.admitted(place),
         Err(reason) => return answer_instead(in_flight, refuse(worker, reason)),
     }
-    let key = cluster.hash_key().and_then(|k| cluster::key(k, request.headers(), worker.source()));
+    let (source, scheme) = side.source(worker);
+    let key = cluster.hash_key().and_then(|k| cluster::key(k, request.headers(), source));
     let prepared = match &routed.asks {
         None => pace(worker, request, None),
-        Some(asks) => match Box::pin(apply::prepare(worker, &routed, asks, request, port)).await {
+        Some(asks) => match Box::pin(apply::prepare(worker, &routed, asks, request, (&scheme, port))).await {
             Ok(prepared) => prepared,
             Err(response) => return answer_instead(in_flight, *response),
         },

@@ -3,6 +3,7 @@
 
 use crate::{
     config::{self, Config},
+    gateway,
     held::{Assembly, Complete, Held, destination_to_wire},
     tls::Tls,
 };
@@ -30,6 +31,8 @@ const MAX_UNACKED: usize = 64;
 pub enum FromWorker {
     /// The config of this generation is what `worker` uses from now on.
     InForce { worker: usize, generation: u64 },
+    /// It cannot be: a gateway cannot listen where it should.
+    NotInForce { worker: usize, generation: u64, why: String },
     /// The app dialled something whose meaning is not known.
     Dialled(SocketAddr),
     /// These were in use since the last report.
@@ -97,6 +100,15 @@ impl Hub {
         hub.synced = true;
         let todo = hub.publish();
         (hub, todo)
+    }
+
+    /// Another view in the place of the one that it knows; see [`Self::fixed`].
+    pub fn replace(&mut self, snapshot: Snapshot) -> Vec<Todo> {
+        let wanted = self.wanted.keys();
+        let resolutions = wanted.map(|d| (*d, resolve(&snapshot, *d))).collect();
+        self.held = Held { epoch: "static".into(), snapshot: snapshot.clone(), resolutions };
+        self.fixed = Some(snapshot);
+        self.publish()
     }
 
     pub fn held(&self) -> &Held {
@@ -190,7 +202,11 @@ impl Hub {
 
     fn publish(&mut self) -> Vec<Todo> {
         let generation = self.config.generation + 1;
-        self.config = Arc::new(config::compile(&self.held, &self.name, self.tls.clone(), generation));
+        let mut next = config::compile(&self.held, &self.name, self.tls.clone(), generation);
+        if let Some(gateway) = config::served(&self.held.snapshot, &self.name) {
+            gateway::take_over(&mut next.listeners, gateway, &self.config.listeners);
+        }
+        self.config = Arc::new(next);
         vec![Todo::Publish(self.config.clone())]
     }
 
@@ -207,6 +223,12 @@ impl Hub {
     pub fn worker(&mut self, message: FromWorker, now: Instant) -> Vec<Todo> {
         match message {
             FromWorker::InForce { worker, generation } => self.acknowledge(worker, generation),
+            FromWorker::NotInForce { generation, why, .. } => {
+                let of = self.unacked.iter().rev().find(|(g, ..)| *g <= generation);
+                let nack =
+                    of.map(|(_, epoch, revision)| v1::Nack { epoch: epoch.clone(), revision: revision.0, reason: why });
+                nack.map(|n| Todo::Send(Kind::Nack(n))).into_iter().collect()
+            }
             FromWorker::Dialled(destination) => self.dialled(destination, now),
             FromWorker::Used(used) => {
                 for destination in used {
@@ -346,6 +368,19 @@ mod tests {
         hub.worker(FromWorker::Used(vec![b]), later);
         let removed = sent(hub.tick(later));
         assert!(matches!(&removed[..], [Kind::Subscribe(s)] if s.remove == [destination_to_wire(a)]), "{removed:?}");
+    }
+
+    #[test]
+    fn what_cannot_be_listened_for_is_nacked_until_it_can() {
+        let (mut hub, now) = (hub(), Instant::now());
+        hub.opened("1.0.0", now);
+        let generation = published(&hub.update(update(5, true, &[]), now)).expect("published");
+        hub.worker(FromWorker::InForce { worker: 0, generation }, now);
+        let why = "listen at port 80: in use".to_owned();
+        let nacks = sent(hub.worker(FromWorker::NotInForce { worker: 1, generation, why }, now));
+        assert!(matches!(&nacks[..], [Kind::Nack(n)] if n.revision == 5 && n.reason.contains("80")), "{nacks:?}");
+        let acks = sent(hub.worker(FromWorker::InForce { worker: 1, generation }, now));
+        assert!(matches!(&acks[..], [Kind::Ack(a)] if a.revision == 5), "{acks:?}");
     }
 
     #[test]

@@ -114,7 +114,7 @@ async fn join<S: AsyncRead + AsyncWrite + Unpin>(
     address: SocketAddr,
     caller: Option<&Identity>,
 ) -> bool {
-    if let Err(reason) = admission::admit(worker, &Call { caller, port: address.port(), request: None }) {
+    if let Err(reason) = admission::admit(worker, &Call { caller, port: address.port(), request: None }, None) {
         worker.counters.refuse(reason);
         return false;
     }

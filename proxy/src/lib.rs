@@ -1,4 +1,5 @@
-//! The sidecar: a meshed pod's inbound and outbound TCP traffic. Workers (`worker`, `inbound`, `outbound`, `http`,
+//! The sidecar: a meshed pod's inbound and outbound TCP traffic; and the gateway, whose clients are outside the cluster
+//! (`gateway`, `front`). Workers (`worker`, `inbound`, `outbound`, `http`,
 //! `tcp`, `upstream`, `multiplex`) serve it, each on a thread of its own without locks; the control thread (`control`,
 //! `hub`, `discovery`, `identity`, `handover`, `admin`) keeps their tables true.
 //!
@@ -16,6 +17,8 @@ pub mod control;
 pub mod discovery;
 pub mod drain;
 pub mod filter;
+pub mod front;
+pub mod gateway;
 pub mod guard;
 pub mod handover;
 pub mod headers;

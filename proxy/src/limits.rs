@@ -22,11 +22,14 @@ pub struct Limits {
     pub head: Duration,
     /// Between two pieces of a request's body while the upstream waits for more.
     pub body_idle: Duration,
+    /// A gateway's client's connection, of either version, on which no request has come for this long is ended.
+    pub idle: Duration,
 }
 
 impl Default for Limits {
-    /// Heads as hyper and nginx (30 to 60 s); bodies as Envoy's idle streams.
+    /// Heads as hyper and nginx (30 to 60 s); bodies as Envoy's idle streams; idle connections longer than the minute after
+    /// which load balancers usually give theirs up, so that they do it first.
     fn default() -> Self {
-        Self { head: Duration::from_secs(30), body_idle: Duration::from_secs(300) }
+        Self { head: Duration::from_secs(30), body_idle: Duration::from_secs(300), idle: Duration::from_secs(180) }
     }
 }

@@ -58,7 +58,7 @@ impl Live {
     }
 
     fn find(&self, target: &Target) -> Option<(&Target, &LiveTarget)> {
-        let same = |t: &&Target| t.service == target.service && t.port == target.port;
+        let same = |t: &&Target| t.service == target.service && t.port == target.port && t.listener == target.listener;
         self.config.targets.iter().zip(&self.targets).find(|(t, _)| same(t))
     }
 
@@ -70,10 +70,10 @@ impl Live {
         headers: &HeaderMap,
         worker: &Worker,
     ) -> Result<Routed, Reason> {
-        let decision = self.config.targets[target].table.find(request);
-        let target = &self.targets[target];
-        match decision {
+        let (of, target) = (&self.config.targets[target], &self.targets[target]);
+        match of.table.find(request) {
             Decision::NoMatch => Err(Reason::NoRoute),
+            Decision::Own if of.listener.is_some() => Err(Reason::NoRoute),
             Decision::Own => Ok(Routed::plain(target.own.clone())),
             Decision::Rule(i) => target.rules[i].route(headers, &target.own, worker),
         }
@@ -81,10 +81,13 @@ impl Live {
 
     /// The backend of a connection to `target` that is not HTTP; `name` is the server that TLS of the app's own asks for.
     pub fn choose_tcp(&self, target: usize, name: Option<&str>) -> Result<Choice, Reason> {
-        let table = &self.config.targets[target].table;
-        let target = &self.targets[target];
-        match name.map_or_else(|| table.find_tcp(), |name| table.find_tls(name)) {
+        // A listener's place may be another's by now, where the config has changed under a client's first bytes.
+        let (Some(of), Some(target)) = (self.config.targets.get(target), self.targets.get(target)) else {
+            return Err(Reason::NoRoute);
+        };
+        match name.map_or_else(|| of.table.find_tcp(), |name| of.table.find_tls(name)) {
             Decision::NoMatch => Err(Reason::NoRoute),
+            Decision::Own if of.listener.is_some() => Err(Reason::NoRoute),
             Decision::Own => Ok(target.own.clone()),
             Decision::Rule(i) => Ok(target.rules[i].choose()?.choice.clone()),
         }
@@ -102,7 +105,7 @@ fn live_cluster(c: &Cluster, worker: &Worker) -> LiveCluster {
         endpoints.iter().for_each(|e| e.tune(of));
     }
     let policy = c.policy.clone().map(|of| Box::new(LivePolicy::new(of, &addresses, &c.near)));
-    LiveCluster { known: c.known, endpoints, policy, state: worker.cluster_state(&c.service, c.port) }
+    LiveCluster { known: c.known, http2: c.http2, endpoints, policy, state: worker.cluster_state(&c.service, c.port) }
 }
 
 fn build_target(

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 use sluice_model::Identity;
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
@@ -201,6 +201,8 @@ pub struct Exchange {
     pub host: String,
     pub path: String,
     pub version: Version,
+    /// At a gateway: where the client is.
+    pub client: Option<IpAddr>,
     /// Who called (inbound), or who answered (outbound): by mTLS.
     pub peer: Option<Arc<Identity>>,
     /// Where it was tried last.
@@ -230,6 +232,7 @@ impl Exchange {
             host: host.to_owned(),
             path: request.uri().path().to_owned(),
             version: request.version(),
+            client: None,
             peer: peer.cloned(),
             endpoint: None,
             tries: 0,
@@ -268,6 +271,9 @@ impl Exchange {
             "durationMs": self.took.as_micros() as f64 / 1000.0,
             "traceId": self.trace.map(|t| format!("{:032x}", t.trace)),
         });
+        if let Some(client) = self.client {
+            all["client"] = json!(client.to_string());
+        }
         if let Some(headers) = &self.headers {
             let text = |v: &http::HeaderValue| String::from_utf8_lossy(v.as_bytes()).into_owned();
             all["headers"] = headers.iter().map(|(n, v)| json!([n.as_str(), text(v)])).collect();

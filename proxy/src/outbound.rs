@@ -106,7 +106,7 @@ async fn opaque(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, destinatio
     let choice = live.choose_tcp(*target, name);
     drop(live);
     match choice {
-        Ok(choice) => join(worker, stream, bytes, choice).await,
+        Ok(choice) => join(worker, stream, bytes, choice, worker.source()).await,
         Err(reason) => {
             worker.counters.refuse(reason);
             reset(&stream);
@@ -114,10 +114,11 @@ async fn opaque(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, destinatio
     }
 }
 
-async fn join(worker: &Rc<Worker>, mut stream: TcpStream, bytes: Bytes, choice: Choice) {
+/// Joins a connection with one to the backend; `source` stands for who calls.
+pub async fn join(worker: &Rc<Worker>, mut stream: TcpStream, bytes: Bytes, choice: Choice, source: u64) {
     let series = &choice.series;
     add(&series.connections, 1);
-    let (upstream, mut wire) = match connect_any(worker, &choice).await {
+    let (upstream, mut wire) = match connect_any(worker, &choice, source).await {
         Ok(got) => got,
         Err(reason) => {
             worker.counters.refuse(reason);
@@ -145,11 +146,11 @@ where
 }
 
 /// A connection to an endpoint of the backend; others are tried while no byte was sent.
-async fn connect_any(worker: &Worker, choice: &Choice) -> Result<(Rc<Upstream>, crate::io::Wire), Reason> {
+async fn connect_any(worker: &Worker, choice: &Choice, source: u64) -> Result<(Rc<Upstream>, crate::io::Wire), Reason> {
     let endpoints = &choice.cluster.endpoints;
     let mut failure = if choice.cluster.known { Reason::NoEndpoints } else { Reason::NoBackend };
     let mut tried = Vec::new();
-    let key = choice.cluster.hash_key().filter(|k| **k == HashKey::Source).map(|_| worker.source());
+    let key = choice.cluster.hash_key().filter(|k| **k == HashKey::Source).map(|_| source);
     while tried.len() < MAX_ATTEMPTS {
         let Some(at) = choice.cluster.pick(worker, key, |i| !tried.contains(&i)) else { break };
         let waiting = choice.cluster.wait()?;
@@ -226,7 +227,8 @@ pub fn host<B>(request: &Request<B>) -> &str {
     }
 }
 
-struct Values<'a>(&'a HeaderMap);
+/// A request's headers as routes look at them.
+pub struct Values<'a>(pub &'a HeaderMap);
 
 impl Headers for Values<'_> {
     fn any(&self, name: &str, test: &mut dyn FnMut(&[u8]) -> bool) -> bool {

@@ -61,10 +61,12 @@ pub enum Reason {
     HeadTooLarge,
     /// The client did not send its request to the end in time.
     RequestTimeout,
+    /// At a gateway: the host is another listener's than the name that TLS asked for.
+    Misdirected,
 }
 
 impl Reason {
-    pub const ALL: [Reason; 26] = [
+    pub const ALL: [Reason; 27] = [
         Self::NoEndpoints,
         Self::NoRoute,
         Self::NoBackend,
@@ -91,6 +93,7 @@ impl Reason {
         Self::UnknownTransferCoding,
         Self::HeadTooLarge,
         Self::RequestTimeout,
+        Self::Misdirected,
     ];
     pub const COUNT: usize = Self::ALL.len();
 
@@ -122,6 +125,7 @@ impl Reason {
             Self::UnknownTransferCoding => "unknown_transfer_coding",
             Self::HeadTooLarge => "head_too_large",
             Self::RequestTimeout => "request_timeout",
+            Self::Misdirected => "misdirected",
         }
     }
 
@@ -139,6 +143,7 @@ impl Reason {
             Self::UnknownTransferCoding => StatusCode::NOT_IMPLEMENTED,
             Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             _ => StatusCode::SERVICE_UNAVAILABLE,
         }
     }

@@ -182,10 +182,9 @@ impl Asks {
     }
 
     /// The status and place of the redirect, where the rule has one.
-    pub fn redirect(&self, host: &str, port: u16, uri: &Uri) -> Option<(u16, Option<HeaderValue>)> {
+    pub fn redirect(&self, scheme: &Scheme, host: &str, port: u16, uri: &Uri) -> Option<(u16, Option<HeaderValue>)> {
         let redirect = self.redirect.as_ref()?;
-        // What reaches a sidecar is plain HTTP, whatever it came from.
-        Some((redirect.status, filter::location(redirect, &self.matches, &Scheme::HTTP, host, port, uri)))
+        Some((redirect.status, filter::location(redirect, &self.matches, scheme, host, port, uri)))
     }
 }
 

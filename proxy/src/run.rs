@@ -20,7 +20,7 @@ use sluice_model::Name;
 use sluice_wire::{handover::Role, v1::WorkloadRef};
 use std::{
     io,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::OwnedFd,
     sync::Arc,
     thread::JoinHandle,
@@ -43,6 +43,8 @@ pub enum Listen {
     Captured { handover: String },
     /// At these addresses, for these destinations: without capture.
     At { outbound: Vec<(SocketAddr, SocketAddr)>, inbound: Vec<(SocketAddr, SocketAddr)> },
+    /// As a gateway: at these addresses, at the ports that its listeners have at the time.
+    Gateway { ips: Vec<IpAddr> },
 }
 
 #[derive(Clone, Debug)]
@@ -85,6 +87,10 @@ impl Running {
     pub fn start(settings: Settings) -> anyhow::Result<Self> {
         let workers = settings.workers.clamp(1, sluice_wire::handover::MAX_LISTENERS / 4);
         let listening = Listening::open(&settings.listen, workers)?;
+        let gateway_ips: Arc<[IpAddr]> = match &settings.listen {
+            Listen::Gateway { ips } => ips.as_slice().into(),
+            _ => [].into(),
+        };
         let admin = listen_admin(settings.admin).with_context(|| format!("listen at {}", settings.admin))?;
         admin.set_nonblocking(true)?;
         let admin_address = admin.local_addr()?;
@@ -103,6 +109,7 @@ impl Running {
                 index,
                 workload: workload.clone(),
                 listeners,
+                gateway_ips: gateway_ips.clone(),
                 seed: rand::random(),
                 config: config_seen.clone(),
                 phase: phase_seen.clone(),
@@ -226,6 +233,7 @@ impl Listening {
         match listen {
             Listen::Captured { handover } => Self::captured(handover, workers),
             Listen::At { outbound, inbound } => Self::at(outbound, inbound, workers),
+            Listen::Gateway { .. } => Self::at(&[], &[], workers),
         }
     }
 

@@ -14,17 +14,28 @@ use rustls::pki_types::{PrivateKeyDer, pem::PemObject};
 use sluice_model::Snapshot;
 use sluice_wire::{DISCOVERY_SOCKET, SIDECAR_ADMIN_PORT, SIDECAR_INBOUND_PORT, SIDECAR_OUTBOUND_PORT, handover, v1};
 use std::{
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 use tokio::sync::watch;
 
+/// What the program is.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    #[default]
+    Sidecar,
+    Gateway,
+}
+
 /// A pod's sidecar: routes, balances, encrypts and counts its TCP traffic.
 #[derive(Parser, Debug)]
 #[command(name = "sluice-proxy", version)]
 pub struct Args {
+    /// A pod's sidecar, or a gateway that clients outside the cluster come to
+    #[arg(long, env = "SLUICE_ROLE", value_enum, default_value_t)]
+    pub role: Role,
     #[arg(long, env = "POD_NAMESPACE", default_value = "default")]
     pub pod_namespace: String,
     #[arg(long, env = "POD_NAME", default_value = "pod")]
@@ -67,6 +78,12 @@ pub struct Args {
     /// Longest pause within an HTTP/1 request's body
     #[arg(long, env = "SLUICE_BODY_IDLE_SECONDS", default_value_t = Limits::default().body_idle.as_secs())]
     pub body_idle_seconds: u64,
+    /// Gateway: longest time without a request on a client's connection
+    #[arg(long, env = "SLUICE_IDLE_SECONDS", default_value_t = Limits::default().idle.as_secs())]
+    pub idle_seconds: u64,
+    /// Gateway: addresses to listen at
+    #[arg(long, value_delimiter = ',', default_values_t = [IpAddr::from(Ipv4Addr::UNSPECIFIED), IpAddr::from(Ipv6Addr::UNSPECIFIED)])]
+    pub listen_ips: Vec<IpAddr>,
     /// Serve this snapshot (JSON) instead of asking an agent
     #[arg(long)]
     pub static_config: Option<PathBuf>,
@@ -97,7 +114,9 @@ impl Args {
         };
         let to = |at, to: Option<SocketAddr>| to.map(|to| (at, to)).into_iter().collect::<Vec<_>>();
         let outside = self.outbound_to.is_some() || self.inbound_to.is_some();
-        let listen = if outside {
+        let listen = if self.role == Role::Gateway {
+            Listen::Gateway { ips: self.listen_ips }
+        } else if outside {
             Listen::At {
                 outbound: to(self.outbound_listen, self.outbound_to),
                 inbound: to(self.inbound_listen, self.inbound_to),
@@ -122,6 +141,7 @@ impl Args {
             limits: Limits {
                 head: Duration::from_secs(self.head_timeout_seconds),
                 body_idle: Duration::from_secs(self.body_idle_seconds),
+                idle: Duration::from_secs(self.idle_seconds),
             },
         })
     }

@@ -6,10 +6,11 @@ use crate::{
     cluster::{ClusterState, LiveCluster, States},
     config::{Config, Destination, Endpoint},
     drain::Phase,
+    gateway,
     hub::FromWorker,
     inbound,
     limits::Limits,
-    listener::{Listener, Original},
+    listener::{self, Listener, Original},
     live::Live,
     memory,
     metrics::{Scrape, Series, SeriesKey, WorkerCounters, add},
@@ -24,6 +25,7 @@ use sluice_traffic::{hash::hash, random::Random};
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, HashMap, HashSet},
+    io::ErrorKind,
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
@@ -32,6 +34,7 @@ use std::{
 use tokio::{
     net::TcpListener,
     sync::{Notify, mpsc, oneshot, watch},
+    task::AbortHandle,
 };
 use tokio_rustls::TlsConnector;
 
@@ -49,6 +52,8 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(2);
 const UNANSWERED_FOR: Duration = Duration::from_secs(10);
 /// Most of those remembered; the others wait each time.
 const MAX_UNANSWERED: usize = 4096;
+/// Pause before a gateway tries again to listen where it could not.
+const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 /// How often idle connections are looked at and used destinations reported.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
 
@@ -63,6 +68,8 @@ pub struct Start {
     pub index: usize,
     pub workload: Name,
     pub listeners: Vec<Listener>,
+    /// Where a gateway's listeners are; none: this is no gateway.
+    pub gateway_ips: Arc<[IpAddr]>,
     pub seed: u64,
     pub config: watch::Receiver<Arc<Config>>,
     pub phase: watch::Receiver<Phase>,
@@ -85,6 +92,9 @@ pub struct Worker {
     upstreams: RefCell<HashMap<Endpoint, Rc<Upstream>>>,
     clusters: RefCell<States>,
     inbound: RefCell<HashMap<SocketAddr, Rc<LiveCluster>>>,
+    /// Of a gateway: where it listens, and by port what accepts there.
+    gateway_ips: Arc<[IpAddr]>,
+    accepting: RefCell<BTreeMap<u16, Vec<AbortHandle>>>,
     /// Where its clock begins.
     started: Instant,
     /// Connectors per identity and offer, of the certificate now in use.
@@ -115,8 +125,20 @@ pub fn run(start: Start) -> std::io::Result<()> {
 }
 
 async fn serve(start: Start) -> std::io::Result<()> {
-    let Start { index, workload, listeners, seed, config, mut phase, scrapes, to_hub, inside, limits, observer } =
-        start;
+    let Start {
+        index,
+        workload,
+        listeners,
+        gateway_ips,
+        seed,
+        config,
+        mut phase,
+        scrapes,
+        to_hub,
+        inside,
+        limits,
+        observer,
+    } = start;
     let worker = Rc::new(Worker {
         workload,
         live: RefCell::new(Rc::new(Live::empty())),
@@ -127,6 +149,8 @@ async fn serve(start: Start) -> std::io::Result<()> {
         upstreams: RefCell::default(),
         clusters: RefCell::default(),
         inbound: RefCell::default(),
+        gateway_ips,
+        accepting: RefCell::default(),
         started: Instant::now(),
         connectors: RefCell::default(),
         dialled: RefCell::default(),
@@ -178,6 +202,26 @@ async fn accept(worker: Rc<Worker>, listener: TcpListener, outbound: bool, origi
     }
 }
 
+/// Accepts a gateway's clients at one of its ports.
+async fn accept_clients(worker: Rc<Worker>, listener: TcpListener, port: u16) {
+    loop {
+        while worker.open_counter(false).get() >= MAX_CONNECTIONS {
+            worker.connection_ended.notified().await;
+        }
+        let (stream, client) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "accept");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                continue;
+            }
+        };
+        let _ = stream.set_nodelay(true);
+        let open = Open::new(worker.clone(), false);
+        tokio::task::spawn_local(async move { gateway::serve(&open.0, stream, port, client).await });
+    }
+}
+
 /// A connection that is open; counted until dropped.
 struct Open(Rc<Worker>, bool);
 
@@ -214,11 +258,28 @@ async fn follow_config(worker: Rc<Worker>, index: usize, mut config: watch::Rece
         let next = config.borrow_and_update().clone();
         let generation = next.generation;
         worker.install(next);
-        if worker.to_hub.send(FromWorker::InForce { worker: index, generation }).await.is_err() {
-            return;
-        }
-        if config.changed().await.is_err() {
-            return;
+        loop {
+            let (message, again) = match worker.listen() {
+                Ok(()) => (FromWorker::InForce { worker: index, generation }, None),
+                Err(why) => {
+                    tracing::warn!(why, "a gateway cannot listen, trying again");
+                    (FromWorker::NotInForce { worker: index, generation, why }, Some(LISTEN_AGAIN))
+                }
+            };
+            if worker.to_hub.send(message).await.is_err() {
+                return;
+            }
+            let Some(pause) = again else {
+                if config.changed().await.is_err() {
+                    return;
+                }
+                break;
+            };
+            match tokio::time::timeout(pause, config.changed()).await {
+                Ok(Ok(())) => break,
+                Ok(Err(_)) => return,
+                Err(_) => {}
+            }
         }
     }
 }
@@ -313,6 +374,56 @@ impl Worker {
         self.live_changed.notify_waiters();
     }
 
+    /// Opens what the config's listeners need and is not open, and closes what they need no more; what is open on the
+    /// latter goes on. Says what cannot be had.
+    fn listen(self: &Rc<Self>) -> Result<(), String> {
+        if self.gateway_ips.is_empty() {
+            return Ok(());
+        }
+        let wanted: Vec<u16> = self.live().config.listeners.keys().copied().collect();
+        let mut accepting = self.accepting.borrow_mut();
+        accepting.retain(|port, tasks| {
+            let keep = wanted.contains(port);
+            if !keep {
+                tasks.iter().for_each(AbortHandle::abort);
+            }
+            keep
+        });
+        let mut wrong = Vec::new();
+        for port in wanted {
+            if accepting.contains_key(&port) {
+                continue;
+            }
+            match self.open(port) {
+                Ok(tasks) => drop(accepting.insert(port, tasks)),
+                Err(error) => wrong.push(format!("listen at port {port}: {error}")),
+            }
+        }
+        if wrong.is_empty() { Ok(()) } else { Err(wrong.join(", ")) }
+    }
+
+    /// At all addresses, or, where the machine lacks a family, at those of the other.
+    fn open(self: &Rc<Self>, port: u16) -> std::io::Result<Vec<AbortHandle>> {
+        let (mut sockets, mut lacking) = (Vec::new(), None);
+        for ip in self.gateway_ips.iter() {
+            match listener::listen((*ip, port).into()).and_then(TcpListener::from_std) {
+                Ok(socket) => sockets.push(socket),
+                Err(error) if matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::PermissionDenied) => {
+                    return Err(error);
+                }
+                Err(error) => lacking = Some(error),
+            }
+        }
+        match lacking.filter(|_| sockets.is_empty()) {
+            Some(error) => Err(error),
+            None => {
+                let accept =
+                    |socket| tokio::task::spawn_local(accept_clients(self.clone(), socket, port)).abort_handle();
+                Ok(sockets.into_iter().map(accept).collect())
+            }
+        }
+    }
+
     fn forget_series(&self) {
         let mut series = self.series.borrow_mut();
         if series.len() > MAX_SERIES {
@@ -365,6 +476,12 @@ impl Worker {
         let live = self.live.borrow();
         let backend = live.config.targets.get(target).map(|t| t.service.clone()).unwrap_or_default();
         SeriesKey { direction, route: None, backend, port: destination.port() }
+    }
+
+    /// What a gateway refuses before it knows where it would go.
+    pub fn gateway_key(&self, port: u16) -> SeriesKey {
+        let direction = crate::metrics::Direction::Outbound;
+        SeriesKey { direction, route: None, backend: self.workload.clone(), port }
     }
 
     pub fn inbound_key(&self, port: u16) -> SeriesKey {

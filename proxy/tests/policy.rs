@@ -195,6 +195,7 @@ fn callers_stay_in_their_zone_while_it_is_well() {
             addresses: vec![],
             identity: "spiffe://cluster.local/ns/shop/sa/client".parse().expect("an identity"),
             meshed: true,
+            gateway: None,
         }),
         Resource::Node(Node {
             name: Name::cluster("n1"),

@@ -9,6 +9,7 @@ mod failures;
 mod families;
 mod firewalls;
 mod flows;
+mod gateway;
 mod load;
 mod losses;
 mod mesh;
@@ -43,6 +44,7 @@ const TESTS: &[(&str, Test)] = &[
     ("canary_shifts_under_load", canary::canary_shifts_under_load),
     ("strict_pods_refuse_plain_callers", canary::strict_pods_refuse_plain_callers),
     ("routes_do_what_they_ask", mesh::routes_do_what_they_ask),
+    ("gateway_serves_clients_outside", gateway::gateway_serves_clients_outside),
     ("access_is_by_identity", mesh::access_is_by_identity),
     ("agent_and_control_killed_under_load", failures::agent_and_control_killed_under_load),
     ("a_lost_node_loses_its_pods", failures::a_lost_node_loses_its_pods),

@@ -68,7 +68,7 @@ struct Entry {
 
 /// In order of precedence: exact names before wildcards, longer before shorter, any last.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Host {
+pub enum Host {
     Exact(Box<str>),
     /// The part after `*`, with its leading dot.
     Suffix(Box<str>),
@@ -174,7 +174,7 @@ fn match_entries(m: &Match, rule: usize) -> Vec<Entry> {
 }
 
 impl Host {
-    fn parse(text: &str) -> Self {
+    pub fn parse(text: &str) -> Self {
         match text.strip_prefix('*') {
             Some("") => Self::Any,
             Some(suffix) => Self::Suffix(suffix.to_ascii_lowercase().into()),
@@ -183,7 +183,7 @@ impl Host {
     }
 
     /// Characters of a name without wildcard, then of any name: Gateway API's order.
-    fn rank(&self) -> (Reverse<usize>, Reverse<usize>) {
+    pub fn rank(&self) -> (Reverse<usize>, Reverse<usize>) {
         match self {
             Self::Exact(h) => (Reverse(h.len()), Reverse(h.len())),
             Self::Suffix(s) => (Reverse(0), Reverse(s.len() + 1)),
@@ -191,7 +191,7 @@ impl Host {
         }
     }
 
-    fn matches(&self, host: &str) -> bool {
+    pub fn matches(&self, host: &str) -> bool {
         match self {
             Self::Any => true,
             Self::Exact(h) => h.eq_ignore_ascii_case(host),

@@ -1,6 +1,7 @@
 //! Between `model` and the wire. From the wire everything is checked: a message that breaks a rule is [`Malformed`] and
 //! changes nothing.
 
+mod gateways;
 mod policies;
 mod routes;
 
@@ -85,6 +86,7 @@ impl From<m::Kind> for v1::Kind {
             m::Kind::Policy => Self::Policy,
             m::Kind::Workload => Self::Workload,
             m::Kind::Node => Self::Node,
+            m::Kind::Gateway => Self::Gateway,
         }
     }
 }
@@ -98,6 +100,7 @@ impl From<v1::Kind> for m::Kind {
             v1::Kind::Policy => Self::Policy,
             v1::Kind::Workload => Self::Workload,
             v1::Kind::Node => Self::Node,
+            v1::Kind::Gateway => Self::Gateway,
         }
     }
 }
@@ -120,6 +123,7 @@ pub fn resource_to_wire(r: &m::Resource, version: m::Revision) -> v1::Resource {
         m::Resource::Policy(r) => K::Policy(r.into()),
         m::Resource::Workload(r) => K::Workload(r.into()),
         m::Resource::Node(r) => K::Node(r.into()),
+        m::Resource::Gateway(r) => K::Gateway(r.into()),
     };
     v1::Resource { version: version.0, kind: Some(kind) }
 }
@@ -133,6 +137,7 @@ pub fn resource_from_wire(r: v1::Resource) -> Result<m::Resource, Malformed> {
         K::Policy(r) => m::Resource::Policy(r.try_into()?),
         K::Workload(r) => m::Resource::Workload(r.try_into()?),
         K::Node(r) => m::Resource::Node(r.try_into()?),
+        K::Gateway(r) => m::Resource::Gateway(r.try_into()?),
     })
 }
 
@@ -361,6 +366,7 @@ impl From<&m::Workload> for v1::Workload {
             addresses: w.addresses.iter().map(|a| address_to_wire(*a)).collect(),
             identity: w.identity.to_string(),
             meshed: w.meshed,
+            gateway: w.gateway.clone().unwrap_or_default(),
         }
     }
 }
@@ -376,6 +382,7 @@ impl TryFrom<v1::Workload> for m::Workload {
             addresses: addresses_from_wire(&w.addresses)?,
             identity: identity(&w.identity)?,
             meshed: w.meshed,
+            gateway: Some(w.gateway).filter(|g| !g.is_empty()),
         })
     }
 }
@@ -576,6 +583,7 @@ mod tests {
                 addresses: vec![address],
                 identity: id,
                 meshed: true,
+                gateway: Some("edge".into()),
             }),
             m::Resource::Node(m::Node {
                 name: m::Name::cluster("n1"),
@@ -583,6 +591,27 @@ mod tests {
                 pod_cidrs: vec!["10.244.0.0/24".into()],
                 zone: "a".into(),
                 ready: true,
+            }),
+            m::Resource::Gateway(m::Gateway {
+                name: m::Name::new("shop", "edge"),
+                listeners: vec![
+                    m::Listener {
+                        name: "https".into(),
+                        port: 443,
+                        mode: m::ListenerMode::Https,
+                        hostname: Some("*.example.org".into()),
+                        certificates: vec![m::Certificate { chain_pem: "c".into(), key_pem: m::Secret("k".into()) }],
+                        routes: vec![m::Name::new("shop", "web/grpc")],
+                    },
+                    m::Listener {
+                        name: "tls".into(),
+                        port: 8443,
+                        mode: m::ListenerMode::Passthrough,
+                        hostname: None,
+                        certificates: vec![],
+                        routes: vec![],
+                    },
+                ],
             }),
         ]
     }

@@ -39,5 +39,8 @@ pub const ALPN_H2: &[u8] = b"sluice-h2";
 /// ALPN between sidecars: opaque bytes.
 pub const ALPN_TCP: &[u8] = b"sluice-tcp";
 
+/// Feature of subscribers that know gateways; the others are sent none.
+pub const FEATURE_GATEWAY: &str = "gateway";
+
 /// Most resources in one chunk of an [`v1::Update`].
 pub const CHUNK_RESOURCES: usize = 512;

@@ -200,6 +200,7 @@ pub(super) mod tests {
                 service_account: "default".into(),
             },
             meshed: false,
+            gateway: None,
         };
         let endpoints = vec![
             endpoint("10.244.2.5", Some("api-5")),

@@ -1,7 +1,7 @@
 //! One sidecar's stream: what it subscribed to, what it was sent, what it has in force. While an Update is on its way
 //! nothing is queued behind it; the next one is made from the latest view (latest wins, memory bounded). PURE.
 
-use super::scope::Scope;
+use super::scope::{self, Scope};
 use crate::view::View;
 use sluice_model::{Name, Revision};
 use sluice_wire::{
@@ -97,7 +97,11 @@ impl Feed {
     /// Queues what `view` changes for this sidecar, unless an Update is still on its way.
     pub fn refresh(&mut self, view: &View) {
         // Without its own workload a sidecar would not know its policy, and must not seem ready.
-        let known = view.snapshot.workload(&self.name).is_some_and(|w| w.uid == self.uid);
+        let own = view.snapshot.workload(&self.name).filter(|w| w.uid == self.uid);
+        // Nor a gateway without its listeners: they are not on disk, so the agent's first view may lack them, and what the
+        // gateway has is better than nothing.
+        let whole = |w| scope::gateway(w).is_none_or(|name| view.snapshot.gateway(&name).is_some());
+        let known = own.is_some_and(whole);
         if !self.queue.is_empty() || !known {
             return;
         }

@@ -1,7 +1,10 @@
 //! What a sidecar may know: its own workload and policy, and of each destination that it dialled what the address
-//! means, the service, its routes, and the services and endpoints those name. PURE.
+//! means, the service, its routes, and the services and endpoints those name. A gateway's pod has the gateway with its keys,
+//! and of the gateway's routes the same. PURE.
 
-use sluice_model::{Delta, Endpoint, EndpointSet, Kind, Name, Place, Resource, ResourceKey, Route, Service, Snapshot};
+use sluice_model::{
+    Delta, Endpoint, EndpointSet, Gateway, Kind, Name, Place, Resource, ResourceKey, Route, Service, Snapshot, Workload,
+};
 use sluice_traffic::resolve::{Resolved, resolve};
 use sluice_wire::{
     CHUNK_RESOURCES,
@@ -35,8 +38,15 @@ impl Scope {
             add(Kind::Service, service);
             add(Kind::EndpointSet, service);
         }
-        let for_it = |r: &&Route| !r.of_consumer() || r.name.namespace == workload.namespace;
-        for route in snapshot.routes().filter(|r| dialled.contains(&r.parent)).filter(for_it) {
+        let own = snapshot.workload(workload);
+        let gateway = own.and_then(gateway);
+        if let Some(gateway) = &gateway {
+            add(Kind::Gateway, gateway);
+        }
+        let served = gateway.as_ref().map(Gateway::parent);
+        let follows = |r: &&Route| !r.of_consumer() || r.name.namespace == workload.namespace;
+        let uses = |r: &&Route| dialled.contains(&r.parent) && follows(r) || served.as_ref() == Some(&r.parent);
+        for route in snapshot.routes().filter(uses) {
             add(Kind::Route, &route.name);
             let backends = route.rules.iter().flat_map(|r| &r.backends).map(|b| &b.service);
             let mirrors = route.rules.iter().flat_map(|r| &r.filters.mirrors).map(|m| &m.service);
@@ -46,7 +56,6 @@ impl Scope {
             }
         }
         // Where it is: its node's zone, for services that prefer theirs.
-        let own = snapshot.workload(workload);
         let zoned = |k: &ResourceKey| snapshot.service(&k.name).is_some_and(prefers_zone);
         if let Some(own) = own.filter(|_| keys.iter().any(zoned)) {
             keys.insert(ResourceKey { kind: Kind::Node, name: Name::cluster(&own.node) });
@@ -98,6 +107,11 @@ impl Scope {
         let chunks: Vec<_> = changed.chain(removed).chain(resolutions).collect();
         if chunks.is_empty() { vec![empty()] } else { chunks }
     }
+}
+
+/// The gateway that a workload serves.
+pub(super) fn gateway(workload: &Workload) -> Option<Name> {
+    workload.gateway.as_ref().map(|name| Name::new(workload.name.namespace.clone(), name.clone()))
 }
 
 fn prefers_zone(service: &Service) -> bool {
@@ -153,6 +167,7 @@ pub(super) mod tests {
             addresses: vec![],
             identity: "spiffe://cluster.local/ns/shop/sa/default".parse().expect("identity"),
             meshed: true,
+            gateway: None,
         })
     }
 
@@ -230,6 +245,27 @@ pub(super) mod tests {
         );
         assert_eq!(web.routes(), [Name::new("shop", "web-route")]);
         assert_eq!(keys(&scope(&s, &["10.96.0.3:80"])).len(), 3);
+    }
+
+    #[test]
+    fn a_gateway_sees_its_listeners_and_all_of_its_routes() {
+        let Resource::Workload(edge) = workload("edge-1") else { unreachable!("it is one") };
+        let of = |name: &str| Gateway { name: Name::new("shop", name), ..Gateway::default() };
+        let Resource::Route(route) = route("web", &[("v2", 1)]) else { unreachable!("it is one") };
+        let parent = Gateway::parent(&Name::new("shop", "edge"));
+        let all = snapshot(1, 0).iter().map(|r| (**r).clone()).collect::<Vec<_>>();
+        let s = Snapshot::new(
+            Revision(1),
+            all.into_iter().chain([
+                Resource::Workload(Workload { meshed: false, gateway: Some("edge".into()), ..edge }),
+                Resource::Gateway(of("edge")),
+                Resource::Gateway(of("other")),
+                Resource::Route(Route { name: Name::new("shop", "outside"), parent, ..route }),
+            ]),
+        );
+        let seen = Scope::of(&s, &Name::new("shop", "edge-1"), &dialled(&[]));
+        assert_eq!(keys(&seen), ["Service v2", "EndpointSet v2", "Route outside", "Workload edge-1", "Gateway edge"]);
+        assert_eq!(keys(&scope(&s, &["10.96.0.1:80"])).len(), 6, "others see nothing of it");
     }
 
     #[test]

@@ -33,6 +33,7 @@ pub fn meshed(pod: &TestPod) -> [Resource; 2] {
         addresses: pod.addresses.clone(),
         identity,
         meshed: true,
+        gateway: None,
     };
     let mode = InboundMode::Permissive;
     let policy = Policy { name, mode, excluded_ports: vec![EXCLUDED], ..Policy::default() };

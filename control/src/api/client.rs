@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use gateway_api::apis::experimental::httproutes::HttpRoute;
 use gateway_api::apis::experimental::tcproutes::TcpRoute;
+use gateway_api::apis::standard::gatewayclasses::GatewayClass;
+use gateway_api::apis::standard::gateways::Gateway;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1 as core;
@@ -98,6 +100,8 @@ objects! {
     Deployment => "apps", "v1", "deployments";
     ReplicaSet => "apps", "v1", "replicasets";
     EndpointSlice => "discovery.k8s.io", "v1", "endpointslices";
+    GatewayClass => "gateway.networking.k8s.io", "v1", "gatewayclasses";
+    Gateway => "gateway.networking.k8s.io", "v1", "gateways";
     HttpRoute => "gateway.networking.k8s.io", "v1", "httproutes";
     TcpRoute => "gateway.networking.k8s.io", "v1alpha2", "tcproutes";
 }

@@ -394,6 +394,29 @@ fn shorten(all: &[String]) -> String {
     }
 }
 
+/// GatewayClasses, as Gateway API's own definition prints them.
+pub const GATEWAY_CLASS: &[Column] =
+    &[NAME, text_column("Controller"), text_column("Accepted"), AGE, wide("Description")];
+/// GatewayClasses.
+pub fn gateway_class(object: &Value, now: Timestamp) -> Vec<Value> {
+    let controller = json!(text(object, "spec.controllerName"));
+    let description = json!(text(object, "spec.description"));
+    vec![json!(name(object)), controller, status_of(object, "Accepted"), born(object, now), description]
+}
+
+/// Gateways, as Gateway API's own definition prints them.
+pub const GATEWAY: &[Column] = &[NAME, text_column("Class"), text_column("Address"), text_column("Programmed"), AGE];
+/// Gateways.
+pub fn gateway(object: &Value, now: Timestamp) -> Vec<Value> {
+    let addresses: Vec<&str> = list(object, "status.addresses").iter().map(|a| text(a, "value")).collect();
+    let class = json!(text(object, "spec.gatewayClassName"));
+    vec![json!(name(object)), class, json!(addresses.join(",")), status_of(object, "Programmed"), born(object, now)]
+}
+
+fn status_of(object: &Value, kind: &str) -> Value {
+    json!(condition(object, kind).map_or("Unknown", |c| text(c, "status")))
+}
+
 /// HTTPRoutes.
 pub const HTTP_ROUTE: &[Column] = &[NAME, text_column("Hostnames"), AGE];
 /// HTTPRoutes.

@@ -252,6 +252,24 @@ pub fn node(object: &mut Value) {
     }
 }
 
+/// Gateways: what the Gateway API's own definitions declare as defaults.
+pub fn gateway(object: &mut Value) {
+    for listener in object["spec"].get_mut("listeners").and_then(Value::as_array_mut).into_iter().flatten() {
+        default(listener, "allowedRoutes", json!({}));
+        default(&mut listener["allowedRoutes"], "namespaces", json!({}));
+        default(&mut listener["allowedRoutes"]["namespaces"], "from", "Same");
+        for kind in listener["allowedRoutes"].get_mut("kinds").and_then(Value::as_array_mut).into_iter().flatten() {
+            default(kind, "group", "gateway.networking.k8s.io");
+        }
+        let Some(tls) = listener.get_mut("tls") else { continue };
+        default(tls, "mode", "Terminate");
+        for certificate in tls.get_mut("certificateRefs").and_then(Value::as_array_mut).into_iter().flatten() {
+            default(certificate, "group", "");
+            default(certificate, "kind", "Secret");
+        }
+    }
+}
+
 /// Routes of the Gateway API: what its own definitions declare as defaults.
 pub fn route(object: &mut Value) {
     for parent in object["spec"].get_mut("parentRefs").and_then(Value::as_array_mut).into_iter().flatten() {

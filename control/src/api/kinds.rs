@@ -9,6 +9,8 @@ use std::sync::{Arc, LazyLock};
 use gateway_api::apis::experimental::grpcroutes::GrpcRoute;
 use gateway_api::apis::experimental::httproutes::HttpRoute;
 use gateway_api::apis::experimental::tcproutes::TcpRoute;
+use gateway_api::apis::standard::gatewayclasses::GatewayClass;
+use gateway_api::apis::standard::gateways::Gateway;
 use gateway_api::apis::standard::referencegrants::ReferenceGrant;
 use gateway_api::apis::standard::tlsroutes::TlsRoute;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
@@ -297,6 +299,16 @@ fn controlled() -> Vec<Entry> {
 /// The Gateway API.
 fn routes() -> Vec<Entry> {
     vec![
+        base::<GatewayClass>("gateway.networking.k8s.io", "v1", "GatewayClass", "gatewayclasses").with(|k| {
+            (k.namespaced, k.status, k.generation, k.strategic, k.short) = (false, true, true, false, &["gc"]);
+            (k.columns, k.cells, k.validate) =
+                (columns::GATEWAY_CLASS, columns::gateway_class, validate::gateway_class);
+        }),
+        base::<Gateway>("gateway.networking.k8s.io", "v1", "Gateway", "gateways").with(|k| {
+            (k.status, k.generation, k.strategic, k.short) = (true, true, false, &["gtw"]);
+            (k.columns, k.cells, k.default) = (columns::GATEWAY, columns::gateway, defaults::gateway);
+            k.validate = validate::gateway;
+        }),
         base::<HttpRoute>("gateway.networking.k8s.io", "v1", "HTTPRoute", "httproutes").with(|k| {
             (k.status, k.generation, k.strategic) = (true, true, false);
             (k.columns, k.cells, k.default) = (columns::HTTP_ROUTE, columns::http_route, defaults::http_route);

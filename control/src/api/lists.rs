@@ -78,6 +78,11 @@ const RULES: &[(&str, &str, ListRule)] = &[
     ("ReplicaSetStatus", "conditions", map("type", &["type"])),
     ("ServiceAccount", "secrets", map("name", &["name"])),
     ("EndpointSlice", "addresses", SET),
+    ("GatewaySpec", "listeners", apply_only(&["name"])),
+    ("GatewayStatus", "conditions", apply_only(&["type"])),
+    ("GatewayStatus", "listeners", apply_only(&["name"])),
+    ("GatewayStatusListeners", "conditions", apply_only(&["type"])),
+    ("GatewayClassStatus", "conditions", apply_only(&["type"])),
     ("HttpRouteStatusParents", "conditions", apply_only(&["type"])),
     ("TcpRouteStatusParents", "conditions", apply_only(&["type"])),
 ];

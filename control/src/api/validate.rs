@@ -511,6 +511,65 @@ pub fn route(new: &Value, _: Option<&Value>) -> Vec<Invalid> {
     errors
 }
 
+/// A class stays its controller's.
+pub fn gateway_class(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
+    let controller = text(new, "spec.controllerName");
+    let mut errors = Vec::new();
+    if !controller.split_once('/').is_some_and(|(domain, path)| is_subdomain(domain) && !path.is_empty()) {
+        let detail = "must be a domain and a path, such as sluice.dev/gateway";
+        errors.push(Invalid::value("spec.controllerName", &json!(controller), detail));
+    }
+    if old.is_some_and(|old| text(old, "spec.controllerName") != controller) {
+        errors.push(Invalid::value("spec.controllerName", &json!(controller), IMMUTABLE));
+    }
+    errors
+}
+
+/// Gateways: what the Gateway API's own definitions check of listeners.
+pub fn gateway(new: &Value, _: Option<&Value>) -> Vec<Invalid> {
+    let mut errors = Vec::new();
+    let listeners = list(new, "spec.listeners");
+    if listeners.is_empty() || listeners.len() > 64 {
+        let message = "must have between 1 and 64 items".to_owned();
+        errors.push(Invalid { field: "spec.listeners".to_owned(), message });
+    }
+    let (mut names, mut places) = (HashSet::new(), HashSet::new());
+    for (index, listener) in listeners.iter().enumerate() {
+        let path = format!("spec.listeners[{index}]");
+        let (name, protocol, hostname) =
+            (text(listener, "name"), text(listener, "protocol"), text(listener, "hostname"));
+        if !is_subdomain(name) {
+            errors.push(Invalid::value(format!("{path}.name"), &json!(name), SUBDOMAIN));
+        } else if !names.insert(name) {
+            errors.push(Invalid { field: format!("{path}.name"), message: format!("Duplicate value: \"{name}\"") });
+        }
+        let port = number(listener, "port");
+        if !(1..=65_535).contains(&port) {
+            let detail = "must be between 1 and 65535, inclusive";
+            errors.push(Invalid::value(format!("{path}.port"), &json!(port), detail));
+        }
+        if !places.insert((port, protocol, hostname)) {
+            let message = "the combination of port, protocol and hostname must be unique".to_owned();
+            errors.push(Invalid { field: path.clone(), message });
+        }
+        if !hostname.is_empty() && !is_subdomain(hostname.strip_prefix("*.").unwrap_or(hostname)) {
+            let detail = "must be a name in lower case, whose first label may be `*`";
+            errors.push(Invalid::value(format!("{path}.hostname"), &json!(hostname), detail));
+        }
+        let tls = listener.get("tls").filter(|t| t.is_object());
+        if tls.is_some() && ["HTTP", "TCP", "UDP"].contains(&protocol) {
+            errors.push(Invalid::forbidden(
+                format!("{path}.tls"),
+                "must not be specified for protocols HTTP, TCP and UDP",
+            ));
+        }
+        if tls.is_none() && ["HTTPS", "TLS"].contains(&protocol) {
+            errors.push(Invalid::required(format!("{path}.tls"), "must be set for protocols HTTPS and TLS"));
+        }
+    }
+    errors
+}
+
 /// Durations and expressions of a rule.
 fn rule_values(rule: &Value, path: &str) -> Vec<Invalid> {
     let mut errors = Vec::new();
@@ -638,6 +697,32 @@ mod tests {
         assert_eq!(with(json!({"grpc": {"port": 80}})), ["spec.containers[0].readinessProbe"]);
         let https = json!({"httpGet": {"port": 80, "scheme": "HTTPS"}});
         assert_eq!(with(https), ["spec.containers[0].readinessProbe.httpGet.scheme"]);
+    }
+
+    #[test]
+    fn listeners_of_a_gateway_are_told_apart() {
+        let errors = |listeners: Value| {
+            let wrong = gateway(&json!({"spec": {"listeners": listeners}}), None);
+            wrong.into_iter().map(|e| e.field).collect::<Vec<_>>()
+        };
+        let http = |name: &str, port: i64| json!({"name": name, "port": port, "protocol": "HTTP"});
+        let with = |mut listener: Value, key: &str, value: Value| {
+            listener[key] = value;
+            listener
+        };
+        assert!(errors(json!([http("a", 80), with(http("b", 80), "hostname", json!("*.example"))])).is_empty());
+        for (listeners, field) in [
+            (json!([]), "spec.listeners"),
+            (json!([http("a", 80), http("a", 81)]), "spec.listeners[1].name"),
+            (json!([http("a", 80), http("b", 80)]), "spec.listeners[1]"),
+            (json!([http("a", 0)]), "spec.listeners[0].port"),
+            (json!([http("A", 80)]), "spec.listeners[0].name"),
+            (json!([with(http("a", 80), "hostname", json!("a.*"))]), "spec.listeners[0].hostname"),
+            (json!([with(http("a", 80), "tls", json!({}))]), "spec.listeners[0].tls"),
+            (json!([with(http("a", 443), "protocol", json!("HTTPS"))]), "spec.listeners[0].tls"),
+        ] {
+            assert_eq!(errors(listeners.clone()), [field], "{listeners}");
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub(super) fn endpoint_set(service: &m::Service, o: &Objects, trust_domain: &str
     m::EndpointSet { name: service.name.clone(), endpoints }
 }
 
-fn serves(s: &EndpointSlice, service: &str) -> bool {
+pub(super) fn serves(s: &EndpointSlice, service: &str) -> bool {
     s.metadata.labels.as_ref().and_then(|l| l.get(SERVICE_LABEL)).is_some_and(|v| v == service)
 }
 

@@ -234,6 +234,7 @@ impl BackendRef {
             name: &self.name,
             namespace: self.namespace.as_deref(),
             port: self.port,
+            section: None,
         }
     }
 }

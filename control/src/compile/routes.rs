@@ -1,4 +1,4 @@
-//! Routes of the Gateway API with a Service as parent → routes, and what their statuses must say: PURE.
+//! Routes of the Gateway API with a Service or a Gateway of ours as parent → routes, and what their statuses must say: PURE.
 //!
 //! A route that asks for something Sluice does not do is not accepted as a whole: half a route would send requests where
 //! nobody wanted them. A backend that does not resolve keeps its share of the traffic, which is answered with an error,
@@ -7,6 +7,7 @@
 use super::{
     Objects,
     filters::{self, At},
+    gateways::{Attached, Gateways},
     name_of, port,
 };
 use crate::duration::parse_ms;
@@ -44,14 +45,22 @@ pub struct RouteStatus {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParentStatus {
     /// The parent as the route names it.
-    pub service: String,
+    pub kind: ParentKind,
+    pub name: String,
     pub namespace: Option<String>,
+    pub section: Option<String>,
     pub port: Option<i32>,
     pub accepted: Verdict,
     pub resolved: Verdict,
     /// Name of the compiled route, where it is accepted.
     pub compiled: Option<m::Name>,
     pub unmeshed: Unmeshed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParentKind {
+    Service,
+    Gateway,
 }
 
 /// What callers without a sidecar follow.
@@ -67,12 +76,13 @@ pub enum Unmeshed {
     Producer,
 }
 
-pub(super) fn routes(o: &Objects) -> (Vec<m::Route>, Vec<RouteStatus>) {
+pub(super) fn routes(o: &Objects, gateways: &mut Gateways<'_>) -> (Vec<m::Route>, Vec<RouteStatus>) {
     let http = o.http_routes.values().map(|r| http(r, o));
     let grpc = o.grpc_routes.values().map(|r| grpc(r, o));
     let tls = o.tls_routes.values().map(|r| tls(r, o));
     let tcp = o.tcp_routes.values().map(|r| tcp(r, o));
-    let (routes, mut statuses): (Vec<_>, Vec<_>) = http.chain(grpc).chain(tls).chain(tcp).flatten().unzip();
+    let compiled = http.chain(grpc).chain(tls).chain(tcp).flatten();
+    let (routes, mut statuses): (Vec<_>, Vec<_>) = compiled.map(|c| attach(c, o, gateways)).unzip();
     let routes: Vec<m::Route> = routes.into_iter().flatten().collect();
     settle_unmeshed(&routes, &mut statuses);
     (routes, statuses)
@@ -116,6 +126,8 @@ pub(super) struct Reference<'a> {
     pub name: &'a str,
     pub namespace: Option<&'a str>,
     pub port: Option<i32>,
+    /// Of a gateway: its listener.
+    pub section: Option<&'a str>,
 }
 
 /// The generated types of the kinds of routes have the same fields and no trait for them.
@@ -127,8 +139,16 @@ macro_rules! reference {
             name: &$from.name,
             namespace: $from.namespace.as_deref(),
             port: $from.port,
+            section: None,
         }
     };
+}
+
+macro_rules! parents {
+    ($spec:expr) => {{
+        let all = $spec.parent_refs.iter().flatten();
+        all.map(|p| Reference { section: p.section_name.as_deref(), ..reference!(p) }).collect()
+    }};
 }
 
 struct Header<'a> {
@@ -136,12 +156,22 @@ struct Header<'a> {
     kind: m::RouteKind,
     generation: i64,
     created_s: i64,
+    /// Lower case; empty: every name.
+    hosts: Vec<String>,
     parents: Vec<Reference<'a>>,
+}
+
+/// A route before it is known which of its parents take it.
+struct Compiled<'a> {
+    header: Header<'a>,
+    rules: Result<Vec<m::Rule>, Refused>,
+    resolved: Verdict,
 }
 
 fn header<'a>(
     meta: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta,
     kind: m::RouteKind,
+    hosts: &[String],
     parents: Vec<Reference<'a>>,
 ) -> Option<Header<'a>> {
     Some(Header {
@@ -149,38 +179,39 @@ fn header<'a>(
         kind,
         generation: meta.generation.unwrap_or(0),
         created_s: meta.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second()),
+        hosts: hosts.to_vec(),
         parents,
     })
 }
 
-fn http(r: &HttpRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
-    let parents = r.spec.parent_refs.iter().flatten().map(|p| reference!(p)).collect();
-    let header = header(&r.metadata, m::RouteKind::Http, parents)?;
+fn http<'a>(r: &'a HttpRoute, o: &Objects) -> Option<Compiled<'a>> {
+    let parents = parents!(r.spec);
     let hosts: Vec<String> = r.spec.hostnames.iter().flatten().map(|h| h.to_ascii_lowercase()).collect();
+    let header = header(&r.metadata, m::RouteKind::Http, &hosts, parents)?;
     let mut resolved = Ok(());
     // The default of the API: one rule that takes everything and has no backend.
     let rules = r.spec.rules.as_deref().unwrap_or_default();
     let rules: Result<Vec<_>, _> =
         rules.iter().map(|rule| http_rule(rule, &hosts, &header, o, &mut resolved)).collect();
-    Some(attach(header, rules, resolved, o))
+    Some(Compiled { header, rules, resolved })
 }
 
-fn tcp(r: &TcpRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
-    let parents = r.spec.parent_refs.iter().flatten().map(|p| reference!(p)).collect();
-    let header = header(&r.metadata, m::RouteKind::Tcp, parents)?;
+fn tcp<'a>(r: &'a TcpRoute, o: &Objects) -> Option<Compiled<'a>> {
+    let parents = parents!(r.spec);
+    let header = header(&r.metadata, m::RouteKind::Tcp, &[], parents)?;
     let mut resolved = Ok(());
     let rules = r.spec.rules.iter().map(|rule| {
         let refs = rule.backend_refs.iter().map(|b| (reference!(b), b.weight, m::Filters::default()));
         m::Rule { backends: backends(refs, &header, o, &mut resolved), ..m::Rule::default() }
     });
     let rules = Ok(rules.collect());
-    Some(attach(header, rules, resolved, o))
+    Some(Compiled { header, rules, resolved })
 }
 
-fn tls(r: &TlsRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
-    let parents = r.spec.parent_refs.iter().flatten().map(|p| reference!(p)).collect();
-    let header = header(&r.metadata, m::RouteKind::Tls, parents)?;
-    let hosts = r.spec.hostnames.iter().map(|h| h.to_ascii_lowercase()).collect();
+fn tls<'a>(r: &'a TlsRoute, o: &Objects) -> Option<Compiled<'a>> {
+    let parents = parents!(r.spec);
+    let hosts: Vec<String> = r.spec.hostnames.iter().map(|h| h.to_ascii_lowercase()).collect();
+    let header = header(&r.metadata, m::RouteKind::Tls, &hosts, parents)?;
     let mut resolved = Ok(());
     let matches = vec![m::Match { hosts, ..m::Match::default() }];
     let rules = r.spec.rules.iter().map(|rule| {
@@ -188,55 +219,56 @@ fn tls(r: &TlsRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
         m::Rule { matches: matches.clone(), backends: backends(refs, &header, o, &mut resolved), ..m::Rule::default() }
     });
     let rules = Ok(rules.collect());
-    Some(attach(header, rules, resolved, o))
+    Some(Compiled { header, rules, resolved })
 }
 
-fn grpc(r: &GrpcRoute, o: &Objects) -> Option<(Vec<m::Route>, RouteStatus)> {
-    let parents = r.spec.parent_refs.iter().flatten().map(|p| reference!(p)).collect();
-    let header = header(&r.metadata, m::RouteKind::Grpc, parents)?;
+fn grpc<'a>(r: &'a GrpcRoute, o: &Objects) -> Option<Compiled<'a>> {
+    let parents = parents!(r.spec);
     let hosts: Vec<String> = r.spec.hostnames.iter().flatten().map(|h| h.to_ascii_lowercase()).collect();
+    let header = header(&r.metadata, m::RouteKind::Grpc, &hosts, parents)?;
     let mut resolved = Ok(());
     let rules = r.spec.rules.as_deref().unwrap_or_default();
     let rules: Result<Vec<_>, _> =
         rules.iter().map(|rule| grpc_rule(rule, &hosts, &header, o, &mut resolved)).collect();
-    Some(attach(header, rules, resolved, o))
+    Some(Compiled { header, rules, resolved })
 }
 
 /// The route under each parent that takes it, and the statuses.
-fn attach(
-    h: Header<'_>,
-    rules: Result<Vec<m::Rule>, Refused>,
-    resolved: Verdict,
-    o: &Objects,
-) -> (Vec<m::Route>, RouteStatus) {
+fn attach(c: Compiled<'_>, o: &Objects, gateways: &mut Gateways<'_>) -> (Vec<m::Route>, RouteStatus) {
+    let Compiled { header: h, rules, resolved } = c;
     let mut routes = vec![];
     let mut parents = vec![];
-    for (i, p) in h.parents.iter().enumerate().filter(|(_, p)| of_service(p)) {
-        let accepted = rules.as_ref().map(|_| ()).map_err(Clone::clone).and_then(|()| parent(p, &h, o));
+    for (i, p) in h.parents.iter().enumerate() {
+        let name = compiled_name(&h, i);
+        let Some((kind, taken)) = take(p, &h, &name, rules.is_ok(), (o, gateways)) else { continue };
+        let accepted = rules.as_ref().map(|_| ()).map_err(Clone::clone).and(taken);
         let mut compiled = None;
         let mut unmeshed = Unmeshed::Endpoints;
         if let (Ok(rules), Ok(())) = (&rules, &accepted) {
-            let name = compiled_name(&h, i);
             compiled = Some(name.clone());
+            let of_service = kind == ParentKind::Service;
+            let parent = parent_name(p, &h);
             let route = m::Route {
                 name,
                 kind: h.kind,
-                parent: parent_name(p, &h),
-                parent_port: p.port.and_then(port),
+                parent: if of_service { parent } else { m::Gateway::parent(&parent) },
+                parent_port: p.port.and_then(port).filter(|_| of_service),
                 created_s: h.created_s,
                 generation: h.generation,
                 rules: rules.clone(),
             };
-            unmeshed = match rules.iter().position(m::Rule::catch_all) {
-                _ if route.of_consumer() => Unmeshed::Producer,
+            unmeshed = match rules.iter().position(m::Rule::catch_all).filter(|_| of_service) {
+                _ if of_service && route.of_consumer() => Unmeshed::Producer,
                 Some(rule) => Unmeshed::Rule(rule),
                 None => Unmeshed::Endpoints,
             };
             routes.push(route);
         }
         parents.push(ParentStatus {
-            service: p.name.to_owned(),
+            kind,
+            name: p.name.to_owned(),
             namespace: p.namespace.map(str::to_owned),
+            section: p.section.map(str::to_owned),
             port: p.port,
             accepted,
             resolved: resolved.clone(),
@@ -247,9 +279,25 @@ fn attach(
     (routes, RouteStatus { name: h.name, kind: h.kind, generation: h.generation, parents })
 }
 
-/// Parents of other kinds (gateways) belong to other controllers: they are left alone.
-fn of_service(p: &Reference<'_>) -> bool {
-    p.kind == Some("Service") && p.group.unwrap_or("gateway.networking.k8s.io").is_empty()
+/// What the parent says of the route; `None` for parents that belong to other controllers, which are left alone. A route
+/// whose rules are not `good` is attached to nothing.
+fn take(
+    p: &Reference<'_>,
+    h: &Header<'_>,
+    compiled: &m::Name,
+    good: bool,
+    (o, gateways): (&Objects, &mut Gateways<'_>),
+) -> Option<(ParentKind, Verdict)> {
+    const GROUP: &str = "gateway.networking.k8s.io";
+    match (p.group.unwrap_or(GROUP), p.kind.unwrap_or("Gateway")) {
+        ("", "Service") => Some((ParentKind::Service, parent(p, h, o))),
+        (GROUP, "Gateway") => {
+            let route = Attached { namespace: &h.name.namespace, kind: h.kind, hosts: &h.hosts };
+            let verdict = if good { gateways.attach(p, &route, compiled, o) } else { gateways.takes(p, &route, o) };
+            Some((ParentKind::Gateway, verdict?))
+        }
+        _ => None,
+    }
 }
 
 fn parent_name(p: &Reference<'_>, h: &Header<'_>) -> m::Name {
@@ -460,7 +508,7 @@ fn backends<'a>(
 }
 
 /// The kind as a ReferenceGrant names it.
-fn kind_name(kind: m::RouteKind) -> &'static str {
+pub(super) fn kind_name(kind: m::RouteKind) -> &'static str {
     match kind {
         m::RouteKind::Http => "HTTPRoute",
         m::RouteKind::Grpc => "GRPCRoute",
@@ -469,17 +517,16 @@ fn kind_name(kind: m::RouteKind) -> &'static str {
     }
 }
 
-/// Whether some ReferenceGrant in the namespace of `service` lets routes of `kind` in `from` name it.
-fn granted(o: &Objects, kind: m::RouteKind, from: &str, service: &m::Name) -> bool {
-    let start = m::Name::new(service.namespace.clone(), "");
-    let own = o.grants.range(start..).take_while(|(n, _)| n.namespace == service.namespace);
+/// Whether some ReferenceGrant in the namespace of `to`, a `to_kind` of the core group, lets objects of the Gateway API of
+/// this kind in this namespace name it.
+pub(super) fn granted(o: &Objects, (kind, from): (&str, &str), to_kind: &str, to: &m::Name) -> bool {
+    let start = m::Name::new(to.namespace.clone(), "");
+    let own = o.grants.range(start..).take_while(|(n, _)| n.namespace == to.namespace);
     own.map(|(_, g)| &g.spec).any(|g| {
-        let from = g
-            .from
-            .iter()
-            .any(|f| f.group == "gateway.networking.k8s.io" && f.kind == kind_name(kind) && f.namespace == from);
-        let named = |n: &Option<String>| n.as_ref().is_none_or(|n| *n == service.name);
-        from && g.to.iter().any(|t| t.group.is_empty() && t.kind == "Service" && named(&t.name))
+        let from =
+            g.from.iter().any(|f| f.group == "gateway.networking.k8s.io" && f.kind == kind && f.namespace == from);
+        let named = |n: &Option<String>| n.as_ref().is_none_or(|n| *n == to.name);
+        from && g.to.iter().any(|t| t.group.is_empty() && t.kind == to_kind && named(&t.name))
     })
 }
 
@@ -496,7 +543,7 @@ pub(super) fn backend(
         ));
     }
     let name = m::Name::new(b.namespace.unwrap_or(&route.namespace), b.name);
-    if name.namespace != route.namespace && !granted(o, route_kind, &route.namespace, &name) {
+    if name.namespace != route.namespace && !granted(o, (kind_name(route_kind), &route.namespace), "Service", &name) {
         let text = format!(
             "backend {name} is in another namespace, and no ReferenceGrant there lets a {} of {} name it",
             kind_name(route_kind),

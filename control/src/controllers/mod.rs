@@ -6,6 +6,7 @@ mod balancer;
 mod deployment;
 mod endpoints;
 mod garbage;
+mod gateway;
 mod namespaces;
 mod nodes;
 mod queue;
@@ -15,6 +16,8 @@ mod tokens;
 
 use std::sync::Arc;
 
+use gateway_api::gatewayclasses::GatewayClass;
+use gateway_api::gateways::Gateway;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service, ServiceAccount};
@@ -46,6 +49,10 @@ pub struct Caches {
     pub leases: Arc<Cache<Lease>>,
     /// ServiceAccounts.
     pub accounts: Arc<Cache<ServiceAccount>>,
+    /// Gateways.
+    pub gateways: Arc<Cache<Gateway>>,
+    /// Their classes.
+    pub gateway_classes: Arc<Cache<GatewayClass>>,
 }
 
 impl Caches {
@@ -62,6 +69,8 @@ impl Caches {
             namespaces: Cache::start(store.clone(), stop.clone()),
             leases: Cache::start(store.clone(), stop.clone()),
             accounts: Cache::start(store.clone(), stop.clone()),
+            gateways: Cache::start(store.clone(), stop.clone()),
+            gateway_classes: Cache::start(store.clone(), stop.clone()),
         })
     }
 
@@ -75,6 +84,8 @@ impl Caches {
         self.namespaces.synced().await;
         self.leases.synced().await;
         self.accounts.synced().await;
+        self.gateways.synced().await;
+        self.gateway_classes.synced().await;
     }
 }
 
@@ -105,6 +116,7 @@ pub fn start(parts: &Parts, config: &Config) -> Vec<JoinHandle<()>> {
                 replicaset::run(shared.named("replicaset-controller")),
                 deployment::run(shared.named("deployment-controller")),
                 endpoints::run(shared.named("endpointslice-controller")),
+                gateway::run(shared.named("gateway-controller")),
                 balancer::run(shared.named("load-balancer-controller")),
                 nodes::run(shared.named("node-controller")),
                 namespaces::run(shared.named("namespace-controller")),
@@ -126,7 +138,7 @@ fn controller_of<T: Object>(object: &T) -> Option<&OwnerReference> {
 }
 
 /// A reference from a dependent to what controls it.
-fn owned_by<T: Object>(owner: &T) -> OwnerReference {
+pub(crate) fn owned_by<T: Object>(owner: &T) -> OwnerReference {
     OwnerReference {
         api_version: T::kind().api_version(),
         kind: T::kind().kind.to_owned(),

@@ -3,11 +3,12 @@
 use super::Counters;
 use crate::{
     api::kinds,
-    compile::{Objects, PolicyStatus, RouteStatus, compile},
-    own,
+    compile::{ClassStatus, GatewayStatus, Objects, PolicyStatus, RouteStatus, compile},
+    gateway, own,
     pool::Pool,
     store::{ListQuery, Store, StoreError, Watch, WatchItem},
 };
+use k8s_openapi::api::core::v1::Namespace;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sluice_model::{Name, Revision, Snapshot};
@@ -32,6 +33,8 @@ pub struct Published {
     pub snapshot: Arc<Snapshot>,
     pub routes: Arc<Vec<RouteStatus>>,
     pub policies: Arc<Vec<PolicyStatus>>,
+    pub gateways: Arc<Vec<GatewayStatus>>,
+    pub classes: Arc<Vec<ClassStatus>>,
     /// Of each route: the generation compiled, the snapshot revision that first had it, and when the change was made.
     pub since: Arc<HashMap<Name, (i64, Revision, Instant)>>,
 }
@@ -49,6 +52,10 @@ struct Prefixes {
     backend_policies: String,
     access_policies: String,
     route_filters: String,
+    gateway_classes: String,
+    gateways: String,
+    secrets: String,
+    namespaces: String,
 }
 
 impl Prefixes {
@@ -69,10 +76,14 @@ impl Prefixes {
             backend_policies: p(own::GROUP, own::VERSION, "backendpolicies"),
             access_policies: p(own::GROUP, own::VERSION, "accesspolicies"),
             route_filters: p(own::GROUP, own::VERSION, "routefilters"),
+            gateway_classes: p("gateway.networking.k8s.io", "v1", "gatewayclasses"),
+            gateways: p("gateway.networking.k8s.io", "v1", "gateways"),
+            secrets: p("", "v1", "secrets"),
+            namespaces: p("", "v1", "namespaces"),
         }
     }
 
-    fn all(&self) -> [&str; 12] {
+    fn all(&self) -> [&str; 16] {
         [
             &self.services,
             &self.slices,
@@ -86,6 +97,10 @@ impl Prefixes {
             &self.backend_policies,
             &self.access_policies,
             &self.route_filters,
+            &self.gateway_classes,
+            &self.gateways,
+            &self.secrets,
+            &self.namespaces,
         ]
         .map(String::as_str)
     }
@@ -116,6 +131,18 @@ impl Prefixes {
             set(&mut o.access_policies, n, value)
         } else if let Some(n) = name(key, &self.route_filters) {
             set(&mut o.route_filters, n, value)
+        } else if let Some(n) = name(key, &self.gateway_classes) {
+            set(&mut o.gateway_classes, n, value)
+        } else if let Some(n) = name(key, &self.gateways) {
+            set(&mut o.gateways, n, value)
+        } else if let Some(n) = name(key, &self.namespaces) {
+            return set_labels(&mut o.namespaces, n, value);
+        } else if let Some(n) = name(key, &self.secrets) {
+            // Others are nobody's business here, and change nothing.
+            let value = value.filter(|v| v["type"] == gateway::SECRET_TYPE);
+            let concerns = value.is_some() || o.secrets.contains_key(&n);
+            set(&mut o.secrets, n, value);
+            return concerns;
         } else {
             return false;
         }
@@ -144,6 +171,14 @@ fn set<T: DeserializeOwned>(map: &mut BTreeMap<Name, Arc<T>>, name: Name, value:
             map.remove(&name);
         }
     }
+}
+
+/// Of namespaces only the labels matter; whether they have changed.
+fn set_labels(map: &mut BTreeMap<Name, Arc<Namespace>>, name: Name, value: Option<&Value>) -> bool {
+    let labels = |n: Option<&Arc<Namespace>>| n.and_then(|n| n.metadata.labels.clone());
+    let before = labels(map.get(&name));
+    set(map, name.clone(), value);
+    labels(map.get(&name)) != before
 }
 
 /// For ever: publishes into `out`. A lost watch starts over with a list.
@@ -290,14 +325,17 @@ fn next(mut p: Published, epoch: &str, state: &State, trust_domain: &str, pool: 
         p.since = Arc::new(since(&p, fresh, state.changed.unwrap_or_else(Instant::now)));
         epoch.clone_into(&mut p.epoch);
     }
-    let statuses = *p.routes != compiled.routes || *p.policies != compiled.policies;
-    if *p.routes != compiled.routes {
+    let statuses = *p.routes != compiled.routes || *p.gateways != compiled.gateways || *p.classes != compiled.classes;
+    let policies = *p.policies != compiled.policies;
+    if statuses {
         p.routes = Arc::new(compiled.routes);
+        p.gateways = Arc::new(compiled.gateways);
+        p.classes = Arc::new(compiled.classes);
     }
-    if *p.policies != compiled.policies {
+    if policies {
         p.policies = Arc::new(compiled.policies);
     }
-    (changed || statuses).then_some(p)
+    (changed || statuses || policies).then_some(p)
 }
 
 fn since(p: &Published, fresh: bool, changed: Instant) -> HashMap<Name, (i64, Revision, Instant)> {

@@ -1,21 +1,34 @@
 //! What one node's agent is sent: PURE. All services, endpoints, routes and nodes; of workloads and policies only those
-//! of its node.
+//! of its node, and of gateways, which have private keys, those that pods of its node serve.
 
-use sluice_model::{Delta, Resource, ResourceKey, Snapshot};
+use sluice_model::{Delta, Name, Resource, ResourceKey, Snapshot, Workload};
 use sluice_wire::{CHUNK_RESOURCES, convert, v1};
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
-fn in_scope(r: &Resource, snapshot: &Snapshot, node: &str) -> bool {
+/// What an agent is, and knows.
+#[derive(Clone, Debug)]
+pub struct Subscriber {
+    pub node: String,
+    /// It knows gateways.
+    pub gateways: bool,
+}
+
+fn in_scope(r: &Resource, snapshot: &Snapshot, node: &str, gateways: &HashSet<Name>) -> bool {
     match r {
         Resource::Workload(w) => w.node == node,
         Resource::Policy(p) => snapshot.workload(&p.name).is_some_and(|w| w.node == node),
+        Resource::Gateway(g) => gateways.contains(&g.name),
         _ => true,
     }
 }
 
-/// The part of `snapshot` that `node` sees.
-pub fn scoped(snapshot: &Snapshot, node: &str) -> Snapshot {
-    let resources = snapshot.iter().filter(|r| in_scope(r, snapshot, node)).cloned();
+/// The part of `snapshot` that `subscriber` sees.
+pub fn scoped(snapshot: &Snapshot, subscriber: &Subscriber) -> Snapshot {
+    let node = subscriber.node.as_str();
+    let here = snapshot.workloads().filter(|w| subscriber.gateways && w.node == node);
+    let served = |w: &Workload| Some(Name::new(w.name.namespace.clone(), w.gateway.clone()?));
+    let gateways: HashSet<Name> = here.filter_map(served).collect();
+    let resources = snapshot.iter().filter(|r| in_scope(r, snapshot, node, &gateways)).cloned();
     Snapshot::from_shared(snapshot.revision, resources)
 }
 
@@ -42,7 +55,7 @@ pub fn updates(epoch: &str, to: &Snapshot, full: bool, delta: &Delta) -> Vec<v1:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sluice_model::{Name, Policy, Revision, Workload};
+    use sluice_model::{Gateway, Policy, Revision};
 
     fn workload(name: &str, node: &str) -> [Resource; 2] {
         let name = Name::new("ns", name);
@@ -54,14 +67,35 @@ mod tests {
             addresses: vec![],
             identity: "spiffe://d/ns/ns/sa/x".parse().expect("an identity"),
             meshed: true,
+            gateway: None,
         };
         [Resource::Workload(workload), Resource::Policy(policy)]
+    }
+
+    fn subscriber(node: &str) -> Subscriber {
+        Subscriber { node: node.into(), gateways: true }
+    }
+
+    #[test]
+    fn keys_go_to_the_nodes_of_the_gateways_pods_alone() {
+        let [Resource::Workload(edge), policy] = workload("edge-1", "n1") else { unreachable!("made so") };
+        let edge = Resource::Workload(Workload { meshed: false, gateway: Some("edge".into()), ..edge });
+        let gateway = |namespace: &str, name: &str| {
+            Resource::Gateway(Gateway { name: Name::new(namespace, name), ..Gateway::default() })
+        };
+        let all = [edge, policy, gateway("ns", "edge"), gateway("ns", "other"), gateway("else", "edge")];
+        let s = Snapshot::new(Revision(1), all);
+        let sees =
+            |subscriber: &Subscriber| scoped(&s, subscriber).gateways().map(|g| g.name.to_string()).collect::<Vec<_>>();
+        assert_eq!(sees(&subscriber("n1")), ["ns/edge"]);
+        assert!(sees(&subscriber("n2")).is_empty());
+        assert!(sees(&Subscriber { gateways: false, ..subscriber("n1") }).is_empty(), "an agent that knows none");
     }
 
     #[test]
     fn a_node_sees_only_its_own_workloads_and_policies() {
         let s = Snapshot::new(Revision(1), [workload("a", "n1"), workload("b", "n2")].into_iter().flatten());
-        let names: Vec<_> = scoped(&s, "n1").iter().map(|r| r.name().name.clone()).collect();
+        let names: Vec<_> = scoped(&s, &subscriber("n1")).iter().map(|r| r.name().name.clone()).collect();
         assert_eq!(names, ["a", "a"]);
     }
 

@@ -193,11 +193,12 @@ async fn send(
         }
     }
     // The state the agent resumes from is not kept here, so the first update is always whole.
-    let _ = hello;
+    let gateways = hello.features.iter().any(|f| f == sluice_wire::FEATURE_GATEWAY);
+    let subscriber = scope::Subscriber { node, gateways };
     let mut sent: Option<(String, Snapshot)> = None;
     loop {
         let p = published.borrow_and_update().clone();
-        let next = scope::scoped(&p.snapshot, &node);
+        let next = scope::scoped(&p.snapshot, &subscriber);
         let from = sent.take().filter(|(epoch, _)| *epoch == p.epoch).map(|(_, s)| s);
         let moved = from.as_ref().is_none_or(|f| f.revision != next.revision);
         if moved {

@@ -1,17 +1,21 @@
-//! Writes the routes' statuses: accepted, resolved, in force and where, and what callers without a sidecar follow; and the
-//! policies': accepted, and whom they reach.
+//! Writes the routes' statuses: accepted, resolved, in force and where, and what callers without a sidecar follow; the
+//! policies': accepted, and whom they reach; and those of gateways and their classes.
 
 use super::{Programmed, Published, Shared};
 use crate::{
     api::kinds,
-    compile::{ParentStatus, PolicyStatus, RouteStatus, Unmeshed, Verdict},
+    compile::{
+        ClassStatus, GatewayStatus, ListenerStatus, ParentKind, ParentStatus, PolicyStatus, RouteStatus, Unmeshed,
+        Verdict,
+    },
+    gateway::CONTROLLER_NAME,
     own,
     store::{Op, Store, StoreError, Txn, TxnOutcome},
 };
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 use sluice_model::{Name, Revision, RouteKind};
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 pub const CONTROLLER: &str = "sluice.dev/control";
 /// Of the members that are missing, this many are named.
@@ -41,6 +45,11 @@ pub async fn run(store: Arc<dyn Store>, shared: Arc<Shared>) {
                     shared.acknowledged.notify_one();
                 }
             }
+        }
+        if let Err(error) = write_gateways(&store, &current).await {
+            tracing::warn!(%error, "status of gateways not written, trying again");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            shared.acknowledged.notify_one();
         }
         tokio::select! {
             () = shared.acknowledged.notified() => {}
@@ -91,39 +100,119 @@ async fn write(
     };
     let kind = kinds::find("gateway.networking.k8s.io", version, plural).expect("routes are in the table of kinds");
     let key = kind.key(&route.name.namespace, &route.name.name);
+    let next = |status: &Value| {
+        let mut next = status.clone();
+        next["parents"] = parents(shared, current, route, &status["parents"]);
+        next
+    };
+    if put(store, key, route.generation, next).await? {
+        shared.observe(current, route);
+    }
+    Ok(())
+}
+
+/// Replaces the status of the object at `key` by what `next` makes of it; whether it differed.
+async fn put(
+    store: &Arc<dyn Store>,
+    key: String,
+    generation: i64,
+    next: impl Fn(&Value) -> Value,
+) -> Result<bool, StoreError> {
     loop {
-        let Some(kv) = store.get(&key).await? else { return Ok(()) };
-        let Ok(mut object) = serde_json::from_slice::<Value>(&kv.value) else { return Ok(()) };
+        let Some(kv) = store.get(&key).await? else { return Ok(false) };
+        let Ok(mut object) = serde_json::from_slice::<Value>(&kv.value) else { return Ok(false) };
         // A newer generation is being compiled: its own turn will write.
-        if object["metadata"]["generation"].as_i64().unwrap_or(0) != route.generation {
-            return Ok(());
+        if object["metadata"]["generation"].as_i64().unwrap_or(0) != generation {
+            return Ok(false);
         }
-        let parents = parents(shared, current, route, &object["status"]["parents"]);
-        if object["status"]["parents"] == parents {
-            return Ok(());
+        let status = next(&object["status"]);
+        if object["status"] == status {
+            return Ok(false);
         }
-        object["status"]["parents"] = parents;
+        object["status"] = status;
         let value = serde_json::to_vec(&object).expect("JSON serializes");
         let txn = Txn::new().when(key.clone(), kv.mod_revision).then(Op::put(key.clone(), value));
         if let TxnOutcome::Committed { .. } = store.txn(txn).await? {
-            shared.observe(current, route);
-            return Ok(());
+            return Ok(true);
         }
     }
 }
 
+async fn write_gateways(store: &Arc<dyn Store>, current: &Published) -> Result<(), StoreError> {
+    let kind = |plural| kinds::find("gateway.networking.k8s.io", "v1", plural).expect("gateways are in the table");
+    for class in current.classes.iter() {
+        let key = kind("gatewayclasses").key("", &class.name);
+        put(store, key, class.generation, |status| class_status(class, status)).await?;
+    }
+    for gateway in current.gateways.iter() {
+        let key = kind("gateways").key(&gateway.name.namespace, &gateway.name.name);
+        put(store, key, gateway.generation, |status| gateway_status(gateway, status)).await?;
+    }
+    Ok(())
+}
+
+fn verdict(v: &Verdict, good: &'static str) -> Words {
+    match v {
+        Ok(()) => ("True", good, String::new()),
+        Err((reason, message)) => ("False", reason, message.clone()),
+    }
+}
+
+fn class_status(class: &ClassStatus, before: &Value) -> Value {
+    let accepted = condition("Accepted", verdict(&class.accepted, "Accepted"), class.generation, Some(before));
+    json!({"conditions": [accepted]})
+}
+
+fn gateway_status(g: &GatewayStatus, before: &Value) -> Value {
+    let accepted = match (&g.accepted, &g.partly) {
+        (Ok(()), Some((reason, text))) => ("True", *reason, text.clone()),
+        _ => verdict(&g.accepted, "Accepted"),
+    };
+    let all = [("Accepted", accepted), ("Programmed", verdict(&g.programmed, "Programmed"))];
+    let conditions: Vec<Value> =
+        all.into_iter().map(|(type_, words)| condition(type_, words, g.generation, Some(before))).collect();
+    let listeners: Vec<Value> = g
+        .listeners
+        .iter()
+        .map(|l| {
+            let old = before["listeners"].as_array().and_then(|all| all.iter().find(|o| o["name"] == l.name.as_str()));
+            listener_status(l, g.generation, old)
+        })
+        .collect();
+    let kind = |a: &String| if a.parse::<IpAddr>().is_ok() { "IPAddress" } else { "Hostname" };
+    let addresses: Vec<Value> = g.addresses.iter().map(|a| json!({"type": kind(a), "value": a})).collect();
+    json!({"addresses": addresses, "conditions": conditions, "listeners": listeners})
+}
+
+fn listener_status(l: &ListenerStatus, generation: i64, before: Option<&Value>) -> Value {
+    let conflicted = match &l.conflicted {
+        Some((reason, text)) => ("True", *reason, text.clone()),
+        None => ("False", "NoConflicts", String::new()),
+    };
+    let all = [
+        ("Accepted", verdict(&l.accepted, "Accepted")),
+        ("Conflicted", conflicted),
+        ("ResolvedRefs", verdict(&l.resolved, "ResolvedRefs")),
+        ("Programmed", verdict(&l.programmed, "Programmed")),
+    ];
+    let conditions: Vec<Value> =
+        all.into_iter().map(|(type_, words)| condition(type_, words, generation, before)).collect();
+    let kinds: Vec<Value> = l.kinds.iter().map(|k| json!({"group": "gateway.networking.k8s.io", "kind": k})).collect();
+    json!({"name": l.name, "attachedRoutes": l.attached, "supportedKinds": kinds, "conditions": conditions})
+}
+
 /// Ours anew; entries of other controllers stay.
 fn parents(shared: &Shared, current: &Published, route: &RouteStatus, old: &Value) -> Value {
-    let foreign = old.as_array().into_iter().flatten().filter(|p| p["controllerName"] != CONTROLLER).cloned();
+    let foreign = old.as_array().into_iter().flatten().filter(|p| !ours(p)).cloned();
     let ours = route.parents.iter().map(|p| {
         let before = old
             .as_array()
             .into_iter()
             .flatten()
-            .find(|o| o["controllerName"] == CONTROLLER && o["parentRef"] == parent_ref(p));
+            .find(|o| o["controllerName"] == controller(p) && o["parentRef"] == parent_ref(p));
         let programmed = p.compiled.as_ref().and_then(|name| programmed(shared, current, name));
         json!({
-            "controllerName": CONTROLLER,
+            "controllerName": controller(p),
             "parentRef": parent_ref(p),
             "conditions": conditions(route, p, programmed, before),
         })
@@ -131,8 +220,27 @@ fn parents(shared: &Shared, current: &Published, route: &RouteStatus, old: &Valu
     foreign.chain(ours).collect()
 }
 
+fn ours(entry: &Value) -> bool {
+    [CONTROLLER, CONTROLLER_NAME].iter().any(|c| entry["controllerName"] == *c)
+}
+
+/// Of a gateway's class, as the Gateway API asks; of services there is no class.
+fn controller(p: &ParentStatus) -> &'static str {
+    match p.kind {
+        ParentKind::Service => CONTROLLER,
+        ParentKind::Gateway => CONTROLLER_NAME,
+    }
+}
+
 fn parent_ref(p: &ParentStatus) -> Value {
-    let mut r = json!({"group": "", "kind": "Service", "name": p.service});
+    let (group, kind) = match p.kind {
+        ParentKind::Service => ("", "Service"),
+        ParentKind::Gateway => ("gateway.networking.k8s.io", "Gateway"),
+    };
+    let mut r = json!({"group": group, "kind": kind, "name": p.name});
+    if let Some(s) = &p.section {
+        r["sectionName"] = s.as_str().into();
+    }
     if let Some(n) = &p.namespace {
         r["namespace"] = n.as_str().into();
     }
@@ -151,13 +259,6 @@ fn programmed(shared: &Shared, current: &Published, name: &Name) -> Option<Progr
 
 /// Status, reason, message.
 type Words = (&'static str, &'static str, String);
-
-fn verdict(v: &Verdict, good: &'static str) -> Words {
-    match v {
-        Ok(()) => ("True", good, String::new()),
-        Err((reason, message)) => ("False", reason, message.clone()),
-    }
-}
 
 fn conditions(route: &RouteStatus, p: &ParentStatus, programmed: Option<Programmed>, before: Option<&Value>) -> Value {
     let fallback = match &p.unmeshed {
@@ -186,7 +287,9 @@ fn conditions(route: &RouteStatus, p: &ParentStatus, programmed: Option<Programm
         ("Programmed", in_force(programmed)),
         ("UnmeshedFallback", fallback),
     ];
-    all.into_iter().map(|(type_, words)| condition(type_, words, route.generation, before)).collect()
+    // Nobody without a sidecar calls a gateway.
+    let all = all.into_iter().filter(|(type_, _)| p.kind == ParentKind::Service || *type_ != "UnmeshedFallback");
+    all.map(|(type_, words)| condition(type_, words, route.generation, before)).collect()
 }
 
 fn count(n: usize, what: &str) -> String {

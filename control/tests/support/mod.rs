@@ -158,6 +158,11 @@ async fn start_with(data_dir: PathBuf, change: impl FnOnce(&mut Config)) -> Serv
         token_file: None,
         node_grace: Duration::from_secs(3),
         eviction: Duration::from_secs(1),
+        proxy: Some(sluice_control::inject::Config {
+            image: "sluice.local/proxy:dev".into(),
+            cluster_ranges: "10.96.0.0/16,10.244.0.0/16".into(),
+            tracing: None,
+        }),
     };
     change(&mut config);
     Service::start(&config, Vec::new(), None).await.expect("the service starts")

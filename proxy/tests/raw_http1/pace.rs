@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 /// Short enough to wait for, and longer than a busy machine takes for what is on time.
 const HEAD: Duration = Duration::from_millis(1500);
-const LIMITS: Limits = Limits { head: HEAD, body_idle: Duration::from_millis(1500) };
+const LIMITS: Limits = Limits { head: HEAD, body_idle: Duration::from_millis(1500), idle: Duration::from_secs(180) };
 
 fn late(client: &mut Client, ground: &Ground, what: &str) {
     let begun = Instant::now();
