@@ -3,7 +3,7 @@
 
 use crate::{
     connections::{self, Known},
-    maps::{FLOWS, count},
+    maps::count,
     packet::{Body, Bytes, Head, Icmp, Ipv4, Ipv6, L3, Skb, fold16, fold32, replaced16, replaced32},
     route::{DROP, tell},
     work::Work,
@@ -78,8 +78,7 @@ pub fn translate(skb: &Skb, w: &mut Work) -> Known {
     let Some((l4, echo)) = quoted(skb, w) else { return Known::No };
     w.key = w.about.flipped();
     let now = connections::now(w);
-    // SAFETY: copied out; a connection does not change what it becomes.
-    match unsafe { FLOWS.get(&w.key) } {
+    match connections::entry(&w.key) {
         Some(t) if t.expired(now) => return Known::No,
         Some(t) if t.flags & CT_RELAYED != 0 => {
             w.to = w.head.flow;

@@ -50,6 +50,10 @@ pub static HOST_PORTS: HashMap<ServiceKey, Reverse, { bound::HOST_PORTS }, LAZY>
 /// Connections whose packets are translated.
 #[btf_map]
 pub static FLOWS: LruHashMap<Flow, Translation, { bound::FLOWS }> = LruHashMap::new();
+/// The same of those whose caller has not gone on after an answer. Anybody can begin any number under addresses that are not
+/// his: what that makes a map forget is not what is open.
+#[btf_map]
+pub static HALVES: LruHashMap<Flow, Translation, { bound::HALVES }> = LruHashMap::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { bound::FRAGMENTS }> = LruHashMap::new();
 /// The node's own addresses.

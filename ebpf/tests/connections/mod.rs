@@ -39,7 +39,7 @@ fn reached(lab: &Lab, frame: &Frame) -> String {
 fn edit(lab: &Lab, change: impl Fn(&mut Translation)) {
     for (flow, mut t) in lab.known() {
         change(&mut t);
-        lab.flows.set(&flow, &t).expect("set");
+        lab.note(&flow, &t);
     }
 }
 
@@ -74,7 +74,7 @@ fn what_has_timed_out_is_swept_and_what_lives_is_not() {
     }
     let old = |flow: &Flow| flow.sport_be == 20_003_u16.to_be() || flow.dport_be == 20_003_u16.to_be();
     for (flow, t) in lab.known().into_iter().filter(|(flow, _)| old(flow)) {
-        lab.flows.set(&flow, &Translation { used: t.used.wrapping_sub(timeout::NEW + 1), ..t }).expect("set");
+        lab.note(&flow, &Translation { used: t.used.wrapping_sub(timeout::NEW + 1), ..t });
     }
     let now = since_start().expect("clock");
     let seen = (0..64).map(|_| lab.sweeper.step(now).expect("step")).last().expect("steps");
@@ -101,7 +101,7 @@ fn a_direction_that_was_lost_comes_back() {
                 // A tick later, so that a packet brings the connection forward.
                 edit(&lab, |t| t.used -= 1);
                 for (flow, _) in whole.iter().filter(|(_, t)| reply(t) == lost) {
-                    lab.flows.remove(flow).expect("remove");
+                    lab.forget(flow);
                 }
                 let came = if lost { reached(&lab, &next) == f.pod } else { answered(&lab, f, ACK, &first) };
                 assert!(came, "the direction that is there");
@@ -120,7 +120,7 @@ fn a_direction_that_was_lost_comes_back() {
                 assert_eq!(like(of(lab.known())), like(of(whole)), "{proto}: reply lost {lost}");
                 assert!(answered(&lab, f, ACK, &first) && reached(&lab, &next) == f.pod, "both go on");
                 for (flow, _) in lab.known() {
-                    lab.flows.remove(&flow).expect("remove");
+                    lab.forget(&flow);
                 }
                 reached(&lab, &first);
                 assert!(answered(&lab, f, SYN | ACK, &first));
@@ -269,4 +269,35 @@ fn errors_of_its_own_are_limited() {
     assert!((EACH_CPU.min(all)..=most).contains(&told), "{told} of {all}");
     assert_eq!(verdicts.iter().filter(|v| **v == Verdict::Drop).count(), all - told);
     assert_eq!(lab.counter(Reason::DroppedNoBackend), all as u64, "all are counted");
+}
+
+/// Beginnings under addresses that are not the sender's, which the backend answers, and nobody goes on with.
+#[test]
+fn a_flood_of_beginnings_leaves_what_is_open() {
+    const OPEN: u16 = 2_000;
+    // More than the map of open connections has room for.
+    const FLOOD: u32 = 80_000;
+    let lab = lab("packets-flood");
+    let f = FAMILIES[0];
+    let begin = |call: &Frame| {
+        reached(&lab, call);
+        lab.run("from_pod", &answer(f, SYN | ACK, TCP, call).bytes());
+    };
+    let open: Vec<Frame> = (0..OPEN).map(|n| Frame { sport: 10_000 + n, ..request(f, TCP) }).collect();
+    for call in &open {
+        begin(call);
+        reached(&lab, &Frame { flags: ACK, ..call.clone() });
+    }
+    for n in 0..FLOOD {
+        let src = std::net::Ipv4Addr::from(0xcb00_7100 + n / 60_000);
+        begin(&Frame { src: src.into(), sport: 1_024 + (n % 60_000) as u16, ..request(f, TCP) });
+    }
+    let kept = lab.flows.entries().expect("entries").len();
+    assert_eq!(kept, 2 * usize::from(OPEN), "both directions of all that is open, and nothing else");
+    assert!(open.iter().all(|call| answered(&lab, f, ACK, call)));
+    // Somebody in earnest gets through all the same.
+    let late = Frame { sport: 9_999, ..request(f, TCP) };
+    begin(&late);
+    assert_eq!(reached(&lab, &Frame { flags: ACK, ..late.clone() }), f.pod);
+    assert!(answered(&lab, f, ACK, &late));
 }

@@ -2,7 +2,7 @@
 
 use crate::{ground::Ground, kernel::since};
 use sluice_ebpf::{
-    common::{Flow, Reason, ServiceKey, Translation, map},
+    common::{CT_HALF, Flow, Reason, ServiceKey, Translation, map},
     dry_run::{Outcome, Program},
     layout::Wanted,
     loader::{self, XDP},
@@ -19,6 +19,7 @@ pub struct Lab {
     pub node: NodeMaps,
     pub settings: SettingsMap,
     pub flows: HashMap<Flow, Translation>,
+    halves: HashMap<Flow, Translation>,
     pub sweeper: Sweeper,
     counters: Counters,
     table: ServiceTable,
@@ -37,6 +38,7 @@ impl Lab {
             node: NodeMaps::open(&dir).expect("maps"),
             settings: SettingsMap::open(&dir).expect("map"),
             flows: HashMap::open(&dir, map::FLOWS).expect("map"),
+            halves: HashMap::open(&dir, map::HALVES).expect("map"),
             sweeper: Sweeper::open(&dir).expect("map"),
             counters: Counters::open(&dir).expect("map"),
             table: ServiceTable::open(ServiceMaps::open(&dir).expect("maps")).expect("table"),
@@ -51,7 +53,20 @@ impl Lab {
 
     /// What the programs know, as they made it.
     pub fn known(&self) -> Vec<(Flow, Translation)> {
-        self.flows.entries().expect("entries")
+        [&self.flows, &self.halves].into_iter().flat_map(|map| map.entries().expect("entries")).collect()
+    }
+
+    /// As a program would have noted it.
+    pub fn note(&self, flow: &Flow, t: &Translation) {
+        self.forget(flow);
+        let map = if t.flags & CT_HALF != 0 { &self.halves } else { &self.flows };
+        map.set(flow, t).expect("set");
+    }
+
+    pub fn forget(&self, flow: &Flow) {
+        for map in [&self.flows, &self.halves] {
+            map.remove(flow).expect("remove");
+        }
     }
 
     pub fn serve(&mut self, services: Vec<(ServiceKey, Wanted)>) {
