@@ -48,7 +48,8 @@ struct Table {
 }
 
 pub struct Sweeper {
-    /// Of what is open, and of what has not begun in earnest.
+    /// Of what has not begun in earnest, and of what is open. In this order: an entry moves from the first to the second, so that
+    /// who looks through both misses none that moves meanwhile.
     tables: [Table; 2],
     removed: u64,
     /// To be looked for once more.
@@ -62,7 +63,7 @@ impl Sweeper {
             let map = HashMap::open(dir, name)?;
             Ok(Table { map, cursor: Cursor::default(), counting: 0, connections: 0 })
         };
-        Ok(Self { tables: [table(map::FLOWS)?, table(map::HALVES)?], removed: 0, lost: Lost::new() })
+        Ok(Self { tables: [table(map::HALVES)?, table(map::FLOWS)?], removed: 0, lost: Lost::new() })
     }
 
     /// Looks at the next entries; `now` is the time of the programs' clock ([`since_start`]).
@@ -87,7 +88,38 @@ impl Sweeper {
     }
 
     fn forget_all(&self, lost: &Lost) -> Result<usize> {
-        self.tables.iter().map(|table| table.forget(lost)).sum()
+        self.tables.iter().map(|table| self.forget_in(table, lost)).sum()
+    }
+
+    fn forget_in(&self, table: &Table, lost: &Lost) -> Result<usize> {
+        let (mut found, mut cursor, mut end) = (0, Cursor::default(), lost.is_empty());
+        while !end {
+            let entries;
+            (entries, end) = table.map.some(&mut cursor, STEP)?;
+            for (flow, t) in entries.iter().filter(|(flow, t)| is_lost(lost, flow, t)) {
+                self.withdraw(table, flow, t)?;
+                found += 1;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Datagrams have no beginning: the next one chooses anew, and their answers, which would bring back what they belong to, go
+    /// from wherever they are. TCP chooses when its caller begins anew.
+    fn withdraw(&self, table: &Table, flow: &Flow, t: &Translation) -> Result<()> {
+        if flow.proto != TCP {
+            table.map.remove(flow)?;
+            let answers = t.to.flipped();
+            return self.tables.iter().try_for_each(|table| table.map.remove(&answers).map(drop));
+        }
+        if t.flags & CT_WITHDRAWN != 0 {
+            return Ok(());
+        }
+        // What a packet has changed since it was read is lost, and its next one changes it again.
+        match table.map.get(flow)? {
+            Some(t) => table.map.set(flow, &Translation { flags: t.flags | CT_WITHDRAWN, ..t }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -110,40 +142,11 @@ impl Table {
         Ok(removed)
     }
 
-    fn forget(&self, lost: &Lost) -> Result<usize> {
-        let (mut found, mut cursor, mut end) = (0, Cursor::default(), lost.is_empty());
-        while !end {
-            let entries;
-            (entries, end) = self.map.some(&mut cursor, STEP)?;
-            for (flow, t) in entries.iter().filter(|(flow, t)| is_lost(lost, flow, t)) {
-                self.withdraw(flow, t)?;
-                found += 1;
-            }
-        }
-        Ok(found)
-    }
-
     /// Whether it was over still when it was removed.
     fn remove(&self, flow: &Flow, now: u32) -> Result<bool> {
         match self.map.take(flow)? {
             Some(t) if !t.expired(now) => self.map.add(flow, &t).map(|_| false),
             taken => Ok(taken.is_some()),
-        }
-    }
-
-    /// Datagrams have no beginning: the next one chooses anew. TCP does when its caller begins anew.
-    fn withdraw(&self, flow: &Flow, t: &Translation) -> Result<()> {
-        if flow.proto != TCP {
-            self.map.remove(flow)?;
-            return self.map.remove(&t.to.flipped()).map(drop);
-        }
-        if t.flags & CT_WITHDRAWN != 0 {
-            return Ok(());
-        }
-        // What a packet has changed since it was read is lost, and its next one changes it again.
-        match self.map.get(flow)? {
-            Some(t) => self.map.set(flow, &Translation { flags: t.flags | CT_WITHDRAWN, ..t }),
-            None => Ok(()),
         }
     }
 }

@@ -59,7 +59,9 @@ pub fn entry(key: &Flow) -> Option<&'static mut Translation> {
         Some(entry) => entry,
         None => HALVES.get_ptr_mut(key)?,
     };
-    // SAFETY: an entry of a map; two CPUs that write it at once write the same, or lose one tick.
+    // SAFETY: an entry of a map; two CPUs that write it at once write the same, or lose one tick. One that another CPU removes
+    // meanwhile may be another flow's when it is written: only `used` and `flags` are, so that that one gets a flag which is not
+    // its own, at worst, and never another one's translation. Nobody writes what he has removed himself: see `keep`.
     Some(unsafe { &mut *entry })
 }
 
@@ -69,7 +71,7 @@ pub fn find(w: &mut Work) -> Option<&'static mut Translation> {
     let t = entry(&w.head.flow)?;
     let now = now(w);
     if t.expired(now) || begins(w.head.tcp_flags) && anew(t.flags) {
-        // Else it would be found ahead of what follows it.
+        // Else it would be found ahead of what follows it, which is in the other map.
         let _ = FLOWS.remove(&w.head.flow);
         return None;
     }
@@ -118,7 +120,8 @@ fn here(addr: &Addr) -> u32 {
     unsafe { ADDRS.get(addr) }.map_or(0, |pod| stamp(pod.netns))
 }
 
-/// A packet of it has come. Both directions: a connection lives while packets go one way.
+/// A packet of it has come. Both directions: a connection lives while packets go one way. Nobody may use the entry afterwards:
+/// it may have moved.
 #[inline(always)]
 pub fn go_on(w: &mut Work, t: &mut Translation) {
     let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
@@ -127,8 +130,8 @@ pub fn go_on(w: &mut Work, t: &mut Translation) {
         t.flags |= CT_ANSWERED
             | if tcp_flags & FIN != 0 { CT_FIN } else { 0 }
             | if tcp_flags & RST != 0 { CT_CLOSED } else { 0 };
-        if t.flags & CT_HALF != 0 {
-            keep(&w.head.flow, t);
+        if t.flags & CT_HALF != 0 && tcp_flags & RST == 0 {
+            keep(&mut w.entry, &w.head.flow);
         }
         return;
     }
@@ -136,55 +139,69 @@ pub fn go_on(w: &mut Work, t: &mut Translation) {
     let opens = t.flags & (CT_REPLY | CT_ANSWERED | CT_HALF) == CT_ANSWERED | CT_HALF && tcp_flags & (SYN | RST) == 0;
     if t.used_before(now) || first_answer || opens || tcp_flags & (FIN | RST) != 0 {
         w.key = w.to.flipped();
-        advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, if opens { CT_HALF } else { 0 });
+        advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, opens);
     }
 }
 
-/// What both directions gain and lose, beside what the packet's own flags say.
+/// What both directions gain, beside what the packet's own flags say; and whether they are open from now on.
 #[inline(always)]
-fn advance(w: &mut Work, t: &mut Translation, gained: u32, lost: u32) {
+fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) {
     let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
     t.used = now;
-    t.flags = (t.flags | gained) & !lost;
+    t.flags |= gained;
     if tcp_flags & FIN != 0 {
         t.flags |= CT_FIN;
     }
     if tcp_flags & RST != 0 {
         t.flags |= CT_CLOSED;
     }
-    let Some(other) = entry(&w.key) else { return restore(w, t, lost) };
+    let Some(other) = entry(&w.key) else { return restore(w, t, opens) };
     other.used = now;
     let fins = t.flags & other.flags & CT_FIN;
     let closed = (t.flags & CT_CLOSED) | if fins != 0 { CT_CLOSED } else { 0 };
     t.flags |= closed;
-    other.flags = (other.flags | gained | closed) & !lost;
-    if lost != 0 {
-        keep(&w.head.flow, t);
-        keep(&w.key, other);
+    other.flags |= gained | closed;
+    if opens {
+        keep(&mut w.entry, &w.head.flow);
+        keep(&mut w.entry, &w.key);
     }
 }
 
-/// From now on it is in the map of what is open.
+/// From now on it is in the map of what is open. It is looked up anew, because writing one entry may make a map forget another
+/// that was in hand; and it is written there before it goes here, so that it is always found.
 #[inline(always)]
-fn keep(key: &Flow, t: &mut Translation) {
-    t.flags &= !CT_HALF;
-    if FLOWS.insert(key, &*t, 0).is_ok() {
-        let _ = HALVES.remove(key);
+fn keep(entry: &mut Translation, key: &Flow) {
+    // SAFETY: copied out.
+    if let Some(half) = unsafe { HALVES.get(key) } {
+        *entry = *half;
+        entry.flags &= !CT_HALF;
+        // Another CPU may have been first. Without room it stays, and its next packet comes here again.
+        if matches!(FLOWS.insert(key, &*entry, BPF_NOEXIST), Ok(()) | Err(EEXIST)) {
+            let _ = HALVES.remove(key);
+        }
+    } else if let Some(open) = FLOWS.get_ptr_mut(key) {
+        // Begun while there was one map for all.
+        // SAFETY: as in `entry`.
+        unsafe { (*open).flags &= !CT_HALF };
     }
 }
 
 /// The map has forgotten the other direction, at `w.key`: without it, answers would go out as they are.
 #[inline(always)]
-fn restore(w: &mut Work, t: &mut Translation, lost: u32) {
+fn restore(w: &mut Work, t: &Translation, opens: bool) {
     const SHARED: u32 = CT_ANSWERED | CT_HALF | CT_CLOSED | CT_WITHDRAWN;
     w.entry.to = w.head.flow.flipped();
     (w.entry.used, w.entry.flags) = (w.tick, t.flags & SHARED | !t.flags & CT_REPLY | here(&w.head.flow.src));
-    let half = t.flags & CT_HALF != 0;
-    if lost != 0 {
-        keep(&w.head.flow, t);
+    if opens {
+        w.entry.flags &= !CT_HALF;
     }
-    let _ =
-        if half { HALVES.insert(&w.key, &w.entry, BPF_NOEXIST) } else { FLOWS.insert(&w.key, &w.entry, BPF_NOEXIST) };
+    let _ = match w.entry.flags & CT_HALF {
+        0 => FLOWS.insert(&w.key, &w.entry, BPF_NOEXIST),
+        _ => HALVES.insert(&w.key, &w.entry, BPF_NOEXIST),
+    };
+    if opens {
+        keep(&mut w.entry, &w.head.flow);
+    }
 }
 
 /// How the source of a new connection is written.
@@ -254,21 +271,28 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
         }
         w.key = w.to.flipped();
         let free = |held: &Translation| held.expired(now) || held.flags & CT_CLOSED != 0 || held.to.same(&w.entry.to);
-        // SAFETY: compared only.
-        if let Some(held) = unsafe { FLOWS.get(&w.key) } {
-            if !free(held) {
-                continue;
-            }
-            let _ = FLOWS.remove(&w.key);
-        }
         match HALVES.insert(&w.key, &w.entry, BPF_NOEXIST) {
-            Ok(()) => return Ok(()),
-            Err(EEXIST) => {}
+            Ok(()) => {}
+            Err(EEXIST) => {
+                // SAFETY: compared only.
+                if !unsafe { HALVES.get(&w.key) }.is_none_or(free) {
+                    continue;
+                }
+                HALVES.insert(&w.key, &w.entry, 0).map_err(|_| Reason::DroppedTableFull)?;
+            }
             Err(_) => return Err(Reason::DroppedTableFull),
         }
+        // Looked up second: what opens meanwhile is in both maps before it leaves the first.
         // SAFETY: as above.
-        if unsafe { HALVES.get(&w.key) }.is_none_or(free) {
-            return HALVES.insert(&w.key, &w.entry, 0).map_err(|_| Reason::DroppedTableFull);
+        match unsafe { FLOWS.get(&w.key) } {
+            None => return Ok(()),
+            Some(held) if free(held) => {
+                let _ = FLOWS.remove(&w.key);
+                return Ok(());
+            }
+            Some(_) => {
+                let _ = HALVES.remove(&w.key);
+            }
         }
     }
     Err(Reason::DroppedNoPort)

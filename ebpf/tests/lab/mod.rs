@@ -19,7 +19,7 @@ pub struct Lab {
     pub node: NodeMaps,
     pub settings: SettingsMap,
     pub flows: HashMap<Flow, Translation>,
-    halves: HashMap<Flow, Translation>,
+    pub halves: HashMap<Flow, Translation>,
     pub sweeper: Sweeper,
     counters: Counters,
     table: ServiceTable,
