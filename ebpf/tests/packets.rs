@@ -6,6 +6,7 @@ mod frames;
 mod ground;
 mod kernel;
 mod lab;
+mod limits;
 mod ours;
 mod relayed;
 mod senders;

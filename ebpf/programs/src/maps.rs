@@ -79,6 +79,10 @@ pub static EVENTS: RingBuf<Event, { bound::EVENTS }, 0> = RingBuf::new();
 #[btf_map]
 pub static HOPS: PerCpuArray<Hop, { MAX_HOPS }> = PerCpuArray::new();
 
+/// ICMP errors that this CPU may send.
+#[btf_map]
+pub static REPORTS: PerCpuArray<Reports, 1> = PerCpuArray::new();
+
 /// Room of a packet program on one CPU, where the stack (512 bytes) does not reach: a [`crate::work::Work`].
 #[btf_map]
 pub static WORK: PerCpuArray<[u64; crate::work::WORDS], 1> = PerCpuArray::new();

@@ -10,8 +10,8 @@ use crate::{
 use sluice_ebpf::{
     addr,
     common::{
-        Addr, CT_ANSWERED, CT_CLOSED, CT_HALF, CT_REPLY, Flow, INSIDE, PodAddr, Reason, Reverse, ServiceKey, TCP,
-        TICK_SHIFT, Translation, UDP, timeout,
+        Addr, CT_ANSWERED, CT_CLOSED, CT_HALF, CT_REPLY, Flow, INSIDE, PodAddr, Reverse, ServiceKey, TCP, TICK_SHIFT,
+        Translation, UDP, timeout,
     },
     dry_run::Verdict,
     layout::{Target, Wanted, WantedGroup},
@@ -259,23 +259,6 @@ fn another_pod_with_the_address_gets_nothing_of_it() {
         }
         lab.pods.addrs.set(&addr(ip(f.pod)), &entry(7)).expect("pod");
     }
-}
-
-/// A flood to a service that nobody serves is not answered by one of errors.
-#[test]
-fn errors_of_its_own_are_limited() {
-    const EACH_CPU: usize = 1_000;
-    let lab = lab("packets-limit");
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    // A tick may end meanwhile.
-    let (most, all) = (2 * cpus * EACH_CPU, 6 * cpus * EACH_CPU);
-    let f = FAMILIES[0];
-    let frame = Frame { dst: ip(f.empty), ..request(f, UDP) }.bytes();
-    let verdicts: Vec<Verdict> = (0..all).map(|_| lab.run("from_wire", &frame).verdict).collect();
-    let told = verdicts.iter().filter(|v| **v == Verdict::Redirect).count();
-    assert!((EACH_CPU.min(all)..=most).contains(&told), "{told} of {all}");
-    assert_eq!(verdicts.iter().filter(|v| **v == Verdict::Drop).count(), all - told);
-    assert_eq!(lab.counter(Reason::DroppedNoBackend), all as u64, "all are counted");
 }
 
 /// Programs from before there were two maps have left in the one what has not begun in earnest.

@@ -1,8 +1,12 @@
 //! Programs and maps of a node that has no network: loaded and pinned in a file system of their own.
 
 use crate::{ground::Ground, kernel::since};
+use aya::{
+    maps::{Map, MapData, PerCpuArray, PerCpuValues},
+    util::nr_cpus,
+};
 use sluice_ebpf::{
-    common::{CT_HALF, Flow, Reason, ServiceKey, Translation, map},
+    common::{CT_HALF, Flow, Reason, Reports, ServiceKey, Translation, map},
     dry_run::{Outcome, Program},
     layout::Wanted,
     loader::{self, XDP},
@@ -11,7 +15,10 @@ use sluice_ebpf::{
     sweep::Sweeper,
     table::ServiceTable,
 };
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
 
 pub struct Lab {
     _ground: Ground,
@@ -21,6 +28,7 @@ pub struct Lab {
     pub flows: HashMap<Flow, Translation>,
     pub halves: HashMap<Flow, Translation>,
     pub sweeper: Sweeper,
+    reports: Mutex<PerCpuArray<MapData, [u64; 2]>>,
     counters: Counters,
     table: ServiceTable,
     programs: BTreeMap<&'static str, Program>,
@@ -33,6 +41,7 @@ impl Lab {
         assert_eq!(loaded.xdp, since(5, 18), "a program for XDP");
         let dir = pin_dir(&ground.place.bpffs);
         let open = |name| (name, Program::open(&ground.place.bpffs, name).expect("program"));
+        let reports = Map::PerCpuArray(MapData::from_pin(dir.join(map::REPORTS)).expect("map"));
         Self {
             pods: PodMaps::open(&dir).expect("maps"),
             node: NodeMaps::open(&dir).expect("maps"),
@@ -40,6 +49,7 @@ impl Lab {
             flows: HashMap::open(&dir, map::FLOWS).expect("map"),
             halves: HashMap::open(&dir, map::HALVES).expect("map"),
             sweeper: Sweeper::open(&dir).expect("map"),
+            reports: Mutex::new(reports.try_into().expect("map")),
             counters: Counters::open(&dir).expect("map"),
             table: ServiceTable::open(ServiceMaps::open(&dir).expect("maps")).expect("table"),
             programs: ["from_pod", "from_wire", "from_host"]
@@ -67,6 +77,14 @@ impl Lab {
         for map in [&self.flows, &self.halves] {
             map.remove(flow).expect("remove");
         }
+    }
+
+    /// What each CPU may send of ICMP errors.
+    pub fn set_reports(&self, reports: Reports) {
+        let each = [reports.unreachable, reports.too_big].map(|b| b.full_ns);
+        let cpus = nr_cpus().expect("the number of CPUs");
+        let values = PerCpuValues::try_from(vec![each; cpus]).expect("one each");
+        self.reports.lock().expect("nobody panics with it").set(0, values, 0).expect("set");
     }
 
     pub fn serve(&mut self, services: Vec<(ServiceKey, Wanted)>) {
