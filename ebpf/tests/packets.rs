@@ -11,6 +11,7 @@ mod ours;
 mod relayed;
 mod senders;
 mod size;
+mod steer;
 
 use frames::{Frame, Read, read};
 use lab::Lab;

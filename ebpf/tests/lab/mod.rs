@@ -7,22 +7,25 @@ use aya::{
 };
 use sluice_ebpf::{
     common::{CT_HALF, Flow, Reason, Reports, ServiceKey, Translation, map},
-    dry_run::{Outcome, Program},
+    dry_run::{Arrival, Outcome, Program, Steered, Steering},
     layout::Wanted,
     loader::{self, XDP},
-    maps::{Counters, HashMap, NodeMaps, PodMaps, ServiceMaps, pin_dir},
+    maps::{Counters, HashMap, Listeners, NodeMaps, PodMaps, ServiceMaps, pin_dir},
     settings::SettingsMap,
     sweep::Sweeper,
     table::ServiceTable,
 };
+use sluice_netlink::Netns;
 use std::{
     collections::BTreeMap,
+    os::fd::AsFd,
     sync::{Arc, Mutex},
 };
 
 pub struct Lab {
-    _ground: Ground,
+    ground: Ground,
     pub pods: PodMaps,
+    pub listeners: Listeners,
     pub node: NodeMaps,
     pub settings: SettingsMap,
     pub flows: HashMap<Flow, Translation>,
@@ -32,6 +35,7 @@ pub struct Lab {
     counters: Counters,
     table: ServiceTable,
     programs: BTreeMap<&'static str, Program>,
+    steering: Steering,
 }
 
 impl Lab {
@@ -44,6 +48,8 @@ impl Lab {
         let reports = Map::PerCpuArray(MapData::from_pin(dir.join(map::REPORTS)).expect("map"));
         Self {
             pods: PodMaps::open(&dir).expect("maps"),
+            listeners: Listeners::open(&dir).expect("map"),
+            steering: Steering::open(&ground.place.bpffs).expect("program"),
             node: NodeMaps::open(&dir).expect("maps"),
             settings: SettingsMap::open(&dir).expect("map"),
             flows: HashMap::open(&dir, map::FLOWS).expect("map"),
@@ -57,7 +63,7 @@ impl Lab {
                 .chain(loaded.xdp.then_some(XDP))
                 .map(open)
                 .collect(),
-            _ground: ground,
+            ground,
         }
     }
 
@@ -105,6 +111,20 @@ impl Lab {
     /// Over a link of the calling thread's namespace.
     pub fn run_at(&self, program: &str, ifindex: u32, packet: &[u8]) -> Outcome {
         self.programs[program].run_at(ifindex, packet, 1).expect("run")
+    }
+
+    pub fn steer(&self, arrival: &Arrival) -> Result<Steered, sluice_ebpf::Error> {
+        self.steering.run(arrival)
+    }
+
+    /// Steers what comes to a namespace.
+    pub fn attach(&self, netns: &Netns) {
+        let cookie = netns.cookie().expect("cookie");
+        loader::attach_pod(&self.ground.place.bpffs, netns.as_fd(), cookie).expect("attach");
+    }
+
+    pub fn detach(&self, netns: &Netns) {
+        loader::detach_pod(&self.ground.place.bpffs, netns.cookie().expect("cookie")).expect("detach");
     }
 
     /// `None` where the kernel makes no packet of the bytes.
