@@ -28,6 +28,8 @@ pub struct Hits {
     pub floor: Vec<f64>,
     /// `from_wire`, to a pod of this node.
     pub tc: Vec<f64>,
+    /// `from_wire`, to a pod by its own address: of no connection that is noted.
+    pub pass: Vec<f64>,
     /// XDP, to another machine by way of the link that it came by.
     pub xdp: Vec<f64>,
 }
@@ -48,11 +50,12 @@ pub fn hits(bpffs: &Path, link: u32, far: [Ipv4Addr; 2]) -> anyhow::Result<Hits>
     let floor = (0..PACKETS).map(|_| Ok(f64::from(floor.run_at(link, &unread, REPEAT)?.nanoseconds)));
     let floor = floor.collect::<anyhow::Result<_>>().context("run a packet program")?;
     let tc = known(bpffs, &flows, "from_wire", link, [VIRTUAL, BACKEND])?;
+    let pass = unknown(bpffs, &flows, link)?;
     let xdp = known(bpffs, &flows, XDP, link, far)?;
     for pod in [VIRTUAL, BACKEND] {
         pods.addrs.remove(&addr(pod.into()))?;
     }
-    Ok(Hits { floor, tc, xdp })
+    Ok(Hits { floor, tc, pass, xdp })
 }
 
 fn known(
@@ -62,13 +65,7 @@ fn known(
     link: u32,
     to: [Ipv4Addr; 2],
 ) -> anyhow::Result<Vec<f64>> {
-    let used = (uptime()?.as_nanos() >> TICK_SHIFT) as u32;
-    for number in 0..CONNECTIONS {
-        let [there, then] = [(to[0], 80), (to[1], 8080)].map(|(address, port)| flow(number, address, port));
-        for (key, to) in [(there, then), (then, there)] {
-            flows.set(&key, &Translation { to, used, flags: CT_ANSWERED })?;
-        }
-    }
+    fill(flows, to)?;
     let run = Program::open(bpffs, program)?;
     let step = CONNECTIONS / PACKETS;
     let times = (0..PACKETS).map(|n| {
@@ -80,10 +77,41 @@ fn known(
         Ok(f64::from(run.run_at(link, &packet, REPEAT)?.nanoseconds))
     });
     let times = times.collect::<anyhow::Result<Vec<f64>>>().context("run the packet program")?;
+    empty(flows)?;
+    Ok(times)
+}
+
+/// Among as many connections of others.
+fn unknown(bpffs: &Path, flows: &HashMap<Flow, Translation>, link: u32) -> anyhow::Result<Vec<f64>> {
+    fill(flows, [VIRTUAL, BACKEND])?;
+    let run = Program::open(bpffs, "from_wire")?;
+    let times = (0..PACKETS).map(|n| {
+        let packet = packet(&flow(CONNECTIONS + n, BACKEND, 9090));
+        let once = run.run_at(link, &packet, 1)?;
+        ensure!(once.verdict == Verdict::Redirect && once.packet == packet, "a packet to a pod did not go there");
+        Ok(f64::from(run.run_at(link, &packet, REPEAT)?.nanoseconds))
+    });
+    let times = times.collect::<anyhow::Result<Vec<f64>>>().context("run the packet program")?;
+    empty(flows)?;
+    Ok(times)
+}
+
+fn fill(flows: &HashMap<Flow, Translation>, to: [Ipv4Addr; 2]) -> anyhow::Result<()> {
+    let used = (uptime()?.as_nanos() >> TICK_SHIFT) as u32;
+    for number in 0..CONNECTIONS {
+        let [there, then] = [(to[0], 80), (to[1], 8080)].map(|(address, port)| flow(number, address, port));
+        for (key, to) in [(there, then), (then, there)] {
+            flows.set(&key, &Translation { to, used, flags: CT_ANSWERED })?;
+        }
+    }
+    Ok(())
+}
+
+fn empty(flows: &HashMap<Flow, Translation>) -> anyhow::Result<()> {
     for (key, _) in flows.entries()? {
         flows.remove(&key)?;
     }
-    Ok(times)
+    Ok(())
 }
 
 /// What the programs' clock shows, as long as the machine never slept.

@@ -1,14 +1,16 @@
-//! Runs a packet program on a packet that is on no link, with the maps that are pinned: for tests, benches and `check`.
+//! Runs a packet program on a packet that is on no link, with the maps that are pinned: for tests, benches and `check`. And the
+//! program that steers connections to pods, on one that nobody has begun.
 //! What the program does to connections, counters and events it does; what it sends is not sent.
 
 use crate::{
     Error,
     error::Result,
-    loader::XDP,
+    loader::{STEER, XDP},
     maps::{open_pin, pin_dir},
     sys,
 };
 use std::{
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
     path::Path,
 };
@@ -84,5 +86,72 @@ impl Program {
             (_, other) => Verdict::Other(other),
         };
         Ok(Outcome { verdict, packet: after, nanoseconds })
+    }
+}
+
+/// A connection, or a datagram, that comes to a pod.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    pub proto: u8,
+    pub from: SocketAddr,
+    pub to: SocketAddr,
+    /// Of the link that it comes over. Kernels take 0 only.
+    pub ifindex: u32,
+}
+
+/// What became of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Steered {
+    pub passed: bool,
+    /// Cookie of the listener that was chosen for it; 0: whose it is without the program.
+    pub socket: u64,
+}
+
+/// The pinned program `steer_pod`.
+pub struct Steering {
+    fd: OwnedFd,
+}
+
+/// Words of `struct bpf_sk_lookup` (linux/bpf.h). Of its fields the first is the chosen socket's cookie, in two words.
+const LOOKUP_WORDS: usize = 18;
+const LOOKUP_FAMILY: usize = 2;
+const LOOKUP_PROTOCOL: usize = 3;
+const LOOKUP_REMOTE_IP4: usize = 4;
+const LOOKUP_REMOTE_IP6: usize = 5;
+const LOOKUP_REMOTE_PORT: usize = 9;
+const LOOKUP_LOCAL_IP4: usize = 10;
+const LOOKUP_LOCAL_IP6: usize = 11;
+const LOOKUP_LOCAL_PORT: usize = 15;
+const LOOKUP_IFINDEX: usize = 16;
+
+impl Steering {
+    pub fn open(bpffs: &Path) -> Result<Self> {
+        Ok(Self { fd: open_pin(&pin_dir(bpffs).join(STEER))? })
+    }
+
+    pub fn run(&self, arrival: &Arrival) -> Result<Steered> {
+        let mut c = [0u32; LOOKUP_WORDS];
+        let family = if arrival.to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        (c[LOOKUP_FAMILY], c[LOOKUP_PROTOCOL]) = (family as u32, u32::from(arrival.proto));
+        for (address, v4, v6) in [
+            (arrival.from.ip(), LOOKUP_REMOTE_IP4, LOOKUP_REMOTE_IP6),
+            (arrival.to.ip(), LOOKUP_LOCAL_IP4, LOOKUP_LOCAL_IP6),
+        ] {
+            match address {
+                IpAddr::V4(a) => c[v4] = u32::from_ne_bytes(a.octets()),
+                IpAddr::V6(_) => c[v6..v6 + 4].copy_from_slice(&crate::addr(address).words),
+            }
+        }
+        // The one in network order, and half a word; the other in host order.
+        c[LOOKUP_REMOTE_PORT] = u32::from_ne_bytes({
+            let [high, low] = arrival.from.port().to_be_bytes();
+            [high, low, 0, 0]
+        });
+        (c[LOOKUP_LOCAL_PORT], c[LOOKUP_IFINDEX]) = (u32::from(arrival.to.port()), arrival.ifindex);
+        let verdict =
+            sys::test_run_context(self.fd.as_fd(), &mut c).map_err(|e| Error::syscall("run program", STEER, e))?;
+        let words = [c[0].to_ne_bytes(), c[1].to_ne_bytes()].concat();
+        let socket = u64::from_ne_bytes(words.try_into().expect("two words"));
+        Ok(Steered { passed: verdict == 1, socket })
     }
 }

@@ -38,7 +38,7 @@ const CGROUP_PROGRAMS: [(&str, Hook); 9] = [
     ("getpeername6", Hook::Getpeername6),
     ("sock_release", Hook::SockRelease),
 ];
-const STEER: &str = "steer_pod";
+pub(crate) const STEER: &str = "steer_pod";
 /// A packet program at one side of a link.
 #[derive(Clone, Copy, Debug)]
 pub struct Packets {

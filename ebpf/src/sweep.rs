@@ -39,20 +39,31 @@ fn is_lost(lost: &Lost, flow: &Flow, t: &Translation) -> bool {
     [flow.dst, flow.dst.unspecified()].into_iter().any(|addr| lost.contains(&(of(addr), target)))
 }
 
-pub struct Sweeper {
-    flows: HashMap<Flow, Translation>,
+/// One of the programs' maps of connections, and how far it was looked through.
+struct Table {
+    map: HashMap<Flow, Translation>,
     cursor: Cursor,
     counting: u64,
-    seen: Seen,
+    connections: u64,
+}
+
+pub struct Sweeper {
+    /// Of what has not begun in earnest, and of what is open. In this order: an entry moves from the first to the second, so that
+    /// who looks through both misses none that moves meanwhile.
+    tables: [Table; 2],
+    removed: u64,
     /// To be looked for once more.
     lost: Lost,
 }
 
 impl Sweeper {
-    /// Opens the map pinned in `dir`.
+    /// Opens the maps pinned in `dir`.
     pub fn open(dir: &Path) -> Result<Self> {
-        let flows = HashMap::open(dir, map::FLOWS)?;
-        Ok(Self { flows, cursor: Cursor::default(), counting: 0, seen: Seen::default(), lost: Lost::new() })
+        let table = |name| {
+            let map = HashMap::open(dir, name)?;
+            Ok(Table { map, cursor: Cursor::default(), counting: 0, connections: 0 })
+        };
+        Ok(Self { tables: [table(map::HALVES)?, table(map::FLOWS)?], removed: 0, lost: Lost::new() })
     }
 
     /// Looks at the next entries; `now` is the time of the programs' clock ([`since_start`]).
@@ -60,19 +71,10 @@ impl Sweeper {
         let now = (now.as_nanos() >> TICK_SHIFT) as u32;
         let lost = std::mem::take(&mut self.lost);
         self.forget_all(&lost)?;
-        let (entries, end) = self.flows.some(&mut self.cursor, STEP)?;
-        for (flow, t) in entries {
-            if t.expired(now) {
-                self.seen.removed += u64::from(self.remove(&flow, now)?);
-            } else if t.flags & CT_REPLY == 0 {
-                self.counting += 1;
-            }
+        for table in &mut self.tables {
+            self.removed += table.step(now)?;
         }
-        if end {
-            self.seen.connections = std::mem::take(&mut self.counting);
-            self.cursor = Cursor::default();
-        }
-        Ok(self.seen)
+        Ok(Seen { connections: self.tables.iter().map(|t| t.connections).sum(), removed: self.removed })
     }
 
     /// No datagram goes any more to a backend that its service has lost, and no connection begins there: to be called when the
@@ -86,39 +88,65 @@ impl Sweeper {
     }
 
     fn forget_all(&self, lost: &Lost) -> Result<usize> {
+        self.tables.iter().map(|table| self.forget_in(table, lost)).sum()
+    }
+
+    fn forget_in(&self, table: &Table, lost: &Lost) -> Result<usize> {
         let (mut found, mut cursor, mut end) = (0, Cursor::default(), lost.is_empty());
         while !end {
             let entries;
-            (entries, end) = self.flows.some(&mut cursor, STEP)?;
+            (entries, end) = table.map.some(&mut cursor, STEP)?;
             for (flow, t) in entries.iter().filter(|(flow, t)| is_lost(lost, flow, t)) {
-                self.withdraw(flow, t)?;
+                self.withdraw(table, flow, t)?;
                 found += 1;
             }
         }
         Ok(found)
     }
 
-    /// Whether it was over still when it was removed.
-    fn remove(&self, flow: &Flow, now: u32) -> Result<bool> {
-        match self.flows.take(flow)? {
-            Some(t) if !t.expired(now) => self.flows.add(flow, &t).map(|_| false),
-            taken => Ok(taken.is_some()),
-        }
-    }
-
-    /// Datagrams have no beginning: the next one chooses anew. TCP does when its caller begins anew.
-    fn withdraw(&self, flow: &Flow, t: &Translation) -> Result<()> {
+    /// Datagrams have no beginning: the next one chooses anew, and their answers, which would bring back what they belong to, go
+    /// from wherever they are. TCP chooses when its caller begins anew.
+    fn withdraw(&self, table: &Table, flow: &Flow, t: &Translation) -> Result<()> {
         if flow.proto != TCP {
-            self.flows.remove(flow)?;
-            return self.flows.remove(&t.to.flipped()).map(drop);
+            table.map.remove(flow)?;
+            let answers = t.to.flipped();
+            return self.tables.iter().try_for_each(|table| table.map.remove(&answers).map(drop));
         }
         if t.flags & CT_WITHDRAWN != 0 {
             return Ok(());
         }
         // What a packet has changed since it was read is lost, and its next one changes it again.
-        match self.flows.get(flow)? {
-            Some(t) => self.flows.set(flow, &Translation { flags: t.flags | CT_WITHDRAWN, ..t }),
+        match table.map.get(flow)? {
+            Some(t) => table.map.set(flow, &Translation { flags: t.flags | CT_WITHDRAWN, ..t }),
             None => Ok(()),
+        }
+    }
+}
+
+impl Table {
+    /// How many entries were removed.
+    fn step(&mut self, now: u32) -> Result<u64> {
+        let mut removed = 0;
+        let (entries, end) = self.map.some(&mut self.cursor, STEP)?;
+        for (flow, t) in entries {
+            if t.expired(now) {
+                removed += u64::from(self.remove(&flow, now)?);
+            } else if t.flags & CT_REPLY == 0 {
+                self.counting += 1;
+            }
+        }
+        if end {
+            self.connections = std::mem::take(&mut self.counting);
+            self.cursor = Cursor::default();
+        }
+        Ok(removed)
+    }
+
+    /// Whether it was over still when it was removed.
+    fn remove(&self, flow: &Flow, now: u32) -> Result<bool> {
+        match self.map.take(flow)? {
+            Some(t) if !t.expired(now) => self.map.add(flow, &t).map(|_| false),
+            taken => Ok(taken.is_some()),
         }
     }
 }

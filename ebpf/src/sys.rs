@@ -251,6 +251,21 @@ pub(crate) fn test_run(
     Ok((attr.verdict as i32, attr.size_out as usize, attr.duration_ns))
 }
 
+/// Runs a program that has no packet, once, on a context, which is afterwards as the kernel has left it; the verdict.
+pub(crate) fn test_run_context(program: BorrowedFd<'_>, context: &mut [u32]) -> io::Result<i32> {
+    let (size, at) = (size_of_val(context) as u32, context.as_mut_ptr() as u64);
+    let mut attr = TestRun {
+        program: raw(program),
+        context_size_in: size,
+        context_size_out: size,
+        context_in: at,
+        context_out: at,
+        ..TestRun::default()
+    };
+    bpf(PROG_TEST_RUN, &mut attr)?;
+    Ok(attr.verdict as i32)
+}
+
 /// Whether there was such an entry.
 pub(crate) fn map_delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
     found(bpf(MAP_DELETE_ELEM, &mut Elem { map: raw(map), key: key.as_ptr() as u64, ..Elem::default() }))

@@ -6,10 +6,12 @@ mod frames;
 mod ground;
 mod kernel;
 mod lab;
+mod limits;
 mod ours;
 mod relayed;
 mod senders;
 mod size;
+mod steer;
 
 use frames::{Frame, Read, read};
 use lab::Lab;

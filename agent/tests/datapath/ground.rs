@@ -1,6 +1,6 @@
 //! The node under test: its namespaces and mounts, its agent, its pods.
 
-use crate::parts;
+use crate::{nodes::Other, parts};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::{Value, json};
 use sluice_model::{Resource, Revision, Snapshot};
@@ -20,6 +20,8 @@ use std::{
 };
 
 pub const NODE: &str = "n1";
+/// Set for the second node of a story that has two: its name.
+pub const OTHER: &str = "SLUICE_TEST_NODE";
 pub const SNAPSHOT: &str = "/run/sluice-test/snapshot.json";
 pub const ACK: &str = "/run/sluice-test/ack";
 /// Why the agent's last view is not in force.
@@ -48,6 +50,8 @@ pub struct Ground {
     /// Agents do without bpf_set_retval.
     pub eperm: Cell<bool>,
     pods: RefCell<Vec<PathBuf>>,
+    /// A second node, for the story that has one.
+    pub other: Option<Other>,
 }
 
 pub struct TestPod {
@@ -64,6 +68,17 @@ impl TestPod {
     pub fn uid(&self) -> String {
         uid(&self.name)
     }
+}
+
+/// What the node of this process is called.
+pub fn node_name() -> String {
+    std::env::var(OTHER).unwrap_or_else(|_| NODE.into())
+}
+
+/// Where its pods' addresses are from.
+fn ranges() -> [String; 2] {
+    let number = if node_name() == NODE { 1 } else { 2 };
+    [format!("10.244.{number}.0/24"), format!("fd00:{number}::/64")]
 }
 
 pub fn uid(name: &str) -> String {
@@ -125,6 +140,7 @@ impl Ground {
             dsr: Cell::new(false),
             eperm: Cell::new(false),
             pods: RefCell::default(),
+            other: None,
         };
         fs::write(ground.outer_cgroup.join("cgroup.procs"), "0").expect("enter the cgroup");
         ns::unshare(Unshare { net: true, mounts: true, cgroups: true }).expect("namespaces");
@@ -243,7 +259,7 @@ impl Ground {
 
     fn cni(&self, verb: &str, name: &str, netns: &Netns, more: &[(&str, Value)]) -> Value {
         let mut config = json!({
-            "cniVersion": "1.0.0", "name": "sluice", "type": "sluice-cni", "ranges": ["10.244.1.0/24", "fd00:1::/64"],
+            "cniVersion": "1.0.0", "name": "sluice", "type": "sluice-cni", "ranges": ranges(),
         });
         more.iter().for_each(|(field, value)| config[*field] = value.clone());
         let mut child = Command::new(&self.plugin)

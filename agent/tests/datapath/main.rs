@@ -7,6 +7,7 @@ mod balance;
 mod between;
 mod capture;
 mod ground;
+mod nodes;
 mod outside;
 mod parts;
 mod placement;
@@ -31,6 +32,7 @@ fn main() {
         ("outside-clsact", outside::without_tcx),
         ("outside-xdp", outside::with_xdp),
         ("outside-dsr", outside::with_dsr),
+        (nodes::STORY, nodes::story),
         ("balance", balance::story),
         ("refusals", refusals::story),
         ("capture", capture::story),
@@ -38,11 +40,16 @@ fn main() {
         ("told", told::story),
         ("storm", storm::story),
     ];
+    let meant = |name: &str| {
+        filters.is_empty() || filters.iter().any(|f| if exact { name == f } else { name.contains(f.as_str()) })
+    };
     let plugin = ground::build_plugin();
-    let ground = Ground::new(plugin);
+    // From where it sees what this process sees now: it makes itself a node beside this one, not in it.
+    let other = meant(nodes::STORY).then(|| nodes::Other::start(&plugin));
+    let mut ground = Ground::new(plugin);
+    ground.other = other;
     for (name, story) in stories {
-        let meant = |f: &String| if exact { name == f } else { name.contains(f.as_str()) };
-        if filters.is_empty() || filters.iter().any(meant) {
+        if meant(name) {
             let begun = std::time::Instant::now();
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| story(&ground)));
             if let Err(cause) = outcome {

@@ -26,15 +26,15 @@ use std::{
     time::Duration,
 };
 
-const WAIT: Duration = Duration::from_secs(5);
+pub const WAIT: Duration = Duration::from_secs(5);
 pub const NODE4: &str = "192.168.50.1";
 pub const NODE6: &str = "fd00:50::1";
 /// Two machines of the network: a caller, and another node, which is its own only pod as well.
-const CALLER4: &str = "192.168.50.2";
-const CALLER6: &str = "fd00:50::2";
+pub const CALLER4: &str = "192.168.50.2";
+pub const CALLER6: &str = "fd00:50::2";
 const OTHER4: &str = "192.168.50.3";
 const OTHER6: &str = "fd00:50::3";
-const ANY: [&str; 2] = ["0.0.0.0", "::"];
+pub const ANY: [&str; 2] = ["0.0.0.0", "::"];
 const FAR_POD4: &str = "10.244.2.5";
 const FAR_POD6: &str = "fd00:2::5";
 
@@ -42,7 +42,7 @@ pub fn ip(text: &str) -> IpAddr {
     text.parse().expect(text)
 }
 
-fn at(text: &str, port: u16) -> SocketAddr {
+pub fn at(text: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip(text), port)
 }
 
@@ -101,14 +101,14 @@ impl Drop for Around<'_> {
     }
 }
 
-fn add_address(machine: &Netns, link_name: &str, address: &str, len: u8) {
+pub fn add_address(machine: &Netns, link_name: &str, address: &str, len: u8) {
     let mut c = Connection::open_in(machine).expect("connection");
     let link = if link_name == "lo" { LO } else { link::find(&mut c, link_name).expect("find").expect("link").index };
     let prefix = Prefix { address: ip(address), len };
     kernel::apply(&mut c, &[Operation::AddAddress(Address { link, prefix })]).expect("address");
 }
 
-fn add_route(machine: &Netns, range: &str, via: &str) {
+pub fn add_route(machine: &Netns, range: &str, via: &str) {
     let mut c = Connection::open_in(machine).expect("connection");
     let link = link::find(&mut c, "eth0").expect("find").expect("link").index;
     let to: Prefix = range.parse().expect(range);
@@ -126,7 +126,7 @@ fn add_route(machine: &Netns, range: &str, via: &str) {
 }
 
 /// Answers with its name and what it sees of the caller; a datagram's length too.
-fn serve(netns: &Netns, name: &str, on: [&str; 2], port: u16) {
+pub fn serve(netns: &Netns, name: &str, on: [&str; 2], port: u16) {
     for address in on {
         let to = at(address, port);
         let bind = || {
@@ -168,11 +168,11 @@ fn answer(c: &mut TcpStream, name: &str) {
     let _ = io::copy(&mut reader, c);
 }
 
-fn dial(to: SocketAddr) -> io::Result<String> {
+pub fn dial(to: SocketAddr) -> io::Result<String> {
     greeting(&mut TcpStream::connect_timeout(&to, WAIT)?)
 }
 
-fn greeting(c: &mut TcpStream) -> io::Result<String> {
+pub fn greeting(c: &mut TcpStream) -> io::Result<String> {
     c.set_read_timeout(Some(WAIT))?;
     let mut line = Vec::new();
     let mut byte = [0];
@@ -183,7 +183,7 @@ fn greeting(c: &mut TcpStream) -> io::Result<String> {
 }
 
 /// A connected socket takes answers from nobody but whom it asked.
-fn ask(to: SocketAddr, length: usize) -> io::Result<String> {
+pub fn ask(to: SocketAddr, length: usize) -> io::Result<String> {
     let s = UdpSocket::bind(SocketAddr::new(ip(if to.is_ipv4() { "0.0.0.0" } else { "::" }), 0))?;
     s.set_read_timeout(Some(WAIT))?;
     s.connect(to)?;
@@ -193,7 +193,7 @@ fn ask(to: SocketAddr, length: usize) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&buffer[..n]).into_owned())
 }
 
-fn within<T: Send>(netns: &Netns, work: impl FnOnce() -> T + Send) -> T {
+pub fn within<T: Send>(netns: &Netns, work: impl FnOnce() -> T + Send) -> T {
     netns.run(work).expect("run")
 }
 
@@ -235,8 +235,8 @@ fn other_node() -> Resource {
     })
 }
 
-const EXTERNAL4: &str = "192.168.50.100";
-const EXTERNAL6: &str = "fd00:50::100";
+pub const EXTERNAL4: &str = "192.168.50.100";
+pub const EXTERNAL6: &str = "fd00:50::100";
 /// Not for all.
 const RANGED: [&str; 2] = ["192.168.50.102", "fd00:50::102"];
 
@@ -427,7 +427,7 @@ pub fn remove_eth0() {
 }
 
 /// As a host firewall that forwards nothing.
-fn forbid_forwarding() {
+pub fn forbid_forwarding() {
     let rules = "table inet filter { chain forward { type filter hook forward priority 0; policy drop; }; }";
     let status = Command::new("nft").arg(rules).status().expect("nft (package nftables)");
     assert!(status.success(), "nft");
@@ -645,7 +645,7 @@ fn raw_ask(from: IpAddr, to: Ipv4Addr) -> io::Result<String> {
 }
 
 /// Four megabytes there and back.
-fn echoed(to: SocketAddr) {
+pub fn echoed(to: SocketAddr) {
     let mut c = TcpStream::connect_timeout(&to, WAIT).expect("connect");
     greeting(&mut c).expect("greeting");
     let data: Vec<u8> = (0..4_000_000_u32).map(|i| (i % 251) as u8).collect();
@@ -778,7 +778,7 @@ fn withdrawn(ground: &Ground, around: &Around<'_>, pods: [&TestPod; 2], all: &[R
 }
 
 /// Who answers a socket that may hear from anybody.
-fn asked_by(s: &UdpSocket, to: SocketAddr) -> io::Result<String> {
+pub fn asked_by(s: &UdpSocket, to: SocketAddr) -> io::Result<String> {
     s.send_to(b"?", to)?;
     let mut buffer = [0; 256];
     let (n, from) = s.recv_from(&mut buffer)?;

@@ -1,6 +1,6 @@
 //! The parts that children of the test play: the agent, and a sidecar that tells what it was asked for.
 
-use crate::ground::{ACK, EARLY, NODE, REFUSED, SNAPSHOT, said, sidecar_cgroup};
+use crate::ground::{ACK, EARLY, REFUSED, SNAPSHOT, node_name, said, sidecar_cgroup};
 use k8s_openapi::api::core::v1::Pod;
 use sluice_agent::{
     attest::Gate,
@@ -49,6 +49,7 @@ pub fn play(part: &str) {
         "squatter" => squatter(),
         "callers" => crate::outside::callers(),
         "storm" => crate::storm::callers(),
+        "node" => crate::nodes::other(),
         other => panic!("no part {other:?}"),
     }
 }
@@ -61,7 +62,7 @@ fn agent() {
     let config = DatapathConfig {
         bpffs: "/sys/fs/bpf".into(),
         cgroup: None,
-        node: NODE.into(),
+        node: node_name(),
         dns: vec!["10.96.0.10".parse().expect("address")],
         masquerade: true,
         clsact: std::env::var_os(CLSACT).is_some(),
@@ -77,7 +78,7 @@ fn agent() {
     let handover = Handover::new(&config.bpffs, Some(gate.clone())).expect("handover");
     let (mut source, ends) = uplink::channels(View::default());
     let relay = Relay::new(ends.views.clone(), ends.metrics_interval, ends.holders, Arc::new(NoSigner), None);
-    let network = Network::new(NODE.into(), datapath, handover, gate.clone(), relay, ends.views);
+    let network = Network::new(node_name(), datapath, handover, gate.clone(), relay, ends.views);
     runtime.spawn(network.clone().run(ends.verdicts));
     let mut revision = Revision::default();
     loop {

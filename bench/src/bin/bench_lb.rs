@@ -554,8 +554,10 @@ fn passing(ground: &Ground) -> anyhow::Result<()> {
     };
     let floor = say("a packet that is not looked at", hits.floor);
     let tc = say("a packet of a known connection, rewritten, to a pod", hits.tc);
-    let xdp = say("the same at XDP, back over its link", hits.xdp);
+    let pass = say("a packet of no connection, to a pod by its own address", hits.pass);
+    let xdp = say("one of a known connection at XDP, back over its link", hits.xdp);
     println!("RESULT tc_hit_ns ours={tc:.0} peer={floor:.0} unit=ns");
+    println!("RESULT tc_pass_ns ours={pass:.0} peer={floor:.0} unit=ns");
     println!("RESULT xdp_hit_ns ours={xdp:.0} peer={floor:.0} unit=ns");
     Ok(())
 }

@@ -45,6 +45,10 @@ fn of(reason: Reason) -> Option<&'static str> {
             "the packet is for a service without an endpoint that callers from there may use; look at the readiness of \
              its pods, and with `externalTrafficPolicy: Local` at those of the node that was reached"
         }
+        Reason::DroppedErrorLimit => {
+            "the sender is owed an ICMP error (no endpoint, or too large a packet) and the node has sent too many of that \
+             kind already; see `dropped_no_backend` and `dropped_too_big` for the cause, and who sends so many"
+        }
         Reason::DroppedMalformed => {
             "the packet's headers are cut short or contradict each other; look at what sends it, no setting changes it"
         }

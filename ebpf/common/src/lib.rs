@@ -333,8 +333,8 @@ pub const CT_CLOSED: u32 = 8;
 /// Packets stay as they are and go to the node of `to.dst`, which answers by itself: there is no other direction here.
 /// Answered is one whose caller has gone on.
 pub const CT_RELAYED: u32 = 16;
-/// The caller has not gone on since it was answered: the handshake is not complete. Of TCP only; entries from before this
-/// flag are without.
+/// The caller has not gone on since it was answered: of TCP, the handshake is not complete. Such entries are in a map of their
+/// own; those of the other are without, also from before this flag.
 pub const CT_HALF: u32 = 32;
 /// The service has lost the backend: what goes on goes on, but who begins gets another one. Written by the agent.
 pub const CT_WITHDRAWN: u32 = 64;
@@ -439,6 +439,55 @@ pub struct Device {
 
 /// What the link carries is packed into packets of the node's own, which the node sends in fragments where they are too large.
 pub const DEVICE_TUNNEL: u16 = 1;
+
+/// How many of something may be done: so many a second on average, and so many at once after a while without any. The time is
+/// that of who asks, in nanoseconds of a clock that goes forward. Zeroed, all may be done.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Bucket {
+    /// When it is full again, if nothing more is taken.
+    pub full_ns: u64,
+}
+
+impl Bucket {
+    /// Takes one, if there is one.
+    #[inline(always)]
+    pub const fn take(&mut self, now_ns: u64, limit: &Limit) -> bool {
+        let full_ns = if self.full_ns > now_ns { self.full_ns } else { now_ns };
+        // Neither is divided: a program would pay for it, and the bound is a constant.
+        if full_ns - now_ns > (limit.burst - 1) * limit.each_ns {
+            return false;
+        }
+        self.full_ns = full_ns + limit.each_ns;
+        true
+    }
+}
+
+/// What a [`Bucket`] holds, and how long it takes for one to come into it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limit {
+    pub burst: u64,
+    pub each_ns: u64,
+}
+
+/// ICMP errors that the programs of one CPU send by themselves.
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Reports {
+    pub unreachable: Bucket,
+    pub too_big: Bucket,
+}
+
+impl Reports {
+    /// Of "port unreachable" as many as Linux sends errors by itself: `net.ipv4.icmp_msgs_per_sec` and `icmp_msgs_burst`
+    /// (Documentation/networking/ip-sysctl.rst: 1000 and 50).
+    pub const UNREACHABLE: Limit = Limit { burst: 50, each_ns: 1_000_000 };
+    /// Of "too big" as many on average, and those of a second at once: when a way becomes narrower, all that go it need one, each
+    /// once, and who gets none sends nothing that arrives until he tries again. Linux does not limit these at all; RFC 4443
+    /// §2.4 (f) asks for a limit. One for all destinations, because a table of destinations is one that anybody fills with false
+    /// ones; beside that of the other kind, so that who floods a service without endpoints takes nobody's path MTU.
+    pub const TOO_BIG: Limit = Limit { burst: 1_000, each_ns: 1_000_000 };
+}
 
 /// Finalizer of MurmurHash3 with 64 bits: spreads what is counted up.
 #[inline(always)]
@@ -632,7 +681,7 @@ plain! {
     Addr = 16, ServiceKey = 20, Group = 12, Service = 208, BackendKey = 8, Backend = 24, ReverseKey = 32, Reverse = 20,
     MemberKey = 24, AffinityKey = 32, Affinity = 24, Pod = 408, PodAddr = 16, PortKey = 20, ListenKey = 20, Uid = 40, u8 = 1, u32 = 4, u64 = 8,
     MaglevKey = 8, MaglevBlock = 512, ClientKey = 36, Flow = 40, Translation = 48, FragmentKey = 40, FragmentPorts = 4,
-    Range = 20, Device = 40, Settings = 16, Event = 112, Hop = 40, Source = 20, SourceRange = 24,
+    Range = 20, Device = 40, Settings = 16, Event = 112, Hop = 40, Reports = 16, Source = 20, SourceRange = 24,
 }
 
 /// Why a program decided as it did: index into the per-CPU counters.
@@ -749,6 +798,8 @@ reasons! {
     RefusedSourceRange = "refused_source_range",
     /// Packet to a service from a client that is in none of its source ranges: dropped.
     DroppedSourceRange = "dropped_source_range",
+    /// An ICMP error was due about the packet, and too many were sent already: dropped without.
+    DroppedErrorLimit = "dropped_error_limit",
 }
 
 impl Reason {
@@ -776,6 +827,7 @@ impl Reason {
                 | Self::DroppedSpoofed
                 | Self::RefusedSourceRange
                 | Self::DroppedSourceRange
+                | Self::DroppedErrorLimit
         )
     }
 }
@@ -801,6 +853,7 @@ pub mod map {
     pub const CLIENTS: &str = "CLIENTS";
     pub const HOST_PORTS: &str = "HOST_PORTS";
     pub const FLOWS: &str = "FLOWS";
+    pub const HALVES: &str = "HALVES";
     pub const FRAGMENTS: &str = "FRAGMENTS";
     pub const LOCALS: &str = "LOCALS";
     pub const CLUSTER: &str = "CLUSTER";
@@ -810,15 +863,16 @@ pub mod map {
     pub const EVENTS: &str = "EVENTS";
     pub const SOURCES: &str = "SOURCES";
     pub const CONNECTED: &str = "CONNECTED";
-    pub const ALL: [&str; 24] = [
+    pub const REPORTS: &str = "REPORTS";
+    pub const ALL: [&str; 26] = [
         SERVICES, BACKENDS, REVERSE, PODS, ADDRS, INTENTS, PORTS, LISTENERS, COUNTERS, MEMBERS, AFFINITY, MAGLEV,
         CLIENTS, HOST_PORTS, FLOWS, FRAGMENTS, LOCALS, CLUSTER, DEVICES, ANNOUNCED, SETTINGS, EVENTS, SOURCES,
-        CONNECTED,
+        CONNECTED, HALVES, REPORTS,
     ];
 }
 
 /// Sizes of the maps. At the bound an update fails and is reported by who made it; `REVERSE`, `CONNECTED`,
-/// `AFFINITY`, `CLIENTS`, `FLOWS` and `FRAGMENTS` forget their oldest entries.
+/// `AFFINITY`, `CLIENTS`, `FLOWS`, `HALVES` and `FRAGMENTS` forget their oldest entries.
 pub mod bound {
     pub const SERVICES: usize = 65_536;
     pub const BACKENDS: usize = 524_288;
@@ -837,6 +891,9 @@ pub mod bound {
     pub const HOST_PORTS: usize = 4_096;
     /// Directions of connections: two each.
     pub const FLOWS: usize = 131_072;
+    /// The same of those that have not begun in earnest: what a flood of beginnings can displace. With a
+    /// tenth of a second to his answer, a caller gets through as long as fewer than 300,000 begin in a second.
+    pub const HALVES: usize = 65_536;
     pub const FRAGMENTS: usize = 8_192;
     pub const LOCALS: usize = 1_024;
     pub const CLUSTER: usize = 16_384;

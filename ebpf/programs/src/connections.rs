@@ -5,7 +5,7 @@
 //! agent removes it in passing.
 
 use crate::{
-    maps::{ADDRS, FLOWS},
+    maps::{ADDRS, FLOWS, HALVES},
     packet::{ACK, FIN, RST, SYN},
     work::Work,
 };
@@ -47,18 +47,32 @@ pub fn known(w: &mut Work) -> Known {
     if !there(w, t) {
         return Known::No;
     }
+    let relayed = t.flags & CT_RELAYED != 0;
     go_on(w, t);
-    if t.flags & CT_RELAYED != 0 { Known::Relayed } else { Known::Translated }
+    if relayed { Known::Relayed } else { Known::Translated }
+}
+
+/// What is known of packets of a flow: by far the most are of connections that are open.
+#[inline(always)]
+pub fn entry(key: &Flow) -> Option<&'static mut Translation> {
+    let entry = match FLOWS.get_ptr_mut(key) {
+        Some(entry) => entry,
+        None => HALVES.get_ptr_mut(key)?,
+    };
+    // SAFETY: an entry of a map; two CPUs that write it at once write the same, or lose one tick. One that another CPU removes
+    // meanwhile may be another flow's when it is written: only `used` and `flags` are, so that that one gets a flag which is not
+    // its own, at worst, and never another one's translation. Nobody writes what he has removed himself: see `keep`.
+    Some(unsafe { &mut *entry })
 }
 
 /// The entry of the packet's connection, with `w.to` what it makes of the packet.
 #[inline(always)]
 pub fn find(w: &mut Work) -> Option<&'static mut Translation> {
-    let entry = FLOWS.get_ptr_mut(&w.head.flow)?;
-    // SAFETY: an entry of the map; two CPUs that write it at once write the same, or lose one tick.
-    let t = unsafe { &mut *entry };
+    let t = entry(&w.head.flow)?;
     let now = now(w);
     if t.expired(now) || begins(w.head.tcp_flags) && anew(t.flags) {
+        // Else it would be found ahead of what follows it, which is in the other map.
+        let _ = FLOWS.remove(&w.head.flow);
         return None;
     }
     w.to = t.to;
@@ -94,6 +108,8 @@ fn there(w: &mut Work, t: &Translation) -> bool {
     // What another pod says under that address is not for this caller.
     w.key = w.to.flipped();
     let _ = FLOWS.remove(&w.key);
+    let _ = HALVES.remove(&w.key);
+    let _ = FLOWS.remove(&w.head.flow);
     false
 }
 
@@ -104,7 +120,8 @@ fn here(addr: &Addr) -> u32 {
     unsafe { ADDRS.get(addr) }.map_or(0, |pod| stamp(pod.netns))
 }
 
-/// A packet of it has come. Both directions: a connection lives while packets go one way.
+/// A packet of it has come. Both directions: a connection lives while packets go one way. Nobody may use the entry afterwards:
+/// it may have moved.
 #[inline(always)]
 pub fn go_on(w: &mut Work, t: &mut Translation) {
     let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
@@ -113,45 +130,78 @@ pub fn go_on(w: &mut Work, t: &mut Translation) {
         t.flags |= CT_ANSWERED
             | if tcp_flags & FIN != 0 { CT_FIN } else { 0 }
             | if tcp_flags & RST != 0 { CT_CLOSED } else { 0 };
+        if t.flags & CT_HALF != 0 && tcp_flags & RST == 0 {
+            keep(&mut w.entry, &w.head.flow);
+        }
         return;
     }
     let first_answer = t.flags & (CT_REPLY | CT_ANSWERED) == CT_REPLY;
-    let opens = t.flags & (CT_REPLY | CT_ANSWERED | CT_HALF) == CT_ANSWERED | CT_HALF && !begins(tcp_flags);
+    let opens = t.flags & (CT_REPLY | CT_ANSWERED | CT_HALF) == CT_ANSWERED | CT_HALF && tcp_flags & (SYN | RST) == 0;
     if t.used_before(now) || first_answer || opens || tcp_flags & (FIN | RST) != 0 {
         w.key = w.to.flipped();
-        advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, if opens { CT_HALF } else { 0 });
+        advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, opens);
     }
 }
 
-/// What both directions gain and lose, beside what the packet's own flags say.
+/// What both directions gain, beside what the packet's own flags say; and whether they are open from now on.
 #[inline(always)]
-fn advance(w: &mut Work, t: &mut Translation, gained: u32, lost: u32) {
+fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) {
     let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
     t.used = now;
-    t.flags = (t.flags | gained) & !lost;
+    t.flags |= gained;
     if tcp_flags & FIN != 0 {
         t.flags |= CT_FIN;
     }
     if tcp_flags & RST != 0 {
         t.flags |= CT_CLOSED;
     }
-    let Some(other) = FLOWS.get_ptr_mut(&w.key) else { return restore(w, t) };
-    // SAFETY: as above.
-    let other = unsafe { &mut *other };
+    let Some(other) = entry(&w.key) else { return restore(w, t, opens) };
     other.used = now;
     let fins = t.flags & other.flags & CT_FIN;
     let closed = (t.flags & CT_CLOSED) | if fins != 0 { CT_CLOSED } else { 0 };
     t.flags |= closed;
-    other.flags = (other.flags | gained | closed) & !lost;
+    other.flags |= gained | closed;
+    if opens {
+        keep(&mut w.entry, &w.head.flow);
+        keep(&mut w.entry, &w.key);
+    }
+}
+
+/// From now on it is in the map of what is open. It is looked up anew, because writing one entry may make a map forget another
+/// that was in hand; and it is written there before it goes here, so that it is always found.
+#[inline(always)]
+fn keep(entry: &mut Translation, key: &Flow) {
+    // SAFETY: copied out.
+    if let Some(half) = unsafe { HALVES.get(key) } {
+        *entry = *half;
+        entry.flags &= !CT_HALF;
+        // Another CPU may have been first. Without room it stays, and its next packet comes here again.
+        if matches!(FLOWS.insert(key, &*entry, BPF_NOEXIST), Ok(()) | Err(EEXIST)) {
+            let _ = HALVES.remove(key);
+        }
+    } else if let Some(open) = FLOWS.get_ptr_mut(key) {
+        // Begun while there was one map for all.
+        // SAFETY: as in `entry`.
+        unsafe { (*open).flags &= !CT_HALF };
+    }
 }
 
 /// The map has forgotten the other direction, at `w.key`: without it, answers would go out as they are.
 #[inline(always)]
-fn restore(w: &mut Work, t: &Translation) {
+fn restore(w: &mut Work, t: &Translation, opens: bool) {
     const SHARED: u32 = CT_ANSWERED | CT_HALF | CT_CLOSED | CT_WITHDRAWN;
     w.entry.to = w.head.flow.flipped();
     (w.entry.used, w.entry.flags) = (w.tick, t.flags & SHARED | !t.flags & CT_REPLY | here(&w.head.flow.src));
-    let _ = FLOWS.insert(&w.key, &w.entry, BPF_NOEXIST);
+    if opens {
+        w.entry.flags &= !CT_HALF;
+    }
+    let _ = match w.entry.flags & CT_HALF {
+        0 => FLOWS.insert(&w.key, &w.entry, BPF_NOEXIST),
+        _ => HALVES.insert(&w.key, &w.entry, BPF_NOEXIST),
+    };
+    if opens {
+        keep(&mut w.entry, &w.head.flow);
+    }
 }
 
 /// How the source of a new connection is written.
@@ -169,17 +219,12 @@ pub fn begin(w: &mut Work, source: Source) -> Result<(), Reason> {
     let now = now(w);
     claim(w, source, now)?;
     w.entry.to = w.to;
-    (w.entry.used, w.entry.flags) = (now, half(w) | here(&w.to.dst));
-    if FLOWS.insert(&w.head.flow, &w.entry, 0).is_ok() {
+    (w.entry.used, w.entry.flags) = (now, CT_HALF | here(&w.to.dst));
+    if HALVES.insert(&w.head.flow, &w.entry, 0).is_ok() {
         return Ok(());
     }
-    let _ = FLOWS.remove(&w.key);
+    let _ = HALVES.remove(&w.key);
     Err(Reason::DroppedTableFull)
-}
-
-#[inline(always)]
-fn half(w: &Work) -> u32 {
-    if w.head.flow.proto == TCP { CT_HALF } else { 0 }
 }
 
 /// Notes that packets of `w.key` become `w.to` too, as those of the connection in hand do.
@@ -189,9 +234,9 @@ pub fn also(w: &mut Work) {
         return;
     }
     w.entry.to = w.to;
-    (w.entry.used, w.entry.flags) = (w.tick, 0);
+    (w.entry.used, w.entry.flags) = (w.tick, CT_HALF);
     // Without room, or beside another connection, the parts go out as they are, and nobody takes them.
-    let _ = FLOWS.insert(&w.key, &w.entry, BPF_NOEXIST);
+    let _ = HALVES.insert(&w.key, &w.entry, BPF_NOEXIST);
 }
 
 /// Hops to take of a packet that is relayed: two are left. That is enough for its node to send it on to a third one, and
@@ -206,8 +251,8 @@ pub fn relayed_hops(hops: u8) -> u8 {
 #[inline(always)]
 pub fn relay(w: &mut Work) -> Result<(), Reason> {
     w.entry.to = w.to;
-    (w.entry.used, w.entry.flags) = (now(w), CT_RELAYED);
-    FLOWS.insert(&w.head.flow, &w.entry, 0).map_err(|_| Reason::DroppedTableFull)
+    (w.entry.used, w.entry.flags) = (now(w), CT_RELAYED | CT_HALF);
+    HALVES.insert(&w.head.flow, &w.entry, 0).map_err(|_| Reason::DroppedTableFull)
 }
 
 /// Takes the answers' key, under a source port for which it is free.
@@ -216,7 +261,7 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
     const LOW: u32 = *SNAT_PORTS.start() as u32;
     const COUNT: u64 = (*SNAT_PORTS.end() - *SNAT_PORTS.start()) as u64 + 1;
     w.entry.to = w.head.flow.flipped();
-    (w.entry.used, w.entry.flags) = (now, CT_REPLY | half(w) | here(&w.head.flow.src));
+    (w.entry.used, w.entry.flags) = (now, CT_REPLY | CT_HALF | here(&w.head.flow.src));
     // SAFETY: a helper without arguments.
     let mut random = unsafe { bpf_get_prandom_u32() as u32 };
     for attempt in 0..ATTEMPTS {
@@ -225,15 +270,29 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
             w.to.sport_be = ((LOW + ((random as u64 * COUNT) >> 32) as u32) as u16).to_be();
         }
         w.key = w.to.flipped();
-        match FLOWS.insert(&w.key, &w.entry, BPF_NOEXIST) {
-            Ok(()) => return Ok(()),
-            Err(EEXIST) => {}
+        let free = |held: &Translation| held.expired(now) || held.flags & CT_CLOSED != 0 || held.to.same(&w.entry.to);
+        match HALVES.insert(&w.key, &w.entry, BPF_NOEXIST) {
+            Ok(()) => {}
+            Err(EEXIST) => {
+                // SAFETY: compared only.
+                if !unsafe { HALVES.get(&w.key) }.is_none_or(free) {
+                    continue;
+                }
+                HALVES.insert(&w.key, &w.entry, 0).map_err(|_| Reason::DroppedTableFull)?;
+            }
             Err(_) => return Err(Reason::DroppedTableFull),
         }
-        // SAFETY: compared only.
-        let held = unsafe { FLOWS.get(&w.key) };
-        if held.is_none_or(|h| h.expired(now) || h.flags & CT_CLOSED != 0 || h.to.same(&w.entry.to)) {
-            return FLOWS.insert(&w.key, &w.entry, 0).map_err(|_| Reason::DroppedTableFull);
+        // Looked up second: what opens meanwhile is in both maps before it leaves the first.
+        // SAFETY: as above.
+        match unsafe { FLOWS.get(&w.key) } {
+            None => return Ok(()),
+            Some(held) if free(held) => {
+                let _ = FLOWS.remove(&w.key);
+                return Ok(());
+            }
+            Some(_) => {
+                let _ = HALVES.remove(&w.key);
+            }
         }
     }
     Err(Reason::DroppedNoPort)

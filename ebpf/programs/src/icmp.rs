@@ -3,14 +3,14 @@
 
 use crate::{
     connections::{self, Known},
-    maps::{FLOWS, count},
+    maps::{REPORTS, count},
     packet::{Body, Bytes, Head, Icmp, Ipv4, Ipv6, L3, Skb, fold16, fold32, replaced16, replaced32},
-    route::{DROP, tell},
+    route::{DROP, dropped},
     work::Work,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
-    bpf_skb_store_bytes,
+    bpf_ktime_get_coarse_ns, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail,
+    bpf_skb_load_bytes, bpf_skb_store_bytes,
 };
 use core::ptr;
 use sluice_ebpf_common::*;
@@ -78,8 +78,7 @@ pub fn translate(skb: &Skb, w: &mut Work) -> Known {
     let Some((l4, echo)) = quoted(skb, w) else { return Known::No };
     w.key = w.about.flipped();
     let now = connections::now(w);
-    // SAFETY: copied out; a connection does not change what it becomes.
-    match unsafe { FLOWS.get(&w.key) } {
+    match connections::entry(&w.key) {
         Some(t) if t.expired(now) => return Known::No,
         Some(t) if t.flags & CT_RELAYED != 0 => {
             w.to = w.head.flow;
@@ -169,34 +168,33 @@ struct Answer6<const N: usize> {
     quoted: [u32; N],
 }
 
-/// Errors that each CPU sends in a tick (RFC 1812 §4.3.2.8): as many as the node's stack does in a second.
-const REPORTS: u32 = 1_000;
-
+/// Whether this CPU may send one more (RFC 1812 §4.3.2.8).
 #[inline(always)]
-fn allowed(w: &mut Work) -> bool {
-    let now = connections::now(w);
-    if w.reports_tick != now {
-        (w.reports_tick, w.reports) = (now, 0);
+fn allowed(report: Report) -> bool {
+    let Some(reports) = REPORTS.get_ptr_mut(0) else { return false };
+    // SAFETY: this CPU's own entry; packet programs of one CPU run one after the other.
+    let reports = unsafe { &mut *reports };
+    // SAFETY: a helper without arguments.
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    match report {
+        Report::PortUnreachable => reports.unreachable.take(now, &Reports::UNREACHABLE),
+        Report::TooBig(_) => reports.too_big.take(now, &Reports::TOO_BIG),
     }
-    w.reports = w.reports.wrapping_add(1);
-    w.reports <= REPORTS
 }
 
 /// Drops the packet and tells its sender why, as far as an error may be sent about it (RFC 1122 §3.2.2: not about a
-/// later fragment, nor to many); one about a packet with IP options is not, nor more than [`REPORTS`].
+/// later fragment, nor to many); one about a packet with IP options is not. What is beyond the limit has a reason of its own.
 #[inline(always)]
 pub fn report(skb: &Skb, w: &mut Work, report: Report, reason: Reason, at: u8) -> i32 {
-    count(reason);
     let head = &w.head;
-    tell(skb, &head.flow, &head.flow, reason, at, true);
     let plain = head.l4 == L3 + if head.v4 { 20 } else { 40 };
     if !plain || head.body != Body::Ports || head.flow.src.is_unspecified() {
-        return DROP;
+        return dropped(skb, w, reason, at);
     }
-    if !allowed(w) {
-        return DROP;
+    if !allowed(report) {
+        return dropped(skb, w, Reason::DroppedErrorLimit, at);
     }
-    let head = &w.head;
+    dropped(skb, w, reason, at);
     let sent = match (head.v4, head.flow.proto == TCP) {
         (true, true) => answer4::<10>(skb, head, report),
         (true, false) => answer4::<7>(skb, head, report),

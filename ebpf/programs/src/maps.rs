@@ -50,6 +50,10 @@ pub static HOST_PORTS: HashMap<ServiceKey, Reverse, { bound::HOST_PORTS }, LAZY>
 /// Connections whose packets are translated.
 #[btf_map]
 pub static FLOWS: LruHashMap<Flow, Translation, { bound::FLOWS }> = LruHashMap::new();
+/// The same of those whose caller has not gone on after an answer. Anybody can begin any number under addresses that are not
+/// his: what that makes a map forget is not what is open.
+#[btf_map]
+pub static HALVES: LruHashMap<Flow, Translation, { bound::HALVES }> = LruHashMap::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { bound::FRAGMENTS }> = LruHashMap::new();
 /// The node's own addresses.
@@ -74,6 +78,10 @@ pub static EVENTS: RingBuf<Event, { bound::EVENTS }, 0> = RingBuf::new();
 /// Ways on of packets that leave by the link they came by, as this CPU found them in this second.
 #[btf_map]
 pub static HOPS: PerCpuArray<Hop, { MAX_HOPS }> = PerCpuArray::new();
+
+/// ICMP errors that this CPU may send.
+#[btf_map]
+pub static REPORTS: PerCpuArray<Reports, 1> = PerCpuArray::new();
 
 /// Room of a packet program on one CPU, where the stack (512 bytes) does not reach: a [`crate::work::Work`].
 #[btf_map]

@@ -7,12 +7,9 @@ use sluice_ebpf_common::*;
 
 #[repr(C)]
 pub struct Work {
-    /// The clock as it was last seen, and when; ICMP errors that may be sent as long as it shows the same. These stay from
-    /// packet to packet.
+    /// The clock as it was last seen, and when. These stay from packet to packet.
     pub jiffies: u64,
     pub tick: u32,
-    pub reports_tick: u32,
-    pub reports: u32,
     /// Link and flags of the pod that `to.dst` is, where that is known; else 0.
     pub pod: u32,
     pub pod_flags: u32,
@@ -38,7 +35,7 @@ pub struct Work {
 pub const WORDS: usize = 64;
 const _: () = assert!(size_of::<Work>() <= WORDS * 8 && align_of::<Work>() <= 8);
 
-/// But for the clock and the ICMP errors, what was there before is nobody's: each field is written before it is read.
+/// But for the clock, what was there before is nobody's: each field is written before it is read.
 #[inline(always)]
 pub fn work() -> Option<&'static mut Work> {
     let room = WORK.get_ptr_mut(0)?;

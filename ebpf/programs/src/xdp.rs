@@ -41,8 +41,10 @@ pub fn forward(packet: Frame) -> u32 {
     if length(&packet, &w.head).is_none_or(|length| hop.mtu < length) || !addressed(&packet, hop) {
         return XDP_PASS;
     }
+    // Of the entry nothing is read afterwards: it may have moved.
+    let relayed = t.flags & CT_RELAYED;
     connections::go_on(w, t);
-    let (to, hops) = match t.flags & CT_RELAYED {
+    let (to, hops) = match relayed {
         0 => (&w.to, 1),
         _ => (&w.head.flow, connections::relayed_hops(w.head.hops)),
     };

@@ -10,14 +10,17 @@ use crate::{
 use sluice_ebpf::{
     addr,
     common::{
-        Addr, CT_ANSWERED, CT_CLOSED, CT_HALF, CT_REPLY, Flow, INSIDE, PodAddr, Reason, Reverse, ServiceKey, TCP,
-        TICK_SHIFT, Translation, UDP, timeout,
+        Addr, CT_ANSWERED, CT_CLOSED, CT_HALF, CT_REPLY, Flow, INSIDE, PodAddr, Reverse, ServiceKey, TCP, TICK_SHIFT,
+        Translation, UDP, timeout,
     },
     dry_run::Verdict,
     layout::{Target, Wanted, WantedGroup},
     sweep::since_start,
 };
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicU16, Ordering},
+    time::Duration,
+};
 
 /// What a pod answers to a request as it came to it.
 fn answer(f: Family, flags: u8, proto: u8, caller: &Frame) -> Frame {
@@ -39,7 +42,7 @@ fn reached(lab: &Lab, frame: &Frame) -> String {
 fn edit(lab: &Lab, change: impl Fn(&mut Translation)) {
     for (flow, mut t) in lab.known() {
         change(&mut t);
-        lab.flows.set(&flow, &t).expect("set");
+        lab.note(&flow, &t);
     }
 }
 
@@ -74,7 +77,7 @@ fn what_has_timed_out_is_swept_and_what_lives_is_not() {
     }
     let old = |flow: &Flow| flow.sport_be == 20_003_u16.to_be() || flow.dport_be == 20_003_u16.to_be();
     for (flow, t) in lab.known().into_iter().filter(|(flow, _)| old(flow)) {
-        lab.flows.set(&flow, &Translation { used: t.used.wrapping_sub(timeout::NEW + 1), ..t }).expect("set");
+        lab.note(&flow, &Translation { used: t.used.wrapping_sub(timeout::NEW + 1), ..t });
     }
     let now = since_start().expect("clock");
     let seen = (0..64).map(|_| lab.sweeper.step(now).expect("step")).last().expect("steps");
@@ -101,7 +104,7 @@ fn a_direction_that_was_lost_comes_back() {
                 // A tick later, so that a packet brings the connection forward.
                 edit(&lab, |t| t.used -= 1);
                 for (flow, _) in whole.iter().filter(|(_, t)| reply(t) == lost) {
-                    lab.flows.remove(flow).expect("remove");
+                    lab.forget(flow);
                 }
                 let came = if lost { reached(&lab, &next) == f.pod } else { answered(&lab, f, ACK, &first) };
                 assert!(came, "the direction that is there");
@@ -120,7 +123,7 @@ fn a_direction_that_was_lost_comes_back() {
                 assert_eq!(like(of(lab.known())), like(of(whole)), "{proto}: reply lost {lost}");
                 assert!(answered(&lab, f, ACK, &first) && reached(&lab, &next) == f.pod, "both go on");
                 for (flow, _) in lab.known() {
-                    lab.flows.remove(&flow).expect("remove");
+                    lab.forget(&flow);
                 }
                 reached(&lab, &first);
                 assert!(answered(&lab, f, SYN | ACK, &first));
@@ -149,9 +152,13 @@ fn a_connection_is_open_when_the_caller_has_gone_on() {
     assert_eq!(ticks(&lab), [timeout::TCP_HALF]);
     assert!(answered(&lab, f, SYN | ACK, &first));
     reached(&lab, &first);
+    reached(&lab, &Frame { flags: SYN | ACK, ..first.clone() });
     assert_eq!(ticks(&lab), [timeout::TCP_HALF], "neither a SYN nor an answer opens it");
+    assert_eq!(lab.flows.entries().expect("entries"), []);
     reached(&lab, &Frame { flags: ACK, ..first.clone() });
     assert_eq!(ticks(&lab), [timeout::TCP_OPEN]);
+    assert_eq!(lab.flows.entries().expect("entries").len(), 2);
+    assert!(lab.halves.entries().expect("entries").is_empty(), "it has moved");
     assert!(answered(&lab, f, FIN | ACK, &first));
     assert_eq!(ticks(&lab), [timeout::TCP_OPEN]);
     reached(&lab, &Frame { flags: FIN | ACK, ..first.clone() });
@@ -254,19 +261,136 @@ fn another_pod_with_the_address_gets_nothing_of_it() {
     }
 }
 
-/// A flood to a service that nobody serves is not answered by one of errors.
+/// Programs from before there were two maps have left in the one what has not begun in earnest.
 #[test]
-fn errors_of_its_own_are_limited() {
-    const EACH_CPU: usize = 1_000;
-    let lab = lab("packets-limit");
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    // A tick may end meanwhile.
-    let (most, all) = (2 * cpus * EACH_CPU, 6 * cpus * EACH_CPU);
+fn what_was_begun_while_there_was_one_map_opens_in_it() {
+    let lab = lab("packets-one-map");
+    for f in FAMILIES {
+        let first = request(f, TCP);
+        reached(&lab, &first);
+        assert!(answered(&lab, f, SYN | ACK, &first));
+        for both in [true, false] {
+            for (flow, t) in lab.known() {
+                lab.forget(&flow);
+                let there = both || reply(&t);
+                let map = if there { &lab.flows } else { &lab.halves };
+                map.set(&flow, &Translation { flags: t.flags | CT_HALF, ..t }).expect("set");
+            }
+            assert_eq!(reached(&lab, &Frame { flags: ACK, ..first.clone() }), f.pod);
+            assert!(answered(&lab, f, ACK, &first));
+            let open = lab.flows.entries().expect("entries");
+            assert_eq!((open.len(), lab.known().len()), (2, 2), "in the one map only");
+            assert!(open.iter().all(|(_, t)| t.flags & CT_HALF == 0 && t.timeout() == timeout::TCP_OPEN), "{open:?}");
+        }
+        open_ends(&lab);
+    }
+}
+
+fn open_ends(lab: &Lab) {
+    lab.known().iter().for_each(|(flow, _)| lab.forget(flow));
+}
+
+/// The one direction may have opened without the other, which came back since.
+#[test]
+fn both_directions_go_wherever_they_are() {
+    let mut lab = lab("packets-mixed");
+    for f in FAMILIES {
+        for replies in [true, false] {
+            let asked = request(f, UDP);
+            assert_eq!(reached(&lab, &asked), f.pod);
+            assert!(answered(&lab, f, 0, &asked));
+            edit(&lab, |t| t.flags = t.flags & !CT_HALF | if reply(t) == replies { CT_HALF } else { 0 });
+            let before = [&lab.flows, &lab.halves].map(|map| map.entries().expect("entries").len());
+            assert_eq!(before, [1, 1]);
+            let others = FAMILIES.into_iter().filter(|o| o.vip != f.vip).flat_map(|o| to_only(o, o.pod));
+            lab.serve(to_only(f, f.second).into_iter().chain(others).collect());
+            assert_eq!(lab.known(), [], "nothing that an answer could bring back");
+            answered(&lab, f, 0, &asked);
+            assert_eq!(reached(&lab, &asked), f.second);
+            open_ends(&lab);
+            lab.serve(FAMILIES.into_iter().flat_map(|o| to_only(o, o.pod)).collect());
+        }
+    }
+}
+
+/// Two CPUs: what opens on the one is written on the other, while others begin where it was.
+#[test]
+fn what_moves_while_it_is_used_stays_what_it_is() {
+    const ROUNDS: u16 = 10_000;
+    let lab = lab("packets-two-cpus");
     let f = FAMILIES[0];
-    let frame = Frame { dst: ip(f.empty), ..request(f, UDP) }.bytes();
-    let verdicts: Vec<Verdict> = (0..all).map(|_| lab.run("from_wire", &frame).verdict).collect();
-    let told = verdicts.iter().filter(|v| **v == Verdict::Redirect).count();
-    assert!((EACH_CPU.min(all)..=most).contains(&told), "{told} of {all}");
-    assert_eq!(verdicts.iter().filter(|v| **v == Verdict::Drop).count(), all - told);
-    assert_eq!(lab.counter(Reason::DroppedNoBackend), all as u64, "all are counted");
+    // So that the mark of the one in an entry of the other is seen.
+    for (netns, pod) in [(7, f.pod), (8, f.second)] {
+        lab.pods.addrs.set(&addr(ip(pod)), &PodAddr { netns, flags: 0, ifindex: 1 }).expect("pod");
+    }
+    let call = |n: u16| Frame { sport: 10_000 + n, ..request(f, TCP) };
+    let flow =
+        Flow { src: addr(ip(f.caller)), dst: addr(ip(f.vip)), dport_be: 80_u16.to_be(), proto: TCP, ..Flow::default() };
+    let begun = AtomicU16::new(0);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            for n in 0..ROUNDS {
+                reached(&lab, &call(n));
+                begun.store(n + 1, Ordering::Release);
+                let key = Flow { sport_be: (10_000 + n).to_be(), ..flow };
+                // It opens as soon as the other CPU has seen the answer, which may write it still.
+                while lab.flows.get(&key).expect("get").is_none() {
+                    reached(&lab, &Frame { flags: ACK, ..call(n) });
+                }
+                // One that stays a beginning, in the place that has become free.
+                reached(&lab, &Frame { src: ip("203.0.113.9"), ..call(n) });
+            }
+        });
+        s.spawn(|| {
+            for n in 0..ROUNDS {
+                while begun.load(Ordering::Acquire) <= n {
+                    std::hint::spin_loop();
+                }
+                lab.run("from_pod", &answer(f, SYN | ACK, TCP, &call(n)).bytes());
+            }
+        });
+    });
+    let open = lab.flows.entries().expect("entries");
+    assert_eq!(open.len(), 2 * usize::from(ROUNDS));
+    let stamp = sluice_ebpf::common::stamp(7);
+    for (flow, t) in open {
+        let want = if reply(&t) { CT_ANSWERED | CT_REPLY } else { CT_ANSWERED | stamp };
+        assert_eq!(t.flags, want, "{flow:?}");
+        assert!(lab.flows.get(&t.to.flipped()).expect("get").is_some_and(|o| o.to == flow.flipped()), "{flow:?}");
+    }
+    for (flow, t) in lab.halves.entries().expect("entries") {
+        let want = if reply(&t) { CT_REPLY } else { stamp };
+        assert_eq!(t.flags & !CT_ANSWERED, want | CT_HALF, "{flow:?}");
+    }
+}
+
+/// Beginnings under addresses that are not the sender's, which the backend answers, and nobody goes on with.
+#[test]
+fn a_flood_of_beginnings_leaves_what_is_open() {
+    const OPEN: u16 = 2_000;
+    // More than the map of open connections has room for.
+    const FLOOD: u32 = 80_000;
+    let lab = lab("packets-flood");
+    let f = FAMILIES[0];
+    let begin = |call: &Frame| {
+        reached(&lab, call);
+        lab.run("from_pod", &answer(f, SYN | ACK, TCP, call).bytes());
+    };
+    let open: Vec<Frame> = (0..OPEN).map(|n| Frame { sport: 10_000 + n, ..request(f, TCP) }).collect();
+    for call in &open {
+        begin(call);
+        reached(&lab, &Frame { flags: ACK, ..call.clone() });
+    }
+    for n in 0..FLOOD {
+        let src = std::net::Ipv4Addr::from(0xcb00_7100 + n / 60_000);
+        begin(&Frame { src: src.into(), sport: 1_024 + (n % 60_000) as u16, ..request(f, TCP) });
+    }
+    let kept = lab.flows.entries().expect("entries").len();
+    assert_eq!(kept, 2 * usize::from(OPEN), "both directions of all that is open, and nothing else");
+    assert!(open.iter().all(|call| answered(&lab, f, ACK, call)));
+    // Somebody in earnest gets through all the same.
+    let late = Frame { sport: 9_999, ..request(f, TCP) };
+    begin(&late);
+    assert_eq!(reached(&lab, &Frame { flags: ACK, ..late.clone() }), f.pod);
+    assert!(answered(&lab, f, ACK, &late));
 }

@@ -3,7 +3,7 @@
 
 use crate::{
     FAMILIES, Family, WIRE,
-    frames::{self, ACK, FIN, Frame, read},
+    frames::{self, ACK, FIN, Frame, RST, read},
     ip,
     lab::Lab,
     wire,
@@ -142,6 +142,22 @@ fn what_is_addressed_to_this_node_goes_on_as_it_is() {
             let Some(out) = node.lab.try_run("from_wire", &sent[..length]) else { continue };
             assert!(out.verdict == Verdict::Drop || out.packet == sent[..length], "{length} bytes");
         }
+    }
+}
+
+/// Of answers nothing is seen here: it opens with the second packet, unless that ends it.
+#[test]
+fn a_reset_of_what_was_only_begun_opens_nothing() {
+    let mut node = Node::new("packets-relay-reset");
+    node.serve(OTHERS.map(|o| o[0]));
+    for f in FAMILIES {
+        let open = |node: &Node| node.lab.flows.entries().expect("entries").len();
+        let (reset, kept) = (call(f, f.vip, 46_000, TCP), call(f, f.vip, 46_001, TCP));
+        let before = open(&node);
+        assert!(node.relays(&reset) && node.relays(&Frame { flags: RST, ..reset.clone() }));
+        assert_eq!(open(&node), before);
+        assert!(node.relays(&kept) && node.relays(&Frame { flags: ACK, ..kept.clone() }));
+        assert_eq!(open(&node), before + 1);
     }
 }
 

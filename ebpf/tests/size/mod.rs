@@ -18,14 +18,14 @@ use std::process::Command;
 const MTU: u32 = 1_400;
 const FAR: [&str; 2] = ["10.244.2.9", "fd00:2::9"];
 
-struct Node {
-    lab: Lab,
-    link: u32,
+pub struct Node {
+    pub lab: Lab,
+    pub link: u32,
 }
 
 impl Node {
     /// Its link takes [`MTU`]; behind it are the backends of its service, and the rest of the world.
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let link = wire();
         let mtu = ["link", "set", "w0", "mtu", &MTU.to_string()];
         assert!(Command::new("ip").args(mtu).status().expect("ip").success());
@@ -57,11 +57,11 @@ impl Node {
 }
 
 /// Too large by a hundred bytes.
-fn large(f: Family, proto: u8) -> Frame {
+pub fn large(f: Family, proto: u8) -> Frame {
     Frame { mac: WIRE, payload: vec![7; MTU as usize + 100], ..request(f, proto) }
 }
 
-fn reported(node: &Node, program: &str, sent: &Frame) {
+pub fn reported(node: &Node, program: &str, sent: &Frame) {
     let before = node.lab.counter(Reason::DroppedTooBig);
     let (verdict, packet) = node.run(program, &sent.bytes());
     assert_eq!(verdict, Verdict::Redirect, "back to the sender");
