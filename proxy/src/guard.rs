@@ -7,10 +7,7 @@
 //!
 //! The library tells when it waits for a head by asking its [`Timer`] for a sleep, and drops that when it has one.
 
-use crate::{
-    limits::UNCERTAIN,
-    reason::{self, Reason},
-};
+use crate::reason::{self, Reason};
 use bytes::Bytes;
 use hyper::rt::{Sleep, Timer};
 use std::{
@@ -85,7 +82,8 @@ impl Head {
             (false, true, _) => None,
             // Part of it came with the end of the request before.
             (false, false, false) => Some(head),
-            (false, false, true) => Some(UNCERTAIN),
+            // The bytes do not tell; what the library holds does, when the connection is next looked at (`idle`).
+            (false, false, true) => None,
         }
     }
 }

@@ -27,7 +27,7 @@ fn main() {
         return;
     }
     type Story = fn(&Ground);
-    let stories: [(&str, Story); 10] = [
+    let stories: [(&str, Story); 11] = [
         ("outside", outside::story),
         ("outside-clsact", outside::without_tcx),
         ("outside-xdp", outside::with_xdp),

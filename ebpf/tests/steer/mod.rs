@@ -42,17 +42,20 @@ const REASONS: [Reason; 6] = [
     Reason::AssignFailed,
 ];
 
-/// Of both families; the first pod is meshed as `flags` says, the second is not.
-fn lab_with(name: &str, flags: u32) -> Lab {
+/// Of both families; the first pod is meshed as long as nothing else is said, the second is not.
+fn lab(name: &str) -> Lab {
     let lab = Lab::new(name);
     for f in FAMILIES {
-        for (pod, flags) in [(f.pod, flags), (f.second, 0)] {
-            lab.pods.addrs.set(&addr(ip(pod)), &PodAddr { netns: 7, flags, ifindex: 1 }).expect("pod");
-        }
+        set_flags(&lab, f.pod, POD_MESHED);
+        set_flags(&lab, f.second, 0);
         let key = PortKey { addr: addr(ip(f.pod)), port: EXCLUDED, pad: 0 };
         lab.pods.ports.set(&key, &1).expect("port");
     }
     lab
+}
+
+fn set_flags(lab: &Lab, pod: &str, flags: u32) {
+    lab.pods.addrs.set(&addr(ip(pod)), &PodAddr { netns: 7, flags, ifindex: 1 }).expect("pod");
 }
 
 fn listener(on: IpAddr) -> TcpListener {
@@ -92,6 +95,7 @@ enum Taker {
 fn what_comes_to_a_pod_from_outside() {
     use Taker::{App, Nobody, Sidecar};
     const MESHED: u32 = POD_MESHED | POD_SHAPED;
+    let lab = lab("packets-steer");
     for (number, f) in (0..).zip(FAMILIES) {
         let other = FAMILIES[1 - number];
         let own = loopback(f).to_string();
@@ -120,35 +124,35 @@ fn what_comes_to_a_pod_from_outside() {
             (MESHED, false, UDP, f.caller, f.pod, PORT, App, None),
             (0, false, TCP, f.caller, f.pod, PORT, App, None),
         ];
-        for flags in [MESHED, POD_MESHED, POD_SHAPED, 0] {
-            let lab = lab_with(&format!("packets-steer-{number}-{flags}"), flags);
-            let inbound = |pod: &str| ListenKey { addr: addr(ip(pod)), direction: INBOUND };
-            let sidecar = listener(loopback(f));
-            let cookie = rustix::net::sockopt::socket_cookie(&sidecar).expect("cookie");
-            for case @ (_, listens, proto, from, to, port, taker, reason) in cases.iter().filter(|c| c.0 == flags) {
-                // One for the other direction, and of another pod, is not for it.
-                for key in [ListenKey { direction: OUTBOUND, ..inbound(f.pod) }, inbound(f.second), inbound(other.pod)]
-                {
-                    lab.listeners.set(&key, listener(loopback(f)).as_fd()).expect("listener");
-                }
-                match listens {
-                    true => lab.listeners.set(&inbound(f.pod), sidecar.as_fd()).expect("listener"),
-                    false => drop(lab.listeners.remove(&inbound(f.pod)).expect("listener")),
-                }
-                let before = REASONS.map(|r| lab.counter(r));
-                let (from, to) = (SocketAddr::new(ip(from), 40_000), SocketAddr::new(ip(to), *port));
-                let seen = lab.steer(&Arrival { proto: *proto, from, to, ifindex: 0 }).expect("run");
-                let want = match taker {
-                    App => Steered { passed: true, socket: 0 },
-                    Sidecar => Steered { passed: true, socket: cookie },
-                    Nobody => Steered { passed: false, socket: 0 },
-                };
-                // Before 5.17 the program cannot tell a pod's own calls, and closes meshed pods.
-                if since(5, 17) {
-                    assert_eq!((seen, counted(&lab, before)), (want, reason.iter().copied().collect()), "{case:?}");
-                } else if *taker == Sidecar {
-                    assert_eq!(seen, Steered { passed: false, socket: 0 }, "{case:?}");
-                }
+        let inbound = |pod: &str| ListenKey { addr: addr(ip(pod)), direction: INBOUND };
+        let sidecar = listener(loopback(f));
+        let cookie = rustix::net::sockopt::socket_cookie(&sidecar).expect("cookie");
+        // Those for the other direction, and of other pods, are not for it.
+        let outbound = ListenKey { direction: OUTBOUND, ..inbound(f.pod) };
+        let _others = [outbound, inbound(f.second), inbound(other.pod)].map(|key| {
+            let other = listener(loopback(f));
+            lab.listeners.set(&key, other.as_fd()).expect("listener");
+            other
+        });
+        for case @ (flags, listens, proto, from, to, port, taker, reason) in cases {
+            set_flags(&lab, f.pod, *flags);
+            match listens {
+                true => lab.listeners.set(&inbound(f.pod), sidecar.as_fd()).expect("listener"),
+                false => drop(lab.listeners.remove(&inbound(f.pod)).expect("listener")),
+            }
+            let before = REASONS.map(|r| lab.counter(r));
+            let (from, to) = (SocketAddr::new(ip(from), 40_000), SocketAddr::new(ip(to), *port));
+            let seen = lab.steer(&Arrival { proto: *proto, from, to, ifindex: 0 }).expect("run");
+            let want = match taker {
+                App => Steered { passed: true, socket: 0 },
+                Sidecar => Steered { passed: true, socket: cookie },
+                Nobody => Steered { passed: false, socket: 0 },
+            };
+            // Before 5.17 the program cannot tell a pod's own calls, and closes meshed pods.
+            if since(5, 17) {
+                assert_eq!((seen, counted(&lab, before)), (want, reason.iter().copied().collect()), "{case:?}");
+            } else if *taker == Sidecar {
+                assert_eq!(seen, Steered { passed: false, socket: 0 }, "{case:?}");
             }
         }
     }
@@ -160,7 +164,7 @@ fn a_listener_of_the_other_family_takes_nothing() {
     if !since(5, 17) {
         return println!("before Linux 5.17 nothing is captured");
     }
-    let lab = lab_with("packets-steer-family", POD_MESHED);
+    let lab = lab("packets-steer-family");
     let f = FAMILIES[0];
     let only6 = listener(loopback(FAMILIES[1]));
     let key = ListenKey { addr: addr(ip(f.pod)), direction: INBOUND };
@@ -174,12 +178,13 @@ fn a_listener_of_the_other_family_takes_nothing() {
 /// Why the cases below are not in the table above.
 #[test]
 fn the_kernel_runs_no_arrival_over_a_link() {
-    let lab = lab_with("packets-steer-link", POD_MESHED);
+    let lab = lab("packets-steer-link");
     let (from, to) = (SocketAddr::new(ip(FAMILIES[0].pod), 40_000), SocketAddr::new(ip(FAMILIES[0].caller), PORT));
     match lab.steer(&Arrival { proto: TCP, from, to, ifindex: 1 }) {
         Err(e) => {
             let cause = e.source().and_then(|c| c.downcast_ref::<io::Error>()).and_then(io::Error::raw_os_error);
-            assert_eq!(cause, Some(22), "EINVAL: {e}");
+            // EINVAL; E2BIG where the field is not known at all.
+            assert!(matches!(cause, Some(22 | 7)), "{e}: {cause:?}");
         }
         Ok(seen) => {
             println!("this kernel does: what a pod dials can be in the table");
@@ -215,71 +220,70 @@ fn what_a_pod_dials_itself() {
         return println!("before Linux 5.17 nothing is captured");
     }
     const MARKED: u32 = CAPTURE_MARK;
-    for flags in [POD_MESHED, 0] {
-        let lab = lab_with(&format!("packets-steer-out-{flags}"), flags);
-        let pod = enter_pod(&lab);
-        for f in FAMILIES {
-            let own = loopback(f).to_string();
-            let app = listener(ip(f.pod));
-            let near = app.local_addr().expect("address").port();
-            let looped = listener(loopback(f));
-            let within = looped.local_addr().expect("address").port();
-            let sidecar = listener(loopback(f));
-            sock::set_transparent(sidecar.as_fd(), sidecar.local_addr().expect("address").is_ipv6()).expect("option");
-            // Flags of the pod; whether its sidecar listens; mark; to where; who takes it; what is counted.
-            let cases: &[(u32, bool, u32, &str, u16, Taker, Option<Reason>)] = &[
-                (POD_MESHED, true, MARKED, f.caller, 443, Sidecar, Some(Reason::SteeredOutbound)),
-                (POD_MESHED, true, MARKED, f.second, PORT, Sidecar, Some(Reason::SteeredOutbound)),
-                (POD_MESHED, true, MARKED, f.vip, 80, Sidecar, Some(Reason::SteeredOutbound)),
-                // Ports that are excluded are those of the pod, not of whom it dials.
-                (POD_MESHED, true, MARKED, f.caller, EXCLUDED, Sidecar, Some(Reason::SteeredOutbound)),
-                (POD_MESHED, true, MARKED, f.caller, ADMIN_PORT, Sidecar, Some(Reason::SteeredOutbound)),
-                (POD_MESHED, false, MARKED, f.caller, 443, Nobody, Some(Reason::DroppedOutbound)),
-                (0, true, MARKED, f.caller, 443, Nobody, None),
-                // Within the pod.
-                (POD_MESHED, true, 0, f.pod, near, App, None),
-                (POD_MESHED, false, MARKED, f.pod, near, App, None),
-                (POD_MESHED, true, 0, &own, within, App, None),
-            ];
-            for case @ (_, listens, mark, to, port, taker, reason) in cases.iter().filter(|c| c.0 == flags) {
-                let key = ListenKey { addr: addr(ip(f.pod)), direction: OUTBOUND };
-                match listens {
-                    true => lab.listeners.set(&key, sidecar.as_fd()).expect("listener"),
-                    false => drop(lab.listeners.remove(&key).expect("listener")),
-                }
-                let before = REASONS.map(|r| lab.counter(r));
-                let to = SocketAddr::new(ip(to), *port);
-                let dialled = dial(to, *mark, if *taker == Nobody { SOON } else { PATIENCE });
-                let who = match taker {
-                    Nobody => {
-                        unanswered(dialled.expect_err("nobody takes it").kind());
-                        None
-                    }
-                    Sidecar => Some(&sidecar),
-                    App if *to.ip().to_string() == own => Some(&looped),
-                    App => Some(&app),
-                };
-                if let Some(who) = who {
-                    let (taken, from) = who.accept().expect("accept");
-                    assert_eq!(taken.local_addr().expect("address"), to, "{case:?}: as it was dialled");
-                    assert_eq!(from.ip(), if *taker == App { to.ip() } else { ip(f.pod) }, "{case:?}");
-                }
-                assert_eq!(counted(&lab, before), reason.iter().copied().collect::<Vec<_>>(), "{case:?}");
+    let lab = lab("packets-steer-out");
+    let pod = enter_pod(&lab);
+    for f in FAMILIES {
+        let own = loopback(f).to_string();
+        let app = listener(ip(f.pod));
+        let near = app.local_addr().expect("address").port();
+        let looped = listener(loopback(f));
+        let within = looped.local_addr().expect("address").port();
+        let sidecar = listener(loopback(f));
+        sock::set_transparent(sidecar.as_fd(), sidecar.local_addr().expect("address").is_ipv6()).expect("option");
+        // Flags of the pod; whether its sidecar listens; mark; to where; who takes it; what is counted.
+        let cases: &[(u32, bool, u32, &str, u16, Taker, Option<Reason>)] = &[
+            (POD_MESHED, true, MARKED, f.caller, 443, Sidecar, Some(Reason::SteeredOutbound)),
+            (POD_MESHED, true, MARKED, f.second, PORT, Sidecar, Some(Reason::SteeredOutbound)),
+            (POD_MESHED, true, MARKED, f.vip, 80, Sidecar, Some(Reason::SteeredOutbound)),
+            // Ports that are excluded are those of the pod, not of whom it dials.
+            (POD_MESHED, true, MARKED, f.caller, EXCLUDED, Sidecar, Some(Reason::SteeredOutbound)),
+            (POD_MESHED, true, MARKED, f.caller, ADMIN_PORT, Sidecar, Some(Reason::SteeredOutbound)),
+            (POD_MESHED, false, MARKED, f.caller, 443, Nobody, Some(Reason::DroppedOutbound)),
+            (0, true, MARKED, f.caller, 443, Nobody, None),
+            // Within the pod.
+            (POD_MESHED, true, 0, f.pod, near, App, None),
+            (POD_MESHED, false, MARKED, f.pod, near, App, None),
+            (POD_MESHED, true, 0, &own, within, App, None),
+        ];
+        for case @ (flags, listens, mark, to, port, taker, reason) in cases {
+            set_flags(&lab, f.pod, *flags);
+            let key = ListenKey { addr: addr(ip(f.pod)), direction: OUTBOUND };
+            match listens {
+                true => lab.listeners.set(&key, sidecar.as_fd()).expect("listener"),
+                false => drop(lab.listeners.remove(&key).expect("listener")),
             }
-            // Without the mark nothing comes here; and datagrams are nobody's but whose they are.
             let before = REASONS.map(|r| lab.counter(r));
-            let lost = dial(SocketAddr::new(ip(f.caller), 443), 0, PATIENCE).expect_err("no way").kind();
-            assert_eq!(lost, ErrorKind::NetworkUnreachable);
-            let datagrams = UdpSocket::bind(SocketAddr::new(ip(f.pod), 0)).expect("bind");
-            datagrams.set_read_timeout(Some(SOON)).expect("timeout");
-            socket2::SockRef::from(&datagrams).set_mark(MARKED).expect("mark");
-            datagrams.connect(SocketAddr::new(ip(f.caller), 443)).expect("connect");
-            datagrams.send(b"?").expect("send");
-            unanswered(datagrams.recv(&mut [0]).expect_err("nobody").kind());
-            assert_eq!(counted(&lab, before), []);
+            let to = SocketAddr::new(ip(to), *port);
+            let dialled = dial(to, *mark, if *taker == Nobody { SOON } else { PATIENCE });
+            let who = match taker {
+                Nobody => {
+                    unanswered(dialled.expect_err("nobody takes it").kind());
+                    None
+                }
+                Sidecar => Some(&sidecar),
+                App if *to.ip().to_string() == own => Some(&looped),
+                App => Some(&app),
+            };
+            if let Some(who) = who {
+                let (taken, from) = who.accept().expect("accept");
+                assert_eq!(taken.local_addr().expect("address"), to, "{case:?}: as it was dialled");
+                assert_eq!(from.ip(), if *taker == App { to.ip() } else { ip(f.pod) }, "{case:?}");
+            }
+            assert_eq!(counted(&lab, before), reason.iter().copied().collect::<Vec<_>>(), "{case:?}");
         }
-        lab.detach(&pod);
+        // Without the mark nothing comes here; and datagrams are nobody's but whose they are.
+        let before = REASONS.map(|r| lab.counter(r));
+        let lost = dial(SocketAddr::new(ip(f.caller), 443), 0, PATIENCE).expect_err("no way").kind();
+        assert_eq!(lost, ErrorKind::NetworkUnreachable);
+        let datagrams = UdpSocket::bind(SocketAddr::new(ip(f.pod), 0)).expect("bind");
+        datagrams.set_read_timeout(Some(SOON)).expect("timeout");
+        socket2::SockRef::from(&datagrams).set_mark(MARKED).expect("mark");
+        datagrams.connect(SocketAddr::new(ip(f.caller), 443)).expect("connect");
+        datagrams.send(b"?").expect("send");
+        unanswered(datagrams.recv(&mut [0]).expect_err("nobody").kind());
+        assert_eq!(counted(&lab, before), []);
     }
+    lab.detach(&pod);
 }
 
 /// Refused, or not even that: the kernel's refusal would be under the address that was dialled, which is not the pod's, and of
