@@ -107,7 +107,7 @@ impl Exchange<'_> {
         tokio::select! {
             biased;
             answer = &mut first => match answer {
-                Ok(answer) => return Ok(answer),
+                Ok(answer) => Ok(answer),
                 Err(_) => { let answer = (&mut second).await; drop((first, second)); self.settle(answer, second_at, in_flight) }
             },
             answer = &mut second => match answer {

@@ -150,9 +150,9 @@ impl LiveCluster {
                 let stays = balance::stays_local(healthy, local, locality.healthy_percent, worker.random());
                 let side = self.pick_of(policy, worker, now, key, |i| usable(i) && near[i] == stays);
                 // The other side rather than nobody.
-                side.or_else(|| self.pick_of(policy, worker, now, key, &usable))
+                side.or_else(|| self.pick_of(policy, worker, now, key, usable))
             }
-            _ => self.pick_of(policy, worker, now, key, &usable),
+            _ => self.pick_of(policy, worker, now, key, usable),
         }
     }
 

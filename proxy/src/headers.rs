@@ -232,7 +232,8 @@ mod tests {
 
     #[test]
     fn a_gateways_request_gets_its_backends_version() {
-        let table: [(Version, &[(&'static str, &'static str)], bool, Version); 7] = [
+        type Case = (Version, &'static [(&'static str, &'static str)], bool, Version);
+        let table: [Case; 7] = [
             (Version::HTTP_2, &[], false, Version::HTTP_11),
             (Version::HTTP_2, &[], true, Version::HTTP_2),
             (Version::HTTP_2, &[("content-type", "application/grpc+proto")], false, Version::HTTP_2),

@@ -341,6 +341,7 @@ async fn forward(worker: &Rc<Worker>, routed: Routed, mut request: Request<Incom
 }
 
 /// The request ends with an answer that no backend made.
+#[expect(clippy::boxed_local, reason = "it is in a box where it comes from")]
 fn answer_instead(mut in_flight: Box<InFlight>, response: Response<Answer>) -> Response<Answer> {
     let said = response.headers().get(reason::HEADER).and_then(|v| v.to_str().ok());
     if let Some(reason) = said.and_then(|said| Reason::ALL.iter().find(|r| r.label() == said)) {

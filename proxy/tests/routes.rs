@@ -248,7 +248,8 @@ fn what_a_route_wants_tried_again_is() {
     let get = "GET / HTTP/1.1\r\nhost: web\r\n\r\n";
     let post = "POST / HTTP/1.1\r\nhost: web\r\ncontent-length: 3\r\n\r\nabc";
     let chunked = "POST / HTTP/1.1\r\nhost: web\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n";
-    let table: [(&'static [u16], Retry, &str, (u16, usize)); 7] = [
+    type Case = (&'static [u16], Retry, &'static str, (u16, usize));
+    let table: [Case; 7] = [
         (&[503, 503, 200], retry(&[503], 2), get, (200, 3)),
         (&[503, 503, 200], retry(&[503], 1), get, (503, 2)),
         (&[500, 200], retry(&[503], 3), get, (500, 1)),

@@ -91,6 +91,9 @@ enum Taker {
     Nobody,
 }
 
+/// Flags of the pod; whether its sidecar listens; protocol; from where; to where; who takes it; what is counted.
+type Inbound<'a> = (u32, bool, u8, &'a str, &'a str, u16, Taker, Option<Reason>);
+
 #[test]
 fn what_comes_to_a_pod_from_outside() {
     use Taker::{App, Nobody, Sidecar};
@@ -99,8 +102,7 @@ fn what_comes_to_a_pod_from_outside() {
     for (number, f) in (0..).zip(FAMILIES) {
         let other = FAMILIES[1 - number];
         let own = loopback(f).to_string();
-        // Flags of the pod; whether its sidecar listens; protocol; from where; to where; who takes it; what is counted.
-        let cases: &[(u32, bool, u8, &str, &str, u16, Taker, Option<Reason>)] = &[
+        let cases: &[Inbound] = &[
             (MESHED, true, TCP, f.caller, f.pod, PORT, Sidecar, Some(Reason::SteeredInbound)),
             (POD_MESHED, true, TCP, f.second, f.pod, 1, Sidecar, Some(Reason::SteeredInbound)),
             (MESHED, true, TCP, f.caller, f.pod, u16::MAX, Sidecar, Some(Reason::SteeredInbound)),
@@ -213,6 +215,9 @@ fn enter_pod(lab: &Lab) -> Netns {
     pod
 }
 
+/// Flags of the pod; whether its sidecar listens; mark; to where; who takes it; what is counted.
+type Outbound<'a> = (u32, bool, u32, &'a str, u16, Taker, Option<Reason>);
+
 #[test]
 fn what_a_pod_dials_itself() {
     use Taker::{App, Nobody, Sidecar};
@@ -230,8 +235,7 @@ fn what_a_pod_dials_itself() {
         let within = looped.local_addr().expect("address").port();
         let sidecar = listener(loopback(f));
         sock::set_transparent(sidecar.as_fd(), sidecar.local_addr().expect("address").is_ipv6()).expect("option");
-        // Flags of the pod; whether its sidecar listens; mark; to where; who takes it; what is counted.
-        let cases: &[(u32, bool, u32, &str, u16, Taker, Option<Reason>)] = &[
+        let cases: &[Outbound] = &[
             (POD_MESHED, true, MARKED, f.caller, 443, Sidecar, Some(Reason::SteeredOutbound)),
             (POD_MESHED, true, MARKED, f.second, PORT, Sidecar, Some(Reason::SteeredOutbound)),
             (POD_MESHED, true, MARKED, f.vip, 80, Sidecar, Some(Reason::SteeredOutbound)),
