@@ -110,8 +110,8 @@ pub struct Worker {
     /// Copies for mirrors that are under way.
     pub mirroring: Cell<u32>,
     pub phase: watch::Receiver<Phase>,
-    /// The most connections that held some at a time since the last housekeeping.
-    most_busy: Cell<u64>,
+    /// The most connections that were open, and that were busy, at a time since the last housekeeping.
+    most: Cell<Connections>,
     connection_ended: Notify,
     inside: Arc<[IpNet]>,
     pub limits: Limits,
@@ -159,7 +159,7 @@ async fn serve(start: Start) -> std::io::Result<()> {
         buckets: Buckets::default(),
         mirroring: Cell::default(),
         phase: phase.clone(),
-        most_busy: Cell::default(),
+        most: Cell::default(),
         connection_ended: Notify::new(),
         inside,
         limits,
@@ -228,7 +228,7 @@ struct Open(Rc<Worker>, bool);
 impl Open {
     fn new(worker: Rc<Worker>, outbound: bool) -> Self {
         add(worker.open_counter(outbound), 1);
-        worker.most_busy.set(worker.most_busy.get().max(worker.busy()));
+        worker.grown();
         Self(worker, outbound)
     }
 }
@@ -241,14 +241,20 @@ impl Drop for Open {
     }
 }
 
+/// Connections from apps and to the app; those that are busy hold buffers.
+#[derive(Clone, Copy, Debug, Default)]
+struct Connections {
+    open: u64,
+    busy: u64,
+}
+
 /// A connection on which nothing happens.
 pub struct Idle(Rc<Worker>);
 
 impl Drop for Idle {
     fn drop(&mut self) {
-        let worker = &self.0;
-        worker.counters.idle.set(worker.counters.idle.get() - 1);
-        worker.most_busy.set(worker.most_busy.get().max(worker.busy()));
+        self.0.counters.idle.set(self.0.counters.idle.get() - 1);
+        self.0.grown();
     }
 }
 
@@ -309,7 +315,9 @@ async fn housekeeping(worker: Rc<Worker>) {
         let now = Instant::now();
         worker.upstreams.borrow().values().for_each(|u| u.reap(now));
         worker.inbound.borrow().values().flat_map(|c| &c.endpoints).for_each(|u| u.reap(now));
-        if memory::ebbed(worker.most_busy.replace(worker.busy()), worker.busy()) {
+        let now = worker.connections();
+        let most = worker.most.replace(now);
+        if memory::ebbed(most.open, now.open) || memory::ebbed(most.busy, now.busy) {
             tokio::task::spawn_blocking(memory::give_back);
         }
         let used: Vec<SocketAddr> = worker.dialled.borrow().keys().copied().collect();
@@ -343,9 +351,14 @@ impl Worker {
         if outbound { &self.counters.open_outbound } else { &self.counters.open_inbound }
     }
 
-    /// Connections from apps and to the app that are open and hold buffers.
-    fn busy(&self) -> u64 {
-        (self.counters.open_outbound.get() + self.counters.open_inbound.get()).saturating_sub(self.counters.idle.get())
+    fn connections(&self) -> Connections {
+        let open = self.counters.open_outbound.get() + self.counters.open_inbound.get();
+        Connections { open, busy: open.saturating_sub(self.counters.idle.get()) }
+    }
+
+    fn grown(&self) {
+        let (most, now) = (self.most.get(), self.connections());
+        self.most.set(Connections { open: most.open.max(now.open), busy: most.busy.max(now.busy) });
     }
 
     /// A connection holds no buffers until this is dropped.
