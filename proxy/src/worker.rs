@@ -315,9 +315,9 @@ async fn housekeeping(worker: Rc<Worker>) {
         let now = Instant::now();
         worker.upstreams.borrow().values().for_each(|u| u.reap(now));
         worker.inbound.borrow().values().flat_map(|c| &c.endpoints).for_each(|u| u.reap(now));
-        let now = worker.connections();
-        let most = worker.most.replace(now);
-        if memory::ebbed(most.open, now.open) || memory::ebbed(most.busy, now.busy) {
+        let left = worker.connections();
+        let most = worker.most.replace(left);
+        if memory::ebbed(most.open, left.open) || memory::ebbed(most.busy, left.busy) {
             tokio::task::spawn_blocking(memory::give_back);
         }
         let used: Vec<SocketAddr> = worker.dialled.borrow().keys().copied().collect();
