@@ -172,8 +172,8 @@ fn moves_and_comes_back(c: &Cluster, address: &str) -> Result<()> {
     if let Ok(IpAddr::V6(ip)) = address.parse() {
         let [.., a, b, d] = ip.octets();
         let group = format!("ff0200000000000000000001ff{a:02x}{b:02x}{d:02x}");
-        let joined = c.inside(NODES[after], &format!("grep -c {group} /proc/net/igmp6 || true"))?;
-        ensure!(joined.trim() != "0", "{} is not in the group in which {address} is solicited", NODES[after]);
+        let joined = || Ok(c.inside(NODES[after], &format!("grep -c {group} /proc/net/igmp6 || true"))?.trim() != "0");
+        c.wait(&format!("{} is in the group in which {address} is solicited", NODES[after]), 10, joined)?;
     }
     eprintln!("{address} moved from {} to {}: served again after {took:.1?}", NODES[before], NODES[after]);
     // The grace, a heartbeat that came just before, control's look every second, and the pods of the lost node.
