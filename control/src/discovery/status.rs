@@ -31,25 +31,17 @@ pub async fn run(store: Arc<dyn Store>, shared: Arc<Shared>) {
         shared.settle();
         for route in current.routes.iter() {
             if let Err(error) = write(&store, &shared, &current, route).await {
-                tracing::warn!(route = %route.name, %error, "status not written, trying again");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                shared.acknowledged.notify_one();
+                try_again(&shared, &format!("route {}", route.name), &error).await;
             }
         }
         if !Arc::ptr_eq(&written, &current.policies) {
             match write_policies(&store, &current.policies).await {
                 Ok(()) => written = current.policies.clone(),
-                Err(error) => {
-                    tracing::warn!(%error, "a policy's status not written, trying again");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    shared.acknowledged.notify_one();
-                }
+                Err(error) => try_again(&shared, "policies", &error).await,
             }
         }
         if let Err(error) = write_gateways(&store, &current).await {
-            tracing::warn!(%error, "status of gateways not written, trying again");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            shared.acknowledged.notify_one();
+            try_again(&shared, "gateways", &error).await;
         }
         tokio::select! {
             () = shared.acknowledged.notified() => {}
@@ -58,30 +50,24 @@ pub async fn run(store: Arc<dyn Store>, shared: Arc<Shared>) {
     }
 }
 
+async fn try_again(shared: &Shared, of: &str, error: &StoreError) {
+    tracing::warn!(of, %error, "status not written, trying again");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    shared.acknowledged.notify_one();
+}
+
 async fn write_policies(store: &Arc<dyn Store>, policies: &[PolicyStatus]) -> Result<(), StoreError> {
     for policy in policies {
         let kind = kinds::find(own::GROUP, own::VERSION, policy.plural).expect("policies are in the table of kinds");
         let key = kind.key(&policy.name.namespace, &policy.name.name);
-        loop {
-            let Some(kv) = store.get(&key).await? else { break };
-            let Ok(mut object) = serde_json::from_slice::<Value>(&kv.value) else { break };
-            // A newer generation is being compiled: its own turn will write.
-            if object["metadata"]["generation"].as_i64().unwrap_or(0) != policy.generation {
-                break;
-            }
+        let next = |status: &Value| {
+            let mut next = status.clone();
             let all = policy.conditions.iter();
-            let conditions: Value =
-                all.map(|(t, v)| condition(t, verdict(v, t), policy.generation, Some(&object["status"]))).collect();
-            if object["status"]["conditions"] == conditions {
-                break;
-            }
-            object["status"]["conditions"] = conditions;
-            let value = serde_json::to_vec(&object).expect("JSON serializes");
-            let txn = Txn::new().when(key.clone(), kv.mod_revision).then(Op::put(key.clone(), value));
-            if let TxnOutcome::Committed { .. } = store.txn(txn).await? {
-                break;
-            }
-        }
+            next["conditions"] =
+                all.map(|(t, v)| condition(t, verdict(v, t), policy.generation, Some(status))).collect();
+            next
+        };
+        put(store, key, policy.generation, next).await?;
     }
     Ok(())
 }
