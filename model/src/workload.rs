@@ -21,3 +21,10 @@ pub struct Workload {
     #[serde(default)]
     pub gateway: Option<String>,
 }
+
+impl Workload {
+    /// The whole name of the gateway that it serves.
+    pub fn served(&self) -> Option<Name> {
+        Some(Name::new(self.name.namespace.clone(), self.gateway.clone()?))
+    }
+}

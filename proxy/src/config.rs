@@ -120,8 +120,7 @@ pub fn compile(held: &Held, workload: &Name, tls: Option<Arc<Tls>>, generation: 
 
 /// The gateway that the workload serves.
 pub fn served<'s>(snapshot: &'s Snapshot, workload: &Name) -> Option<&'s Gateway> {
-    let name = snapshot.workload(workload)?.gateway.clone()?;
-    snapshot.gateway(&Name::new(workload.namespace.clone(), name))
+    snapshot.gateway(&snapshot.workload(workload)?.served()?)
 }
 
 fn inbound(snapshot: &Snapshot, workload: &Name) -> Inbound {

@@ -1,9 +1,9 @@
 //! One sidecar's stream: what it subscribed to, what it was sent, what it has in force. While an Update is on its way
 //! nothing is queued behind it; the next one is made from the latest view (latest wins, memory bounded). PURE.
 
-use super::scope::{self, Scope};
+use super::scope::Scope;
 use crate::view::View;
-use sluice_model::{Name, Revision};
+use sluice_model::{Name, Revision, Workload};
 use sluice_wire::{
     convert::address_from_wire,
     v1::{self, WorkloadRef, client_message::Kind},
@@ -100,7 +100,7 @@ impl Feed {
         let own = view.snapshot.workload(&self.name).filter(|w| w.uid == self.uid);
         // Nor a gateway without its listeners: they are not on disk, so the agent's first view may lack them, and what the
         // gateway has is better than nothing.
-        let whole = |w| scope::gateway(w).is_none_or(|name| view.snapshot.gateway(&name).is_some());
+        let whole = |w: &Workload| w.served().is_none_or(|name| view.snapshot.gateway(&name).is_some());
         let known = own.is_some_and(whole);
         if !self.queue.is_empty() || !known {
             return;

@@ -39,7 +39,7 @@ impl Scope {
             add(Kind::EndpointSet, service);
         }
         let own = snapshot.workload(workload);
-        let gateway = own.and_then(gateway);
+        let gateway = own.and_then(Workload::served);
         if let Some(gateway) = &gateway {
             add(Kind::Gateway, gateway);
         }
@@ -107,11 +107,6 @@ impl Scope {
         let chunks: Vec<_> = changed.chain(removed).chain(resolutions).collect();
         if chunks.is_empty() { vec![empty()] } else { chunks }
     }
-}
-
-/// The gateway that a workload serves.
-pub(super) fn gateway(workload: &Workload) -> Option<Name> {
-    workload.gateway.as_ref().map(|name| Name::new(workload.name.namespace.clone(), name.clone()))
 }
 
 fn prefers_zone(service: &Service) -> bool {

@@ -26,8 +26,7 @@ fn in_scope(r: &Resource, snapshot: &Snapshot, node: &str, gateways: &HashSet<Na
 pub fn scoped(snapshot: &Snapshot, subscriber: &Subscriber) -> Snapshot {
     let node = subscriber.node.as_str();
     let here = snapshot.workloads().filter(|w| subscriber.gateways && w.node == node);
-    let served = |w: &Workload| Some(Name::new(w.name.namespace.clone(), w.gateway.clone()?));
-    let gateways: HashSet<Name> = here.filter_map(served).collect();
+    let gateways: HashSet<Name> = here.filter_map(Workload::served).collect();
     let resources = snapshot.iter().filter(|r| in_scope(r, snapshot, node, &gateways)).cloned();
     Snapshot::from_shared(snapshot.revision, resources)
 }
