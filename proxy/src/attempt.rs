@@ -14,8 +14,9 @@ use crate::{
     upstream::{ConnectError, InFlight, Sender, Serving, Upstream},
     worker::Worker,
 };
+use futures::future::{Either, select};
 use http::{Request, Response, StatusCode, Version};
-use hyper::body::Incoming;
+use hyper::{body::Incoming, client::conn::TrySendError};
 use sluice_model::Retry;
 use sluice_traffic::retry;
 use std::{
@@ -103,23 +104,15 @@ impl Exchange<'_> {
             second_at = Some(at);
             serving.at(upstream);
         };
-        let mut second = Box::pin(self.send(again, spare, &mut note));
-        tokio::select! {
-            biased;
-            answer = &mut first => match answer {
-                Ok(answer) => Ok(answer),
-                Err(_) => { let answer = (&mut second).await; drop((first, second)); self.settle(answer, second_at, in_flight) }
-            },
-            answer = &mut second => match answer {
-                Err(_) => first.await,
-                answer => { drop((first, second)); self.settle(answer, second_at, in_flight) }
-            },
-        }
-    }
-
-    /// The second endpoint has answered, or neither: the request is there.
-    fn settle<T>(&self, answer: T, at: Option<usize>, in_flight: &mut InFlight) -> T {
-        at.into_iter().for_each(|at| in_flight.at(&self.routed.choice.cluster.endpoints[at]));
+        let second = Box::pin(self.send(again, spare, &mut note));
+        let answer = match select(first, second).await {
+            Either::Left((Ok(answer), _)) => return Ok(answer),
+            Either::Left((Err(_), second)) => second.await,
+            Either::Right((Err(_), first)) => return first.await,
+            Either::Right((answer, _)) => answer,
+        };
+        // The second endpoint has answered, or neither: the request is there.
+        second_at.into_iter().for_each(|at| in_flight.at(&cluster.endpoints[at]));
         answer
     }
 
@@ -168,31 +161,17 @@ impl Exchange<'_> {
                     }
                     request = spare;
                 }
-                Some(Err(mut failed)) => {
+                Some(Err(failed)) => {
                     if let Some(reason) = fate.reason() {
                         return Err(reason);
                     }
-                    let unsent = failed.take_message();
                     tracing::debug!(error = %failed.error(), reused, "request failed");
                     upstream.failed(&sender, failed.error());
-                    let malformed = failed.error().is_parse();
-                    tries.failure = if malformed { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
                     if !failed.error().is_user() {
                         // Else the client broke off, which says nothing of the endpoint.
                         cluster.observe(worker, at, false, us());
                     }
-                    let untouched = unsent.is_some() || multiplex::unprocessed(failed.error());
-                    let may = untouched || tries.repeatable && !malformed;
-                    let again = match unsent {
-                        Some(unsent) => Some(unsent),
-                        None => spare,
-                    };
-                    let built_in = may && again.is_some() && tries.another_connection(untouched, at, cluster, worker);
-                    let Some(again) = again else { return Err(tries.failure) };
-                    if !built_in && !tries.asked_again(None, at, cluster, worker).await {
-                        return Err(tries.failure);
-                    }
-                    request = again;
+                    request = tries.after(failed, spare, at, cluster, worker).await?;
                 }
                 None => {
                     tracing::debug!(endpoint = %upstream.endpoint.address, "no answer in time");
@@ -359,6 +338,26 @@ impl<'a> Tries<'a> {
             Box::pin(tokio::time::sleep(pause)).await;
         }
         true
+    }
+
+    /// The request to send again after its connection failed; the failure where it may not be.
+    async fn after(
+        &mut self,
+        mut failed: TrySendError<Request<Outgoing>>,
+        spare: Option<Request<Outgoing>>,
+        at: usize,
+        cluster: &LiveCluster,
+        worker: &Worker,
+    ) -> Result<Request<Outgoing>, Reason> {
+        let unsent = failed.take_message();
+        let malformed = failed.error().is_parse();
+        self.failure = if malformed { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
+        let untouched = unsent.is_some() || multiplex::unprocessed(failed.error());
+        let may = untouched || self.repeatable && !malformed;
+        let again = unsent.or(spare);
+        let built_in = may && again.is_some() && self.another_connection(untouched, at, cluster, worker);
+        let Some(again) = again else { return Err(self.failure) };
+        if built_in || self.asked_again(None, at, cluster, worker).await { Ok(again) } else { Err(self.failure) }
     }
 
     fn next_endpoint(&mut self, at: usize, worker: &Worker) {

@@ -9,7 +9,7 @@ use crate::{
     front::{ALPN_H2, Front},
     http::{self, Protocol, Side},
     io::{Prefixed, first_bytes},
-    outbound::{self, Values, host, reset},
+    outbound::{self, host, reset},
     reason::Reason,
     rule::Routed,
     worker::Worker,
@@ -22,7 +22,7 @@ use sluice_traffic::{
     access::Call,
     detect::{ClientHello, Detected},
     hash::hash,
-    route::{self, Host},
+    route::Host,
 };
 use std::{
     cell::Cell,
@@ -156,20 +156,12 @@ impl Door {
         let asked = Some((request.method().as_str(), request.uri().path()));
         admission::admit(worker, &Call { caller: None, port: self.port, request: asked }, Some(self.client))?;
         let live = worker.live();
-        let host = host(request);
-        let listener = requests_of(&live.config, self.port, host).ok_or(Reason::NoRoute)?;
+        let listener = requests_of(&live.config, self.port, host(request)).ok_or(Reason::NoRoute)?;
         // Else a client could speak through one listener's certificate to another's routes.
         if self.listener.as_ref().is_some_and(|name| *name != listener.name) {
             return Err(Reason::Misdirected);
         }
-        let asked = route::Request {
-            host,
-            path: request.uri().path(),
-            query: request.uri().query().unwrap_or_default(),
-            method: request.method().as_str(),
-            headers: &Values(request.headers()),
-        };
-        live.choose_http(listener.target, &asked, request.headers(), worker)
+        live.choose_http(listener.target, request, worker)
     }
 
     /// Says who the client is and how it came; what it says of that itself is not believed.

@@ -9,6 +9,7 @@ use std::time::Duration;
 pub const MAX_HEAD: usize = 64 * 1024;
 /// Most headers of an HTTP/1 message: what the parser has room for without allocating. More are answered with 431.
 pub const MAX_HEADERS: usize = 100; // the parser's own number, which tests hold it to
+
 /// What a client's slowness may cost. HTTP/1 only: streams of HTTP/2 may rightly be silent for hours (gRPC), and hold
 /// no connection of the app's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,16 +5,26 @@ use crate::{
     cluster::{LiveCluster, LivePolicy},
     config::{Cluster, Config, Target},
     metrics::{Direction, Series, SeriesKey},
+    outbound::host,
     reason::Reason,
     rule::{LiveRule, Routed},
     worker::Worker,
 };
-use http::HeaderMap;
+use http::{HeaderMap, Request};
 use sluice_traffic::{
-    route::{Decision, Headers, Request, TableRule},
+    route::{self, Decision, Headers, TableRule},
     split::Split,
 };
 use std::{rc::Rc, sync::Arc};
+
+/// A request's headers as routes look at them.
+struct Values<'a>(&'a HeaderMap);
+
+impl Headers for Values<'_> {
+    fn any(&self, name: &str, test: &mut dyn FnMut(&[u8]) -> bool) -> bool {
+        self.0.get_all(name).iter().any(|v| test(v.as_bytes()))
+    }
+}
 
 #[derive(Debug)]
 pub struct Live {
@@ -63,19 +73,20 @@ impl Live {
     }
 
     /// The backend of an HTTP request to `target`, and what is asked of it on the way.
-    pub fn choose_http<H: Headers>(
-        &self,
-        target: usize,
-        request: &Request<'_, H>,
-        headers: &HeaderMap,
-        worker: &Worker,
-    ) -> Result<Routed, Reason> {
+    pub fn choose_http<B>(&self, target: usize, request: &Request<B>, worker: &Worker) -> Result<Routed, Reason> {
         let (of, target) = (&self.config.targets[target], &self.targets[target]);
-        match of.table.find(request) {
+        let asked = route::Request {
+            host: host(request),
+            path: request.uri().path(),
+            query: request.uri().query().unwrap_or_default(),
+            method: request.method().as_str(),
+            headers: &Values(request.headers()),
+        };
+        match of.table.find(&asked) {
             Decision::NoMatch => Err(Reason::NoRoute),
             Decision::Own if of.listener.is_some() => Err(Reason::NoRoute),
             Decision::Own => Ok(Routed::plain(target.own.clone())),
-            Decision::Rule(i) => target.rules[i].route(headers, &target.own, worker),
+            Decision::Rule(i) => target.rules[i].route(request.headers(), &target.own, worker),
         }
     }
 

@@ -3,10 +3,10 @@
 /// Connections that must have ended or become idle for it to be worth while; each had some 17 KiB.
 const WORTH: u64 = 256;
 
-/// Of the most connections that were busy since it was last looked at, so many are not any more that their memory is given back.
-/// PURE.
-pub fn ebbed(most: u64, busy: u64) -> bool {
-    most.saturating_sub(busy) >= WORTH.max(most / 4)
+/// Of the most connections that were open, or busy, since it was last looked at, so many are not any more that their memory is
+/// given back. PURE.
+pub fn ebbed(most: u64, left: u64) -> bool {
+    most.saturating_sub(left) >= WORTH.max(most / 4)
 }
 
 /// Gives free pages of all heaps back: the C library gives back what lies at the end of one alone, and the oldest of its
@@ -26,7 +26,7 @@ mod tests {
 
     #[test]
     fn a_few_that_end_are_not_worth_it() {
-        for (most, busy, worth) in [
+        for (most, left, worth) in [
             (0, 0, false),
             (300, 100, false),
             (300, 10, true),
@@ -34,7 +34,7 @@ mod tests {
             (10_000, 7_000, true),
             (5, 9, false),
         ] {
-            assert_eq!(ebbed(most, busy), worth, "{most} {busy}");
+            assert_eq!(ebbed(most, left), worth, "{most} {left}");
         }
     }
 }

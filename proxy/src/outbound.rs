@@ -13,14 +13,11 @@ use crate::{
     upstream::{ConnectError, Upstream},
     worker::Worker,
 };
-use ::http::{HeaderMap, Request, header};
+use ::http::{Request, header};
 use bytes::Bytes;
 use hyper::body::Incoming;
 use sluice_model::{AppProtocol, HashKey, Identity};
-use sluice_traffic::{
-    detect::Detected,
-    route::{self, Headers},
-};
+use sluice_traffic::detect::Detected;
 use sluice_wire::{SIDECAR_INBOUND_PORT, SIDECAR_OUTBOUND_PORT};
 use std::{cell::Cell, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 use tokio::{
@@ -205,15 +202,7 @@ pub fn choose_http(
         at = *found;
         target.set((live.config.generation, at));
     }
-    let host = host(request);
-    let asked = route::Request {
-        host,
-        path: request.uri().path(),
-        query: request.uri().query().unwrap_or_default(),
-        method: request.method().as_str(),
-        headers: &Values(request.headers()),
-    };
-    live.choose_http(at, &asked, request.headers(), worker)
+    live.choose_http(at, request, worker)
 }
 
 /// The name of the host that was asked for, without port.
@@ -224,14 +213,5 @@ pub fn host<B>(request: &Request<B>) -> &str {
         // An IPv6 address in brackets has colons of its own.
         Some((name, port)) if !port.ends_with(']') => name,
         _ => host,
-    }
-}
-
-/// A request's headers as routes look at them.
-pub struct Values<'a>(pub &'a HeaderMap);
-
-impl Headers for Values<'_> {
-    fn any(&self, name: &str, test: &mut dyn FnMut(&[u8]) -> bool) -> bool {
-        self.0.get_all(name).iter().any(|v| test(v.as_bytes()))
     }
 }

@@ -32,7 +32,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     sync::{Notify, mpsc, oneshot, watch},
     task::AbortHandle,
 };
@@ -179,20 +179,8 @@ async fn serve(start: Start) -> std::io::Result<()> {
 
 async fn accept(worker: Rc<Worker>, listener: TcpListener, outbound: bool, original: Original) {
     loop {
-        while worker.open_counter(outbound).get() >= MAX_CONNECTIONS {
-            worker.connection_ended.notified().await;
-        }
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "accept");
-                // Out of descriptors, usually: others must end first.
-                tokio::time::sleep(Duration::from_millis(10)).await;
-                continue;
-            }
-        };
+        let (stream, _) = next(&worker, &listener, outbound).await;
         let Ok(original) = original.of(&stream) else { continue };
-        let _ = stream.set_nodelay(true);
         let open = Open::new(worker.clone(), outbound);
         // Two tasks and not one with two branches: each connection pays for the size of its own.
         match outbound {
@@ -205,20 +193,29 @@ async fn accept(worker: Rc<Worker>, listener: TcpListener, outbound: bool, origi
 /// Accepts a gateway's clients at one of its ports.
 async fn accept_clients(worker: Rc<Worker>, listener: TcpListener, port: u16) {
     loop {
-        while worker.open_counter(false).get() >= MAX_CONNECTIONS {
-            worker.connection_ended.notified().await;
-        }
-        let (stream, client) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "accept");
-                tokio::time::sleep(Duration::from_millis(10)).await;
-                continue;
-            }
-        };
-        let _ = stream.set_nodelay(true);
+        let (stream, client) = next(&worker, &listener, false).await;
         let open = Open::new(worker.clone(), false);
         tokio::task::spawn_local(async move { gateway::serve(&open.0, stream, port, client).await });
+    }
+}
+
+/// The next connection, as soon as there is room for one.
+async fn next(worker: &Worker, listener: &TcpListener, outbound: bool) -> (TcpStream, SocketAddr) {
+    loop {
+        while worker.open_counter(outbound).get() >= MAX_CONNECTIONS {
+            worker.connection_ended.notified().await;
+        }
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                let _ = stream.set_nodelay(true);
+                return (stream, peer);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "accept");
+                // Out of descriptors, usually: others must end first.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
     }
 }
 
