@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     time::Instant,
 };
 
@@ -81,9 +81,14 @@ pub async fn serve<S, V, B>(
         // Empty, and yet all of the buffer.
         drop(more);
         let _idle = worker.idle();
-        tokio::select! {
-            more = stream.wait() => if !more { return },
-            () = ending.as_mut() => return,
+        let more = tokio::select! {
+            more = stream.wait() => more,
+            () = ending.as_mut() => false,
+        };
+        if !more {
+            // Within TLS that says that nothing is missing. Who has gone does not hear it.
+            let _ = stream.shutdown().await;
+            return;
         }
     }
 }
