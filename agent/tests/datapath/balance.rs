@@ -45,11 +45,17 @@ pub fn service(n: &str, vips: &[&str]) -> Resource {
 }
 
 pub fn endpoints(n: &str, pods: &[&TestPod]) -> Resource {
+    let addresses: Vec<IpAddr> = pods.iter().flat_map(|p| &p.addresses).copied().collect();
+    backends(n, NODE, &addresses)
+}
+
+/// The same of pods on a node, by their addresses.
+pub fn backends(n: &str, node: &str, addresses: &[IpAddr]) -> Resource {
     let port = |protocol| EndpointPort { name: "web".into(), protocol, port: 8080 };
-    let endpoint = |address: IpAddr| Endpoint {
-        address,
+    let endpoint = |address: &IpAddr| Endpoint {
+        address: *address,
         ready: true,
-        node: NODE.into(),
+        node: node.into(),
         zone: String::new(),
         draining: false,
         workload: None,
@@ -57,7 +63,7 @@ pub fn endpoints(n: &str, pods: &[&TestPod]) -> Resource {
         mesh: Mesh::Plain,
         ports: vec![port(Protocol::Tcp), port(Protocol::Udp)],
     };
-    let endpoints = pods.iter().flat_map(|p| &p.addresses).map(|a| endpoint(*a)).collect();
+    let endpoints = addresses.iter().map(endpoint).collect();
     Resource::EndpointSet(EndpointSet { name: name(n), endpoints })
 }
 

@@ -3,6 +3,7 @@
 //! The test process makes itself a node (namespaces, cgroup root, BPF file system) before its first thread, so it has
 //! a `main` of its own. Children of it play the other parts, chosen by an environment variable. Needs root.
 
+mod around;
 mod balance;
 mod between;
 mod capture;

@@ -6,12 +6,13 @@
 //! before the first one is made: a cgroup inside that node's would be balanced by both. It does what it is told by lines of JSON.
 
 use crate::{
+    around::{
+        ANY, CALLER4, CALLER6, NODE4, NODE6, WAIT, add_address, add_route, ask, asked_by, at, dial, echoed,
+        forbid_forwarding, greeting, ip, remove_eth0, serve, within,
+    },
     balance,
     ground::{Ground, NODE, OTHER, TestPod, build_plugin},
-    outside::{
-        ANY, CALLER4, CALLER6, EXTERNAL4, EXTERNAL6, NODE4, NODE6, WAIT, add_address, add_route, ask, asked_by, at,
-        dial, echoed, forbid_forwarding, greeting, ip, remove_eth0, serve, shop, within,
-    },
+    outside::{EXTERNAL4, EXTERNAL6, shop},
     parts,
 };
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,7 @@ use sluice_ebpf::{
     common::Reason,
     maps::{Counters, pin_dir},
 };
-use sluice_model::{Announcement, Endpoint, EndpointPort, EndpointSet, Mesh, Name, Node, Protocol, Resource, Service};
+use sluice_model::{Announcement, Name, Node, Resource, Service};
 use sluice_netlink::{Connection, Netns, lab, link, ns};
 use std::{
     cell::RefCell,
@@ -219,20 +220,8 @@ impl Drop for Around<'_> {
 }
 
 fn backends_of(pods: &[&Vec<IpAddr>]) -> Resource {
-    let port = |protocol| EndpointPort { name: "web".into(), protocol, port: 8080 };
-    let endpoint = |address: &IpAddr| Endpoint {
-        address: *address,
-        ready: true,
-        node: NAME.into(),
-        zone: String::new(),
-        draining: false,
-        workload: None,
-        hostname: None,
-        mesh: Mesh::Plain,
-        ports: vec![port(Protocol::Tcp), port(Protocol::Udp)],
-    };
-    let endpoints = pods.iter().copied().flatten().map(endpoint).collect();
-    Resource::EndpointSet(EndpointSet { name: balance::name("web"), endpoints })
+    let addresses: Vec<IpAddr> = pods.iter().copied().flatten().copied().collect();
+    balance::backends("web", NAME, &addresses)
 }
 
 /// Bytes that have come over the first node's link.

@@ -2,9 +2,10 @@
 //! the agent is killed and started again, then no connection fails and none takes a second.
 
 use crate::{
+    around::{Around, NODE4, NODE6, ip, remove_eth0},
     balance::{endpoints, node, serve},
     ground::{ACK, Ground, said, until},
-    outside::{Around, NODE4, NODE6, ip, shop},
+    outside::shop,
 };
 use sluice_model::{Node, Resource};
 use std::{
@@ -143,5 +144,5 @@ pub fn story(ground: &Ground) {
     drop(all);
     [s1, s2, pod].into_iter().for_each(|p| ground.end_pod(p));
     ground.apply(vec![node()]);
-    crate::outside::remove_eth0();
+    remove_eth0();
 }
