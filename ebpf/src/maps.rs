@@ -58,6 +58,12 @@ impl<K: Plain, V: Plain> HashMap<K, V> {
         move |e| Error::syscall(operation, self.path.display(), e)
     }
 
+    /// Entries that it has room for.
+    pub fn capacity(&self) -> Result<usize> {
+        let [.., entries, _] = sys::map_info(self.fd.as_fd()).map_err(self.error("inspect"))?;
+        Ok(entries as usize)
+    }
+
     pub fn get(&self, key: &K) -> Result<Option<V>> {
         let mut value = MaybeUninit::uninit();
         let found = sys::map_lookup(self.fd.as_fd(), bytes(key), bytes_mut(&mut value));

@@ -10,11 +10,15 @@ use crate::{
     layout::Target,
     maps::{Cursor, HashMap},
 };
-use sluice_ebpf_common::{CT_REPLY, CT_WITHDRAWN, Flow, INSIDE, ServiceKey, TCP, TICK_SHIFT, Translation, map};
+use sluice_ebpf_common::{
+    CT_CLOSED, CT_REPLY, CT_WITHDRAWN, Flow, INSIDE, ServiceKey, TCP, TICK_SHIFT, Translation, map,
+};
 use std::{collections::BTreeSet, io, path::Path, time::Duration};
 
-/// Entries per step: read in one call, in less than a millisecond.
-const STEP: usize = 4_096;
+/// Entries that are read in one call, in less than a millisecond.
+const CHUNK: usize = 4_096;
+/// Calls per step and map: a whole pass over a full map of connections takes four steps.
+const CHUNKS: usize = 8;
 
 /// What passes over the map have seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,9 +46,29 @@ fn is_lost(lost: &Lost, flow: &Flow, t: &Translation) -> bool {
 /// One of the programs' maps of connections, and how far it was looked through.
 struct Table {
     map: HashMap<Flow, Translation>,
+    /// Entries that it has room for.
+    capacity: usize,
     cursor: Cursor,
-    counting: u64,
+    pass: Pass,
+    last: Pass,
+}
+
+/// What one pass has found that stays.
+#[derive(Clone, Copy, Default)]
+struct Pass {
+    entries: usize,
     connections: u64,
+}
+
+/// PURE: from so many entries on, connections that are over make room before it is their time. A full map forgets what it has not
+/// seen for longest, and that is not what has just ended but what is open and silent.
+fn crowded(capacity: usize, entries: usize) -> bool {
+    entries > capacity / 2
+}
+
+/// PURE: whether an entry goes. What is over has its time for what may still be on its way; with little room it has one tick.
+fn goes(t: &Translation, now: u32, crowded: bool) -> bool {
+    t.expired(now) || crowded && t.flags & CT_CLOSED != 0 && t.idle_for(now, 1)
 }
 
 pub struct Sweeper {
@@ -61,7 +85,8 @@ impl Sweeper {
     pub fn open(dir: &Path) -> Result<Self> {
         let table = |name| {
             let map = HashMap::open(dir, name)?;
-            Ok(Table { map, cursor: Cursor::default(), counting: 0, connections: 0 })
+            let capacity = map.capacity()?;
+            Ok(Table { map, capacity, cursor: Cursor::default(), pass: Pass::default(), last: Pass::default() })
         };
         Ok(Self { tables: [table(map::HALVES)?, table(map::FLOWS)?], removed: 0, lost: Lost::new() })
     }
@@ -74,7 +99,7 @@ impl Sweeper {
         for table in &mut self.tables {
             self.removed += table.step(now)?;
         }
-        Ok(Seen { connections: self.tables.iter().map(|t| t.connections).sum(), removed: self.removed })
+        Ok(Seen { connections: self.tables.iter().map(|t| t.last.connections).sum(), removed: self.removed })
     }
 
     /// No datagram goes any more to a backend that its service has lost, and no connection begins there: to be called when the
@@ -95,7 +120,7 @@ impl Sweeper {
         let (mut found, mut cursor, mut end) = (0, Cursor::default(), lost.is_empty());
         while !end {
             let entries;
-            (entries, end) = table.map.some(&mut cursor, STEP)?;
+            (entries, end) = table.map.some(&mut cursor, CHUNK)?;
             for (flow, t) in entries.iter().filter(|(flow, t)| is_lost(lost, flow, t)) {
                 self.withdraw(table, flow, t)?;
                 found += 1;
@@ -124,28 +149,36 @@ impl Sweeper {
 }
 
 impl Table {
-    /// How many entries were removed.
+    /// How many entries were removed. What is crowded is looked through to the end, what is not until the next step.
     fn step(&mut self, now: u32) -> Result<u64> {
-        let mut removed = 0;
-        let (entries, end) = self.map.some(&mut self.cursor, STEP)?;
-        for (flow, t) in entries {
-            if t.expired(now) {
-                removed += u64::from(self.remove(&flow, now)?);
-            } else if t.flags & CT_REPLY == 0 {
-                self.counting += 1;
+        let (mut removed, mut chunks) = (0, 0);
+        loop {
+            let crowded = crowded(self.capacity, self.pass.entries.max(self.last.entries));
+            let (entries, end) = self.map.some(&mut self.cursor, CHUNK)?;
+            for (flow, t) in entries {
+                if goes(&t, now, crowded) {
+                    removed += u64::from(self.remove(&flow, now, crowded)?);
+                } else {
+                    self.pass.entries += 1;
+                    self.pass.connections += u64::from(t.flags & CT_REPLY == 0);
+                }
+            }
+            chunks += 1;
+            if end {
+                self.last = std::mem::take(&mut self.pass);
+                self.cursor = Cursor::default();
+                return Ok(removed);
+            }
+            if chunks >= CHUNKS && !crowded {
+                return Ok(removed);
             }
         }
-        if end {
-            self.connections = std::mem::take(&mut self.counting);
-            self.cursor = Cursor::default();
-        }
-        Ok(removed)
     }
 
     /// Whether it was over still when it was removed.
-    fn remove(&self, flow: &Flow, now: u32) -> Result<bool> {
+    fn remove(&self, flow: &Flow, now: u32, crowded: bool) -> Result<bool> {
         match self.map.take(flow)? {
-            Some(t) if !t.expired(now) => self.map.add(flow, &t).map(|_| false),
+            Some(t) if !goes(&t, now, crowded) => self.map.add(flow, &t).map(|_| false),
             taken => Ok(taken.is_some()),
         }
     }
@@ -159,7 +192,7 @@ pub fn since_start() -> io::Result<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sluice_ebpf_common::{Addr, CT_ANSWERED, UDP};
+    use sluice_ebpf_common::{Addr, CT_ANSWERED, UDP, timeout};
 
     const VIP: Addr = Addr::from_v4(1);
     const NODE: Addr = Addr::from_v4(2);
@@ -176,6 +209,24 @@ mod tests {
     fn lost(addr: Addr, port_be: u16) -> Lost {
         let key = ServiceKey { addr, port_be, proto: UDP, scope: INSIDE };
         [(key, Target { addr: BACKEND, port_be: 8080 })].into()
+    }
+
+    #[test]
+    fn what_is_over_goes_sooner_where_there_is_little_room() {
+        let over = Flow { proto: TCP, ..flow(BACKEND, 8080) };
+        let of = |flags| Translation { to: over, used: 100, flags };
+        for (t, now, with_room, without) in [
+            (of(CT_ANSWERED), 104, false, false),
+            (of(CT_ANSWERED | CT_CLOSED), 100, false, false),
+            (of(CT_ANSWERED | CT_CLOSED), 101, false, false),
+            (of(CT_ANSWERED | CT_CLOSED), 102, false, true),
+            (of(CT_ANSWERED | CT_CLOSED), 99, false, false),
+            (of(CT_ANSWERED | CT_CLOSED), 100 + timeout::TCP_CLOSED + 1, true, true),
+            (of(CT_ANSWERED), 101 + timeout::TCP_OPEN, true, true),
+        ] {
+            assert_eq!((goes(&t, now, false), goes(&t, now, true)), (with_room, without), "{t:?} at {now}");
+        }
+        assert!(!crowded(131_072, 65_536) && crowded(131_072, 65_537) && !crowded(1, 0));
     }
 
     #[test]

@@ -390,13 +390,19 @@ impl Translation {
     /// be ahead of that of who asks.
     #[inline(always)]
     pub const fn expired(&self, now: u32) -> bool {
-        now.wrapping_sub(self.used) as i32 > self.timeout() as i32
+        self.idle_for(now, self.timeout())
     }
 
     /// Whether it was used last before `now`.
     #[inline(always)]
     pub const fn used_before(&self, now: u32) -> bool {
-        now.wrapping_sub(self.used) as i32 > 0
+        self.idle_for(now, 0)
+    }
+
+    /// Whether it was used last more than so many ticks before `now`.
+    #[inline(always)]
+    pub const fn idle_for(&self, now: u32, ticks: u32) -> bool {
+        now.wrapping_sub(self.used) as i32 > ticks as i32
     }
 
     /// The stamp of the pod that `to.dst` was; 0: it was none of this node.

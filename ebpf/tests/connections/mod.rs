@@ -88,6 +88,33 @@ fn what_has_timed_out_is_swept_and_what_lives_is_not() {
     assert_eq!((seen.removed, seen.connections, lab.known().len()), (40, 0, 0));
 }
 
+/// With thousands that begin and end in a second, their ends would fill the map, which then forgets what is silent.
+#[test]
+fn what_is_over_makes_room_when_there_is_little() {
+    let mut lab = lab("packets-crowd");
+    let f = FAMILIES[0];
+    let silent = request(f, UDP);
+    assert_eq!(reached(&lab, &silent), f.pod);
+    let (flow, t) = lab.known().into_iter().find(|(_, t)| !reply(t)).expect("one direction");
+    let now = since_start().expect("clock");
+    let used = (now.as_nanos() >> TICK_SHIFT) as u32;
+    let capacity = lab.flows.capacity().expect("inspect");
+    let over = |n: usize| {
+        let key = Flow { src: Addr::from_v4(n as u32), proto: TCP, ..flow };
+        let to = Flow { proto: TCP, ..t.to };
+        lab.flows.set(&key, &Translation { to, used: used - 3, flags: CT_ANSWERED | CT_CLOSED }).expect("set");
+    };
+    (0..capacity / 4).for_each(over);
+    let all = lab.known().len();
+    let removed = (0..4).map(|_| lab.sweeper.step(now).expect("step").removed).last();
+    assert_eq!((removed, lab.known().len()), (Some(0), all), "there is room for their time");
+    (0..capacity * 5 / 8).for_each(over);
+    // One pass sees how many there are, the next one makes room.
+    let removed = (0..6).map(|_| lab.sweeper.step(now).expect("step").removed).last().expect("steps");
+    assert!(removed > capacity as u64 / 2, "{removed}");
+    assert_eq!(lab.known().len(), 2, "what is open is there");
+}
+
 /// The map forgets one direction before the other when it is full.
 #[test]
 fn a_direction_that_was_lost_comes_back() {
