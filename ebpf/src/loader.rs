@@ -12,7 +12,10 @@ use crate::{
     sys::{self, Hook},
     upgrade::{self, Rules, Step, Upgrade},
 };
-use aya::{Ebpf, EbpfLoader, programs::Program};
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{Program, ProgramError},
+};
 use sluice_ebpf_common::map;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -120,7 +123,7 @@ pub fn prepare(place: &Place, set_retval: bool) -> Result<Prepared> {
     let mut ways = ways.into_iter().filter(|(retval, _)| set_retval || !retval).peekable();
     while let Some((retval, ifindex)) = ways.next() {
         match prepare_as(place, retval, ifindex, Rules::default()) {
-            Err(Error::Program { .. }) if ways.peek().is_some() => {}
+            Err(Error::Program { cause, .. }) if refused(&cause) && ways.peek().is_some() => {}
             other => return other,
         }
     }
@@ -421,25 +424,51 @@ fn open_object(dir: &Path, set_retval: bool, ingress_ifindex: bool) -> Result<Eb
     // First what an old kernel may refuse: the packet programs take it seconds to verify.
     for name in CGROUP_PROGRAMS.iter().map(|(n, _)| *n).chain([STEER]).chain(PACKET_PROGRAMS) {
         let program = object.program_mut(name).ok_or(Error::NoProgram(name))?;
-        let loaded = match program {
-            Program::CgroupSockAddr(p) => p.load(),
-            Program::CgroupSock(p) => p.load(),
-            Program::SkLookup(p) => p.load(),
-            Program::SchedClassifier(p) => p.load(),
-            _ => return Err(Error::NoProgram(name)),
+        let load = || match program {
+            Program::CgroupSockAddr(p) => Some(p.load()),
+            Program::CgroupSock(p) => Some(p.load()),
+            Program::SkLookup(p) => Some(p.load()),
+            Program::SchedClassifier(p) => Some(p.load()),
+            _ => None,
         };
+        let loaded = undisturbed(load).ok_or(Error::NoProgram(name))?;
         loaded.map_err(|e| Error::Program { name, cause: Box::new(e) })?;
     }
     Ok(object)
 }
 
-/// `None` where the kernel has no place for it.
+/// `None` where the kernel does not take it.
 fn load_xdp(object: &mut Ebpf) -> Result<Option<OwnedFd>> {
     let Some(Program::Xdp(p)) = object.program_mut(XDP) else { return Err(Error::NoProgram(XDP)) };
-    if p.load().is_err() {
-        return Ok(None);
+    match undisturbed(|| Some(p.load())) {
+        Some(Err(e)) if refused(&e) => Ok(None),
+        Some(Err(e)) => Err(Error::Program { name: XDP, cause: Box::new(e) }),
+        _ => program(object, XDP).map(Some),
     }
-    program(object, XDP).map(Some)
+}
+
+/// Of the kernel on a program.
+type Verdict = std::result::Result<(), ProgramError>;
+
+/// The kernel stops verifying for a signal, whatever it is for (`EAGAIN`, as libbpf takes it too): once more then.
+fn undisturbed(mut load: impl FnMut() -> Option<Verdict>) -> Option<Verdict> {
+    const TRIES: usize = 5;
+    let stopped = |v: &Option<Verdict>| matches!(v, Some(Err(e)) if errno(e) == Some(libc::EAGAIN));
+    (1..TRIES).map(|_| load()).find(|v| !stopped(v)).unwrap_or_else(load)
+}
+
+/// PURE: whether the kernel has looked at the program and will never take it, which one with a feature less may change. Else it
+/// was prevented: by want of memory, for instance.
+fn refused(e: &ProgramError) -> bool {
+    const PREVENTED: [i32; 5] = [libc::EAGAIN, libc::EINTR, libc::ENOMEM, libc::EMFILE, libc::ENFILE];
+    errno(e).is_some_and(|errno| !PREVENTED.contains(&errno))
+}
+
+fn errno(e: &ProgramError) -> Option<i32> {
+    match e {
+        ProgramError::LoadError { io_error, .. } => io_error.raw_os_error(),
+        _ => None,
+    }
 }
 
 fn program(object: &mut Ebpf, name: &'static str) -> Result<OwnedFd> {
