@@ -12,6 +12,7 @@ pub mod flows;
 pub mod handover;
 mod health;
 pub mod identity;
+mod memory;
 pub mod network;
 pub mod node;
 pub mod pods;

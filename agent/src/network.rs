@@ -85,7 +85,7 @@ impl Links {
     }
 
     /// What is said against this function is that a value may give another descriptor each time; the socket's stays what
-    /// it is. The one that takes its place is unsafe, which this crate is not.
+    /// it is. The one that takes its place is unsafe.
     #[allow(deprecated)]
     fn register(changes: Changes) -> io::Result<AsyncFd<Changes>> {
         AsyncFd::with_interest(changes, Interest::READABLE)

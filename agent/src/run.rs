@@ -9,6 +9,7 @@ use crate::{
     handover::Handover,
     health,
     identity::{self, NodeIdentity},
+    memory,
     network::Network,
     node::{self, Facts, NotReady},
     pods::{Deps, Manager, convert, cri::Cri, events::Events, volumes::Dirs},
@@ -299,6 +300,7 @@ async fn start_network(
     let network = Network::new(o.node_name.clone(), datapath, handover, gate, relay.clone(), views.clone());
     tokio::spawn(network.clone().run(verdicts));
     tokio::spawn(health::serve(o.node_name.clone(), views.clone()));
+    tokio::spawn(memory::tidy(views.clone()));
     start_dns(o, views).await?;
     Ok(Started { network, mtu, flows, reports: relay.report(metrics) })
 }

@@ -96,7 +96,7 @@ impl Kernel for Pins {
 }
 
 /// What is said against this function is that a value may give another descriptor each time; the reader's stays what it is.
-/// The one that takes its place is unsafe, which this crate is not.
+/// The one that takes its place is unsafe.
 #[allow(deprecated)]
 fn wait_on(reader: EventReader) -> std::io::Result<AsyncFd<EventReader>> {
     AsyncFd::with_interest(reader, Interest::READABLE)
