@@ -116,7 +116,7 @@ async fn mirror_to(worker: Rc<Worker>, choice: Choice, request: Request<Outgoing
     add(&worker.counters.mirrored, 1);
     let sent = async {
         let routed = Routed::plain(choice);
-        let mut in_flight = InFlight::new(routed.choice.series.clone(), Instant::now());
+        let mut in_flight = InFlight::new(routed.choice.series.clone(), Instant::now(), None);
         let sent =
             send(&worker, &routed, None, (request, &Fate::default()), Needs::Stream, &mut in_flight, false).await;
         let Ok((response, sender)) = sent else { return };

@@ -237,7 +237,7 @@ async fn respond(worker: &Rc<Worker>, side: &Side, mut request: Request<Incoming
     });
     let mut response = match routed {
         Ok(routed) => match routed.asks.as_ref().and_then(|a| a.request_timeout) {
-            None => forward(worker, routed, request, side).await,
+            None => forward(worker, routed, request, side, None).await,
             Some(time) => Box::pin(forward_within(worker, routed, request, side, time)).await,
         },
         Err(reason) => refuse_unrouted(worker, side, &request, reason),
@@ -257,7 +257,7 @@ async fn forward_within(
     time: Duration,
 ) -> Response<Answer> {
     let deadline = tokio::time::Instant::now() + time;
-    match tokio::time::timeout_at(deadline, forward(worker, routed, request, side)).await {
+    match tokio::time::timeout_at(deadline, forward(worker, routed, request, side, Some(deadline))).await {
         Ok(response) => response.map(|body| body.until(deadline)),
         Err(_) => refuse(worker, Reason::RouteTimeout),
     }
@@ -300,11 +300,17 @@ fn watch(worker: &Worker, side: &Side, routed: &Routed, request: &mut Request<In
     in_flight.watch(exchange, observer);
 }
 
-/// Sends the request to an endpoint of the chosen backend and passes the answer on.
-async fn forward(worker: &Rc<Worker>, routed: Routed, mut request: Request<Incoming>, side: &Side) -> Response<Answer> {
+/// Sends the request to an endpoint of the chosen backend and passes the answer on. At the deadline it is given up.
+async fn forward(
+    worker: &Rc<Worker>,
+    routed: Routed,
+    mut request: Request<Incoming>,
+    side: &Side,
+    deadline: Option<tokio::time::Instant>,
+) -> Response<Answer> {
     let (inbound, port) = (side.inbound(), side.port());
     let cluster = &routed.choice.cluster;
-    let mut in_flight = Box::new(InFlight::new(routed.choice.series.clone(), Instant::now()));
+    let mut in_flight = Box::new(InFlight::new(routed.choice.series.clone(), Instant::now(), deadline));
     if worker.observer.wanted() {
         watch(worker, side, &routed, &mut request, &mut in_flight);
     }
@@ -366,6 +372,7 @@ fn tunnel_through(
     mut in_flight: Box<InFlight>,
 ) -> Response<Answer> {
     in_flight.answered(response.status().as_u16(), None);
+    in_flight.lasts();
     let server = hyper::upgrade::on(&mut response);
     let worker = worker.clone();
     tokio::task::spawn_local(async move {

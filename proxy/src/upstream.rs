@@ -453,6 +453,8 @@ pub struct InFlight {
     /// Its place within the bounds of the backend's policy.
     admitted: Option<Held>,
     started: Instant,
+    /// When it is given up.
+    deadline: Option<tokio::time::Instant>,
     status: Option<u16>,
     sender: Option<Sender>,
     /// What is noted of it, where somebody wants to see requests.
@@ -466,10 +468,11 @@ struct Seen {
 }
 
 impl InFlight {
-    pub fn new(series: Rc<Series>, started: Instant) -> Self {
+    pub fn new(series: Rc<Series>, started: Instant, deadline: Option<tokio::time::Instant>) -> Self {
         add(&series.requests, 1);
         add(&series.in_flight, 1);
-        Self { series, serving: Serving::default(), admitted: None, started, status: None, sender: None, seen: None }
+        let (serving, admitted, status, sender, seen) = (Serving::default(), None, None, None, None);
+        Self { series, serving, admitted, started, deadline, status, sender, seen }
     }
 
     /// Somebody wants to see it: `exchange` is handed over when it has ended.
@@ -510,8 +513,19 @@ impl InFlight {
         self.sender = sender;
     }
 
+    /// No time is set for it any more.
+    pub fn lasts(&mut self) {
+        self.deadline = None;
+    }
+
+    /// It took longer than its route gives it.
+    fn overdue(&self) -> bool {
+        self.deadline.is_some_and(|d| d <= tokio::time::Instant::now())
+    }
+
     /// The answer is complete; its connection may be used again.
     pub fn end(mut self) {
+        self.lasts();
         if let (Some(upstream), Some(Sender::Http1(sender))) = (&self.serving.0, self.sender.take()) {
             upstream.put_idle(sender, Instant::now());
         }
@@ -520,6 +534,10 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
+        if self.overdue() {
+            self.said(Reason::RouteTimeout.label());
+            self.status.get_or_insert(Reason::RouteTimeout.status().as_u16());
+        }
         self.series.in_flight.set(self.series.in_flight.get() - 1);
         let took = self.started.elapsed();
         self.series.answered(self.status, took);

@@ -102,6 +102,44 @@ fn admin(running: &Running, request: &str) -> String {
     text.split_once("\r\n\r\n").expect("a head").1.to_owned()
 }
 
+/// The requests that a tap shows.
+fn tap(running: &Running, query: &str) -> impl Iterator<Item = Value> + use<> {
+    let mut tap = TcpStream::connect(running.admin).expect("connect");
+    tap.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+    tap.write_all(format!("GET /tap?{query} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes()).expect("ask");
+    let mut lines = BufReader::new(tap).lines().map_while(Result::ok);
+    assert!(lines.next().expect("a status line").contains("200"));
+    lines.filter(|l| l.starts_with('{')).map(|l| serde_json::from_str(&l).expect("JSON"))
+}
+
+/// Both what had no answer in its route's time and what had half of one.
+#[test]
+fn a_tap_says_what_took_too_long() {
+    let listener = TcpListener::bind(LOCAL).expect("bind");
+    let half = listener.local_addr().expect("an address");
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut head = [0; 1024];
+            let _ = stream.read(&mut head);
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf");
+            let _ = stream.read_to_end(&mut Vec::new());
+        }
+    });
+    for (address, path, status) in [(start("v1").address, "/slow", 504), (half, "/half", 200)] {
+        let timeouts = Timeouts { request_ms: Some(50), backend_request_ms: None };
+        let rule = Rule { timeouts, backends: vec![backend("web", 1)], ..Rule::default() };
+        let running = sidecar([web(&[address]), vec![route(vec![rule])]].concat());
+        let mut seen = tap(&running, "direction=outbound");
+        let mut client = Client::connect(running.outbound[0]);
+        client.send(&format!("GET {path} HTTP/1.1\r\nhost: web\r\n\r\n"));
+        assert!(client.take_until("\r\n\r\n").expect("a head").starts_with(format!("HTTP/1.1 {status} ").as_str()));
+        let e = seen.next().expect("a request");
+        assert_eq!((&e["path"], &e["status"]), (&Value::from(path), &Value::from(status)), "{e}");
+        assert_eq!(e["reason"], "route_timeout", "{e}");
+        running.stop();
+    }
+}
+
 #[test]
 fn a_tap_shows_what_it_is_asked_for() {
     let (one, two) = (start("v1"), nowhere());
@@ -118,16 +156,11 @@ fn a_tap_shows_what_it_is_asked_for() {
         ])],
     ];
     let running = sidecar(resources.concat());
-    let mut tap = TcpStream::connect(running.admin).expect("connect");
-    tap.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
-    tap.write_all(b"GET /tap?status=5xx HTTP/1.1\r\nhost: a\r\n\r\n").expect("ask");
-    let mut lines = BufReader::new(tap).lines().map_while(Result::ok);
-    assert!(lines.next().expect("a status line").contains("200"));
+    let mut seen = tap(&running, "status=5xx");
     let mut client = Client::connect(running.outbound[0]);
     assert_eq!(client.get("/well").status, 200);
     assert_eq!(client.ask("GET", "/v2/x", "authorization: secret\r\n").status, 503);
-    let line = lines.find(|l| l.starts_with('{')).expect("a request");
-    let e: Value = serde_json::from_str(&line).expect("JSON");
+    let e = seen.next().expect("a request");
     for (field, wanted) in [
         ("path", "/v2/x"),
         ("method", "GET"),
