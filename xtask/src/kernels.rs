@@ -162,7 +162,7 @@ mount -t tmpfs tmpfs /tmp
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 {}ip link set lo up
-export PATH=/usr/sbin:/bin SLUICE_TEST_PLUGIN=/tests/sluice-cni RUST_BACKTRACE=0
+export PATH=/usr/sbin:/bin SLUICE_TEST_PLUGIN=/tests/sluice-cni SLUICE_TEST_PATIENCE_S=600 RUST_BACKTRACE=0
 echo \"{MARK} kernel $(uname -r)\"
 {steps}echo '{MARK} done'
 poweroff -f
