@@ -188,11 +188,22 @@ const BEGUN_PATIENCE: Duration = Duration::from_secs(5);
 /// Reads until the bytes tell what the connection carries, or `patience` is over: then they count as opaque, as in
 /// protocols where the server speaks first. The bytes read come back with the answer.
 pub async fn first_bytes<S: AsyncRead + Unpin>(stream: &mut S, patience: Duration) -> io::Result<(Bytes, Detected)> {
+    look(stream, patience, detect::detect).await
+}
+
+/// The same of a connection that carries HTTP: of another version than 2 is all that does not begin like it.
+pub async fn first_of_http<S: AsyncRead + Unpin>(stream: &mut S, patience: Duration) -> io::Result<(Bytes, Detected)> {
+    look(stream, patience, detect::version).await
+}
+
+type Judge = fn(&[u8]) -> Detected;
+
+async fn look<S: AsyncRead + Unpin>(stream: &mut S, patience: Duration, judge: Judge) -> io::Result<(Bytes, Detected)> {
     let mut bytes = BytesMut::with_capacity(1024);
-    let found = match tokio::time::timeout(patience, decide(stream, &mut bytes)).await {
+    let found = match tokio::time::timeout(patience, decide(stream, &mut bytes, judge)).await {
         Ok(found) => found?,
         Err(_) if detect::begun(&bytes) => {
-            let more = tokio::time::timeout(BEGUN_PATIENCE, decide(stream, &mut bytes)).await;
+            let more = tokio::time::timeout(BEGUN_PATIENCE, decide(stream, &mut bytes, judge)).await;
             more.unwrap_or_else(|_| Ok(detect::at_end(&bytes)))?
         }
         Err(_) => Detected::Opaque,
@@ -200,13 +211,13 @@ pub async fn first_bytes<S: AsyncRead + Unpin>(stream: &mut S, patience: Duratio
     Ok((bytes.freeze(), found))
 }
 
-async fn decide<S: AsyncRead + Unpin>(stream: &mut S, bytes: &mut BytesMut) -> io::Result<Detected> {
+async fn decide<S: AsyncRead + Unpin>(stream: &mut S, bytes: &mut BytesMut, judge: Judge) -> io::Result<Detected> {
     loop {
         let room = detect::MAX_BYTES - bytes.len();
         if (&mut *stream).take(room as u64).read_buf(bytes).await? == 0 {
             return Ok(detect::at_end(bytes));
         }
-        match detect::detect(bytes) {
+        match judge(bytes) {
             Detected::NeedMore => {}
             found => return Ok(found),
         }

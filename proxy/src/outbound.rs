@@ -4,7 +4,7 @@
 use crate::{
     config::{Destination, Endpoint},
     http::{self, Protocol, Side},
-    io::{Prefixed, first_bytes},
+    io::{Prefixed, first_bytes, first_of_http},
     live::Choice,
     metrics::add,
     reason::Reason,
@@ -66,7 +66,11 @@ async fn service(worker: &Rc<Worker>, mut stream: TcpStream, destination: Socket
     let side = Side::Outbound { destination, target: Cell::new((live.config.generation, target)) };
     drop(live);
     match protocol {
-        AppProtocol::Http => http::serve(worker, Prefixed::new(Bytes::new(), stream), side, Protocol::Http1).await,
+        AppProtocol::Http => {
+            let Ok((bytes, found)) = first_of_http(&mut stream, DETECT_PATIENCE).await else { return };
+            let version = if let Detected::Http2 = found { Protocol::Http2 } else { Protocol::Http1 };
+            http::serve(worker, Prefixed::new(bytes, stream), side, version).await;
+        }
         AppProtocol::Http2 => http::serve(worker, Prefixed::new(Bytes::new(), stream), side, Protocol::Http2).await,
         AppProtocol::Tcp => Box::pin(tls_or_opaque(worker, stream, destination, target)).await,
         AppProtocol::Detect => {

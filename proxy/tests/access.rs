@@ -131,8 +131,8 @@ fn a_tap_says_what_took_too_long() {
         let running = sidecar([web(&[address]), vec![route(vec![rule])]].concat());
         let mut seen = tap(&running, "direction=outbound");
         let mut client = Client::connect(running.outbound[0]);
-        client.send(&format!("GET {path} HTTP/1.1\r\nhost: web\r\n\r\n"));
-        assert!(client.take_until("\r\n\r\n").expect("a head").starts_with(format!("HTTP/1.1 {status} ").as_str()));
+        client.send(format!("GET {path} HTTP/1.1\r\nhost: web\r\n\r\n"));
+        assert!(client.take_until("\r\n\r\n").expect("a head").starts_with(&format!("HTTP/1.1 {status} ")));
         let e = seen.next().expect("a request");
         assert_eq!((&e["path"], &e["status"]), (&Value::from(path), &Value::from(status)), "{e}");
         assert_eq!(e["reason"], "route_timeout", "{e}");

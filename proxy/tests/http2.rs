@@ -49,7 +49,7 @@ fn request(body: &'static str) -> Request<Full<Bytes>> {
 
 #[tokio::test]
 async fn requests_of_one_connection_are_divided_and_trailers_pass() {
-    for app_protocol in [AppProtocol::Detect, AppProtocol::Http2] {
+    for app_protocol in [AppProtocol::Detect, AppProtocol::Http, AppProtocol::Http2] {
         let web = service("web", "10.96.0.1", app_protocol, &[serve("v1").await]);
         let v2 = service("v2", "10.96.0.2", app_protocol, &[serve("v2").await]);
         let running = sidecar([web, v2, vec![split(&[("web", 3), ("v2", 1)])]].concat());

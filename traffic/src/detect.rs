@@ -41,6 +41,15 @@ pub fn detect(bytes: &[u8]) -> Detected {
     }
 }
 
+/// Judges the bytes received so far where all is HTTP: which version of it.
+pub fn version(bytes: &[u8]) -> Detected {
+    match bytes {
+        [] => Detected::NeedMore,
+        _ if starts_alike(bytes, HTTP2_PREFACE) => http2(bytes),
+        _ => Detected::Http1,
+    }
+}
+
 /// The answer for bytes that say [`Detected::NeedMore`] when no more are waited for: a request that was only begun is
 /// HTTP all the same, so that it is refused and not passed on unseen.
 pub fn at_end(bytes: &[u8]) -> Detected {
@@ -115,6 +124,22 @@ fn token(b: u8) -> bool {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn http_is_of_one_version_or_the_other() {
+        for (bytes, want) in [
+            (&b""[..], Detected::NeedMore),
+            (b"P", Detected::NeedMore),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r", Detected::NeedMore),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Detected::Http2),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nmore", Detected::Http2),
+            (b"PO", Detected::Http1),
+            (b"PRI /", Detected::Http1),
+            (b"\x16\x03", Detected::Http1),
+        ] {
+            assert_eq!(version(bytes), want, "{bytes:?}");
+        }
+    }
 
     fn extension(kind: u16, data: &[u8]) -> Vec<u8> {
         [&kind.to_be_bytes()[..], &(data.len() as u16).to_be_bytes(), data].concat()
