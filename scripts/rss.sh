@@ -12,7 +12,20 @@ fi
 cleanup() { [ -z "$started" ] || $bin down; }
 trap cleanup EXIT
 
+# Until it has been the same for as long as agents take to give back what a view took (10 s): two minutes at most.
+settle() {
+  local last= same=0 now
+  for _ in $(seq 120); do
+    now=$(for p in $(pgrep -x sluice-agent); do awk '/VmRSS/ {printf "%d ", $2 / 1024}' "/proc/$p/status"; done)
+    if [ "$now" = "$last" ]; then same=$((same + 1)); else same=0; fi
+    [ "$same" -lt 12 ] || return 0
+    last=$now
+    sleep 1
+  done
+}
+
 median() {
+  settle
   for p in $(pgrep -x sluice-agent); do awk '/VmRSS/ {print $2 / 1024}' "/proc/$p/status"; done | sort -n |
     awk -v name="$1" '{ a[NR] = $1 } END { printf "RESULT %s ours=%.1f peer=0 unit=MB\n", name, a[int((NR + 1) / 2)] }'
 }
