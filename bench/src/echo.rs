@@ -3,15 +3,19 @@
 //!
 //! It opens no connection of its own. On SIGTERM it finishes what it has begun and exits.
 
-use crate::echo_state::{FaultChange, Faults, State};
+use crate::{
+    LocalExecutor,
+    echo_state::{FaultChange, Faults, State},
+};
 use anyhow::Context;
 use bytes::Bytes;
 use clap::Args;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, Limited, combinators::UnsyncBoxBody};
 use hyper::{Method, Request, Response, StatusCode, body::Incoming, service::service_fn};
 use hyper_util::{rt::TokioIo, server::conn::auto};
 use std::{
     cell::RefCell,
+    convert::Infallible,
     fs::{File, OpenOptions},
     io::Write,
     net::{IpAddr, Ipv6Addr, SocketAddr},
@@ -169,16 +173,6 @@ async fn accept(app: Rc<App>, listener: TcpListener, connections: Rc<Semaphore>,
     }
 }
 
-/// Spawns HTTP/2 streams beside their connection.
-#[derive(Clone, Copy)]
-struct LocalExecutor;
-
-impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for LocalExecutor {
-    fn execute(&self, f: F) {
-        tokio::task::spawn_local(f);
-    }
-}
-
 /// An owned permit of a semaphore that stays on one thread.
 trait AcquireLocal {
     async fn acquire_owned_local(self) -> LocalPermit;
@@ -199,14 +193,14 @@ impl Drop for LocalPermit {
     }
 }
 
-type Answer = Response<Full<Bytes>>;
+type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 async fn respond(
     app: Rc<App>,
     request: Request<Incoming>,
     peer: SocketAddr,
     local: SocketAddr,
-) -> Result<Answer, std::convert::Infallible> {
+) -> Result<Answer, Infallible> {
     let answer = match (request.method(), request.uri().path()) {
         (_, "/healthz") => health(&app),
         (&Method::GET, "/log") => log(&app, request.uri().query().unwrap_or_default()),
@@ -217,7 +211,7 @@ async fn respond(
 }
 
 fn json(status: StatusCode, body: String) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(body + "\n")));
+    let mut answer = Response::new(Full::new(Bytes::from(body + "\n")).boxed_unsync());
     *answer.status_mut() = status;
     answer.headers_mut().insert("content-type", http::HeaderValue::from_static("application/json"));
     answer
@@ -272,7 +266,7 @@ async fn echo(app: &Rc<App>, mut request: Request<Incoming>, peer: SocketAddr, l
         (Ok(_), false) => StatusCode::OK,
     };
     app.note(number, &id, &format!("{} {} {}", parts.method, parts.uri, status.as_u16()));
-    let answer = serde_json::json!({
+    let mut answer = serde_json::json!({
         "version": app.args.version,
         "pod": app.pod,
         "number": number,
@@ -284,10 +278,34 @@ async fn echo(app: &Rc<App>, mut request: Request<Incoming>, peer: SocketAddr, l
         "peer": peer.to_string(),
         "local": local.to_string(),
     });
-    let mut answer = json(status, answer.to_string());
+    if parts.uri.query() == Some("headers") {
+        let text = |v: &http::HeaderValue| String::from_utf8_lossy(v.as_bytes()).into_owned();
+        let all = parts.headers.iter().map(|(name, v)| (name.to_string(), serde_json::Value::from(text(v))));
+        answer["headers"] = all.collect();
+    }
+    let grpc = parts.headers.get("content-type").is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"));
+    let mut answer = match (grpc, status) {
+        (true, StatusCode::OK) => message(&answer.to_string()),
+        _ => json(status, answer.to_string()),
+    };
     if let Ok(version) = http::HeaderValue::from_str(&app.args.version) {
         answer.headers_mut().insert("x-version", version);
     }
+    answer
+}
+
+/// The text as gRPC's answer to a call: one message, and behind it that all went well.
+fn message(text: &str) -> Answer {
+    let mut body = vec![0];
+    body.extend((text.len() as u32).to_be_bytes());
+    body.extend(text.as_bytes());
+    let well = http::HeaderMap::from_iter([(
+        http::HeaderName::from_static("grpc-status"),
+        http::HeaderValue::from_static("0"),
+    )]);
+    let body = Full::new(Bytes::from(body)).with_trailers(std::future::ready(Some(Ok(well))));
+    let mut answer = Response::new(body.boxed_unsync());
+    answer.headers_mut().insert("content-type", http::HeaderValue::from_static("application/grpc"));
     answer
 }
 
@@ -296,7 +314,7 @@ fn header<'a, B>(request: &'a Request<B>, name: &str) -> &'a str {
 }
 
 fn switching() -> Answer {
-    let mut answer = Response::new(Full::default());
+    let mut answer = Response::new(Full::default().boxed_unsync());
     *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = answer.headers_mut();
     headers.insert("connection", http::HeaderValue::from_static("upgrade"));

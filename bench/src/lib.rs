@@ -13,3 +13,13 @@ pub mod outside;
 pub mod packets;
 pub mod stats;
 pub mod stream;
+
+/// Spawns what an HTTP/2 connection wants done beside it, on its own thread.
+#[derive(Clone, Copy)]
+pub(crate) struct LocalExecutor;
+
+impl<F: Future<Output = ()> + 'static> hyper::rt::Executor<F> for LocalExecutor {
+    fn execute(&self, f: F) {
+        tokio::task::spawn_local(f);
+    }
+}

@@ -1,16 +1,22 @@
-//! Open-loop HTTP/1.1 load (datagrams for `udp://`, see `datagrams`): request number n is due at start + n/rps whatever became of the others, its latency counts
-//! from that moment, and more than a second is a failure. Nothing is retried. What is left open is bounded.
+//! Open-loop HTTP load (datagrams for `udp://`, see `datagrams`): request number n is due at start + n/rps whatever became of
+//! the others, its latency counts from that moment, and more than a second is a failure. Nothing is retried. What is left open is
+//! bounded.
 
-use crate::{datagrams, load_report::Report};
+use crate::{LocalExecutor, datagrams, load_report::Report};
 use anyhow::Context;
 use bytes::Bytes;
 use clap::Parser;
 use http_body_util::{BodyExt, Full};
-use hyper::{Request, Uri, body::Incoming, client::conn::http1};
+use hyper::{
+    Request, Response, Uri,
+    body::Incoming,
+    client::conn::{http1, http2},
+};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use std::{
     cell::{Cell, RefCell},
+    error::Error,
     net::SocketAddr,
     rc::Rc,
     time::Duration,
@@ -34,6 +40,9 @@ pub struct LoadArgs {
     /// A connection per request
     #[arg(long)]
     pub fresh: bool,
+    /// HTTP/2 with prior knowledge; an answer of gRPC is one only with `grpc-status: 0` behind it
+    #[arg(long)]
+    pub http2: bool,
     /// Of udp://: name the address with each datagram, over a socket that is not connected
     #[arg(long)]
     pub unconnected: bool,
@@ -68,7 +77,33 @@ pub struct RunSummary {
     pub report: serde_json::Value,
 }
 
-type Sender = http1::SendRequest<Full<Bytes>>;
+enum Sender {
+    Http1(http1::SendRequest<Full<Bytes>>),
+    Http2(http2::SendRequest<Full<Bytes>>),
+}
+
+impl Sender {
+    fn is_closed(&self) -> bool {
+        match self {
+            Self::Http1(s) => s.is_closed(),
+            Self::Http2(s) => s.is_closed(),
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        match self {
+            Self::Http1(s) => s.is_ready(),
+            Self::Http2(s) => s.is_ready(),
+        }
+    }
+
+    async fn send(&mut self, request: Request<Full<Bytes>>) -> hyper::Result<Response<Incoming>> {
+        match self {
+            Self::Http1(s) => s.send_request(request).await,
+            Self::Http2(s) => s.send_request(request).await,
+        }
+    }
+}
 
 struct Run {
     args: LoadArgs,
@@ -174,14 +209,21 @@ impl Run {
             None => (self.connect().await.map_err(|e| format!("connect: {}", e.kind()))?, false),
         };
         let lost = |e: hyper::Error| format!("{}{}", if reused { "reused: " } else { "" }, describe(&e));
-        let answer = sender.send_request(self.request(number)).await.map_err(lost)?;
+        let answer = sender.send(self.request(number)).await.map_err(lost)?;
         let (status, version, reason) = describe_answer(&answer);
-        let body = answer.into_body().collect().await.map_err(lost)?.to_bytes();
+        let grpc = answer.headers().get("content-type").is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"));
+        let collected = answer.into_body().collect().await.map_err(lost)?;
+        let outcome =
+            collected.trailers().and_then(|t| t.get("grpc-status")?.to_str().ok()).unwrap_or("none").to_owned();
+        let body = collected.to_bytes();
         if !self.args.fresh && !sender.is_closed() {
             self.idle.borrow_mut().push(sender);
         }
         if !status.is_success() {
             return Err(format!("status {}{reason}", status.as_u16()));
+        }
+        if grpc && outcome != "0" {
+            return Err(format!("grpc-status {outcome}"));
         }
         Ok(version.or_else(|| version_in(&body)).unwrap_or_default())
     }
@@ -197,36 +239,46 @@ impl Run {
     async fn connect(&self) -> std::io::Result<Sender> {
         let stream = TcpStream::connect(self.target).await?;
         stream.set_nodelay(true)?;
-        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(std::io::Error::other)?;
-        tokio::task::spawn_local(async move {
-            // How it ended is seen by the request that was on it.
-            let _ = connection.await;
-        });
-        Ok(sender)
+        let stream = TokioIo::new(stream);
+        // How a connection ended is seen by the request that was on it.
+        Ok(if self.args.http2 {
+            let (sender, connection) = http2::handshake(LocalExecutor, stream).await.map_err(std::io::Error::other)?;
+            tokio::task::spawn_local(connection);
+            Sender::Http2(sender)
+        } else {
+            let (sender, connection) = http1::handshake(stream).await.map_err(std::io::Error::other)?;
+            tokio::task::spawn_local(connection);
+            Sender::Http1(sender)
+        })
     }
 
     fn request(&self, number: u64) -> Request<Full<Bytes>> {
         let mut request = Request::new(Full::new(self.body.clone()));
         *request.method_mut() = self.args.method.clone();
-        *request.uri_mut() = self.args.url.path_and_query().map_or_else(|| Uri::from_static("/"), |p| p.clone().into());
+        *request.uri_mut() = match self.args.url.path_and_query() {
+            // There it says the authority, too.
+            _ if self.args.http2 => self.args.url.clone(),
+            Some(path) => path.clone().into(),
+            None => Uri::from_static("/"),
+        };
         *request.headers_mut() = self.headers.clone();
         let id = format!("{}{number}", self.args.id_prefix);
         if let Ok(id) = id.parse() {
             request.headers_mut().insert("x-request-id", id);
         }
-        if self.args.fresh {
+        if self.args.fresh && !self.args.http2 {
             request.headers_mut().insert("connection", http::HeaderValue::from_static("close"));
         }
         request
     }
 }
 
-fn describe(e: &hyper::Error) -> &'static str {
+fn describe(e: &hyper::Error) -> String {
     match e {
-        e if e.is_incomplete_message() => "closed before the answer's end",
-        e if e.is_canceled() => "canceled",
-        e if e.is_parse() => "malformed answer",
-        _ => "connection lost",
+        e if e.is_incomplete_message() => "closed before the answer's end".to_owned(),
+        e if e.is_canceled() => "canceled".to_owned(),
+        e if e.is_parse() => "malformed answer".to_owned(),
+        e => e.source().map_or_else(|| "connection lost".to_owned(), |why| format!("connection lost: {why}")),
     }
 }
 

@@ -7,6 +7,7 @@ mod cluster;
 mod deploy;
 mod failures;
 mod families;
+mod features;
 mod firewalls;
 mod flows;
 mod gateway;
@@ -14,6 +15,7 @@ mod load;
 mod losses;
 mod mesh;
 mod network;
+mod protocols;
 
 use cluster::Cluster;
 use libtest_mimic::{Arguments, Trial};
@@ -44,6 +46,8 @@ const TESTS: &[(&str, Test)] = &[
     ("canary_shifts_under_load", canary::canary_shifts_under_load),
     ("strict_pods_refuse_plain_callers", canary::strict_pods_refuse_plain_callers),
     ("routes_do_what_they_ask", mesh::routes_do_what_they_ask),
+    ("rules_hold_with_and_without_sidecars", features::rules_hold_with_and_without_sidecars),
+    ("protocols_pass_with_and_without_sidecars", protocols::protocols_pass_with_and_without_sidecars),
     ("gateway_serves_clients_outside", gateway::gateway_serves_clients_outside),
     ("access_is_by_identity", mesh::access_is_by_identity),
     ("agent_and_control_killed_under_load", failures::agent_and_control_killed_under_load),

@@ -11,7 +11,11 @@ use serde_json::{Value, json};
 const OWN: &str = "sluice.dev/v1alpha1";
 
 fn own(kind: &str, name: &str, spec: Value) -> Value {
-    json!({"apiVersion": OWN, "kind": kind, "metadata": {"name": name, "namespace": "mesh"}, "spec": spec})
+    own_in("mesh", kind, name, spec)
+}
+
+pub fn own_in(namespace: &str, kind: &str, name: &str, spec: Value) -> Value {
+    json!({"apiVersion": OWN, "kind": kind, "metadata": {"name": name, "namespace": namespace}, "spec": spec})
 }
 
 /// A rule of a path, with filters.
@@ -22,16 +26,17 @@ fn rule(path: &str, filters: Value) -> Value {
     })
 }
 
-fn in_force(c: &Cluster, kind: &str, name: &str) -> Result<()> {
+/// The sidecars that use a route have acknowledged it as it is.
+pub fn in_force(c: &Cluster, namespace: &str, kind: &str, name: &str) -> Result<()> {
     c.wait(&format!("{kind} {name} is in force"), 20, || {
-        let route = c.json(&["-n", "mesh", "get", kind, name])?;
+        let route = c.json(&["-n", namespace, "get", kind, name])?;
         let generation = &route["metadata"]["generation"];
         let conditions = route["status"]["parents"][0]["conditions"].as_array().cloned().unwrap_or_default();
         let programmed = conditions.iter().find(|x| x["type"] == "Programmed").cloned().unwrap_or_default();
         Ok(programmed["status"] == "True" && programmed["observedGeneration"] == *generation)
     })
     .map(drop)
-    .with_context(|| c.try_kubectl(&["-n", "mesh", "get", kind, name, "-o", "yaml"]).unwrap_or_default())
+    .with_context(|| c.try_kubectl(&["-n", namespace, "get", kind, name, "-o", "yaml"]).unwrap_or_default())
 }
 
 /// HTTPRoute's filters, a RouteFilter and a BackendPolicy, as an app behind a sidecar sees them.
@@ -65,7 +70,7 @@ pub fn routes_do_what_they_ask(c: &Cluster) -> Result<()> {
     ])?;
     c.rollout("mesh", "echo-v1")?;
     c.rollout("mesh", "echo-v2")?;
-    in_force(c, "httproute", "echo")?;
+    in_force(c, "mesh", "httproute", "echo")?;
     let asks = ["/old/x", "/moved", "/broken", "/rare", "/rare"];
     let asks =
         asks.map(|path| format!("wget -S -q -T 5 -O - http://echo{path} 2>&1; echo")).join("; ").replace("-T 5 ", "");

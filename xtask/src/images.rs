@@ -32,6 +32,7 @@ fn program(name: &str, from: &Path, at: &str, user: &str) -> Result<Image> {
 fn echo(bin: &Path) -> Result<Image> {
     let mut image = program("sluice.local/echo:1", &bin.join("echo"), "/echo", "")?;
     image.program(&bin.join("load"), "load")?;
+    image.program(Path::new("/usr/bin/curl"), "bin/curl").context("Debian package curl")?;
     let busybox = Path::new("/bin/busybox");
     if busybox.exists() {
         image.program(busybox, "bin/busybox")?;
