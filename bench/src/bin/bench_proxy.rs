@@ -4,7 +4,7 @@
 
 use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
 use sluice_bench::{
     backend::Backend,
     closed::{self, Plan},
@@ -17,7 +17,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -75,8 +75,7 @@ fn main() -> anyhow::Result<()> {
 fn of_http(args: &Args, dir: &Path, port: u16) -> anyhow::Result<Vec<Contender>> {
     let mut all = vec![sluice(dir, port, include_str!("../../peers/sluice.json"), "10.96.0.1:80")?];
     if !args.alone {
-        let envoy = ["--concurrency", "1", "--log-level", "error", "--disable-hot-restart", "-c"];
-        all.extend(peer("envoy", "envoy", include_str!("../../peers/envoy.yaml"), &envoy, dir, port)?);
+        all.extend(peer("envoy", "envoy", include_str!("../../peers/envoy.yaml"), &ENVOY, dir, port)?);
         all.extend(peer("nginx", "nginx", include_str!("../../peers/nginx.conf"), &["-c"], dir, port)?);
         all.extend(peer("haproxy", "haproxy", include_str!("../../peers/haproxy.cfg"), &["-db", "-f"], dir, port)?);
     }
@@ -96,7 +95,6 @@ fn sluice(dir: &Path, backend: u16, view: &str, to: &str) -> anyhow::Result<Cont
 /// A client's sidecar and a server's, with mTLS between them.
 fn mtls_pair(dir: &Path, backend: u16) -> anyhow::Result<Contender> {
     let (near, far) = (dir.join("client"), dir.join("server"));
-    make_certificates(&[(&near, "client"), (&far, "server")])?;
     let listens = [loopback()?, loopback()?];
     let [outbound, inbound] = listens.map(|a| a.to_string());
     let view = include_str!("../../peers/sluice-mtls.json").replace("@SERVER@", &listens[1].port().to_string());
@@ -113,12 +111,62 @@ fn mtls_pair(dir: &Path, backend: u16) -> anyhow::Result<Contender> {
         command.args(["--workers", "1", "--admin", "127.0.0.1:0"]).env("SLUICE_LOG", "warn");
         children.push(start(command)?);
     }
-    let pair = contender("mtls pair", listens[0], children)?;
-    // The one behind may not listen yet.
-    while closed::run(plan(&pair, 1, 1)).is_err() {
+    serving(contender("mtls pair", listens[0], children)?)
+}
+
+/// The one behind may not listen yet.
+fn serving(pair: Contender) -> anyhow::Result<Contender> {
+    let until = Instant::now() + Duration::from_secs(10);
+    while let Err(error) = closed::run(plan(&pair, 1, 1)) {
+        ensure!(Instant::now() < until, "{} does not serve: {error}", pair.name);
         std::thread::sleep(Duration::from_millis(10));
     }
     Ok(pair)
+}
+
+const ENVOY: [&str; 6] = ["--concurrency", "1", "--log-level", "error", "--disable-hot-restart", "-c"];
+
+/// The same of the peers: TLS 1.3, both sides prove who they are, connections are kept.
+fn peers_pairs(dir: &Path, backend: u16) -> anyhow::Result<Vec<Contender>> {
+    let of_haproxy = |at: &str, role: &str| {
+        let tls = format!(
+            "{at} ssl crt @DIR@/{role}/both.pem ca-file @DIR@/{role}/bundle.pem verify required ssl-min-ver TLSv1.3"
+        );
+        include_str!("../../peers/haproxy.cfg").replace(at, &tls)
+    };
+    let of_nginx = |at: &str, tls: &str| include_str!("../../peers/nginx.conf").replace(at, tls);
+    let nginx_near = of_nginx(
+        "proxy_pass http://web;",
+        "proxy_pass https://web; proxy_ssl_protocols TLSv1.3; proxy_ssl_certificate @DIR@/client/certificate.pem; \
+         proxy_ssl_certificate_key @DIR@/client/key.pem; proxy_ssl_trusted_certificate @DIR@/client/bundle.pem; \
+         proxy_ssl_verify on; proxy_ssl_name server;",
+    );
+    let nginx_far = of_nginx(
+        "@LISTEN@;",
+        "@LISTEN@ ssl; ssl_protocols TLSv1.3; ssl_certificate @DIR@/server/certificate.pem; ssl_certificate_key \
+         @DIR@/server/key.pem; ssl_client_certificate @DIR@/server/bundle.pem; ssl_verify_client on;",
+    );
+    let envoy_near = include_str!("../../peers/envoy-mtls-client.yaml").to_owned();
+    let envoy_far = include_str!("../../peers/envoy-mtls-server.yaml").to_owned();
+    let pairs: [(_, _, &[&str], _, _); 3] = [
+        ("envoy pair", "envoy", &ENVOY, envoy_near, envoy_far),
+        ("nginx pair", "nginx", &["-c"], nginx_near, nginx_far),
+        (
+            "haproxy pair",
+            "haproxy",
+            &["-db", "-f"],
+            of_haproxy("@BACKEND@", "client"),
+            of_haproxy("@LISTEN@", "server"),
+        ),
+    ];
+    let mut all = Vec::new();
+    for (name, program, flags, near, far) in pairs {
+        let Some(mut behind) = peer(name, program, &far, flags, dir, backend)? else { continue };
+        let Some(mut pair) = peer(name, program, &near, flags, dir, behind.address.port())? else { continue };
+        pair.children.append(&mut behind.children);
+        all.push(serving(pair)?);
+    }
+    Ok(all)
 }
 
 /// For each folder a certificate of that service account, all of one authority.
@@ -129,11 +177,20 @@ fn make_certificates(accounts: &[(&Path, &str)]) -> anyhow::Result<()> {
     let authority = Issuer::new(params, key);
     for (folder, account) in accounts {
         let (key, mut params) = (KeyPair::generate()?, CertificateParams::default());
+        // Another than the authority's: a certificate of its own issuer would count as one that signed itself.
+        params.distinguished_name.push(DnType::CommonName, *account);
         params.subject_alt_names =
-            vec![SanType::URI(format!("spiffe://cluster.local/ns/shop/sa/{account}").try_into()?)];
+            // The name is for nginx, which knows servers by theirs alone.
+            vec![
+                SanType::URI(format!("spiffe://cluster.local/ns/shop/sa/{account}").try_into()?),
+                SanType::DnsName((*account).try_into()?),
+            ];
+        let (certificate, key) = (params.signed_by(&key, &authority)?.pem(), key.serialize_pem());
         fs::create_dir(folder)?;
-        fs::write(folder.join("certificate.pem"), params.signed_by(&key, &authority)?.pem())?;
-        fs::write(folder.join("key.pem"), key.serialize_pem())?;
+        // As HAProxy wants them.
+        fs::write(folder.join("both.pem"), format!("{certificate}{key}"))?;
+        fs::write(folder.join("certificate.pem"), certificate)?;
+        fs::write(folder.join("key.pem"), key)?;
         fs::write(folder.join("bundle.pem"), &bundle)?;
     }
     Ok(())
@@ -146,11 +203,18 @@ fn plan(c: &Contender, connections: usize, requests: u64) -> Plan {
 fn h1(args: &Args, dir: &Path) -> anyhow::Result<()> {
     let backend = Backend::start_at("v1", "0.0.0.0:0".parse()?)?;
     let mut all = of_http(args, dir, backend.address.port())?;
+    make_certificates(&[(&dir.join("client"), "client"), (&dir.join("server"), "server")])?;
     all.push(mtls_pair(dir, backend.address.port())?);
+    if !args.alone {
+        all.extend(peers_pairs(dir, backend.address.port())?);
+    }
     rounds(&mut all, args.rounds, |c| plan(c, args.connections, args.requests))?;
     table(&format!("HTTP/1.1, {} kept connections", args.connections), "us/request", &all);
     results("h1_cpu_us_per_request_vs", &all);
-    result("mtls_pair_h1_cpu_us_per_request", of(&all, "mtls pair"), 0.0, "us");
+    for peer in ["envoy", "nginx", "haproxy"] {
+        let name = format!("mtls_pair_cpu_us_per_request_vs_{peer}");
+        result(&name, of(&all, "mtls pair"), of(&all, &format!("{peer} pair")), "us");
+    }
     Ok(())
 }
 
@@ -198,8 +262,7 @@ fn h2(args: &Args, dir: &Path) -> anyhow::Result<()> {
     let backend = contender("backend", at, vec![child])?;
     let mut all = vec![sluice(dir, port, include_str!("../../peers/sluice.json"), "10.96.0.1:80")?];
     if !args.alone {
-        let envoy = ["--concurrency", "1", "--log-level", "error", "--disable-hot-restart", "-c"];
-        all.extend(peer("envoy", "envoy", include_str!("../../peers/envoy-h2.yaml"), &envoy, dir, port)?);
+        all.extend(peer("envoy", "envoy", include_str!("../../peers/envoy-h2.yaml"), &ENVOY, dir, port)?);
         let nginx = include_str!("../../peers/nginx.conf").replace("@LISTEN@;", "@LISTEN@ http2;");
         all.extend(peer("nginx", "nginx", &nginx, &["-c"], dir, port)?);
         let haproxy = include_str!("../../peers/haproxy.cfg").replace("@LISTEN@", "@LISTEN@ proto h2");
@@ -231,8 +294,7 @@ fn tcp(args: &Args, dir: &Path) -> anyhow::Result<()> {
     std::thread::spawn(move || listener.incoming().flatten().for_each(swallow));
     let mut all = vec![sluice(dir, port, include_str!("../../peers/sluice-tcp.json"), "10.96.0.1:80")?];
     if !args.alone {
-        let envoy = ["--concurrency", "1", "--log-level", "error", "--disable-hot-restart", "-c"];
-        all.extend(peer("envoy", "envoy", include_str!("../../peers/envoy-tcp.yaml"), &envoy, dir, port)?);
+        all.extend(peer("envoy", "envoy", include_str!("../../peers/envoy-tcp.yaml"), &ENVOY, dir, port)?);
         let haproxy = include_str!("../../peers/haproxy.cfg").replace("mode http", "mode tcp");
         let haproxy = haproxy.replace("    option http-keep-alive\n    http-reuse always\n", "");
         all.extend(peer("haproxy", "haproxy", &haproxy, &["-db", "-f"], dir, port)?);
@@ -330,7 +392,7 @@ fn of(all: &[Contender], name: &str) -> f64 {
 
 fn table(title: &str, unit: &str, all: &[Contender]) {
     println!(
-        "{title}\n{:10} {:>18} {:>18} {:>8} {:>8}",
+        "{title}\n{:12} {:>18} {:>18} {:>8} {:>8}",
         "proxy",
         format!("CPU {unit}"),
         "(least to most)",
@@ -341,7 +403,7 @@ fn table(title: &str, unit: &str, all: &[Contender]) {
         let spread = c.cpu_us.iter().fold((f64::MAX, 0.0f64), |(a, b), v| (a.min(*v), b.max(*v)));
         let spread = format!("({:.2}-{:.2})", spread.0, spread.1);
         let (cpu, p50, p99) = (median(&c.cpu_us), median(&c.p50_us), median(&c.p99_us));
-        println!("{:10} {cpu:>18.2} {spread:>18} {p50:>8.0} {p99:>8.0}", c.name);
+        println!("{:12} {cpu:>18.2} {spread:>18} {p50:>8.0} {p99:>8.0}", c.name);
     }
 }
 
