@@ -351,7 +351,11 @@ impl<'a> Tries<'a> {
     ) -> Result<Request<Outgoing>, Reason> {
         let unsent = failed.take_message();
         let malformed = failed.error().is_parse();
-        self.failure = if malformed { Reason::UpstreamMalformed } else { Reason::UpstreamClosed };
+        self.failure = match failed.error() {
+            _ if malformed => Reason::UpstreamMalformed,
+            e if multiplex::by_tls(e) => Reason::IdentityNotProven,
+            _ => Reason::UpstreamClosed,
+        };
         let untouched = unsent.is_some() || multiplex::unprocessed(failed.error());
         let may = untouched || self.repeatable && !malformed;
         let again = unsent.or(spare);

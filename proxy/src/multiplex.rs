@@ -146,9 +146,14 @@ impl Multiplex {
     /// A place on a connection that is there.
     pub fn take(&self) -> Option<Place> {
         let open = self.open.borrow();
-        let free = open.iter().find(|o| o.sender.is_ready() && o.requests() < o.limit.get().min(MAX_REQUESTS))?;
+        let free = open.iter().find(|o| o.sender.is_ready() && o.has_room())?;
         free.used.set(true);
         Some(Place { sender: free.sender.clone(), places: free.places.clone() })
+    }
+
+    /// Whether there is a connection that takes requests, and has as many as it may.
+    pub fn full(&self) -> bool {
+        self.open.borrow().iter().any(|o| o.sender.is_ready() && !o.has_room())
     }
 
     /// Waits for the one attempt to connect that is under way, or begins it with what `connect` makes: a future that
@@ -209,6 +214,10 @@ impl Multiplex {
 }
 
 impl Open {
+    fn has_room(&self) -> bool {
+        self.requests() < self.limit.get().min(MAX_REQUESTS)
+    }
+
     fn requests(&self) -> usize {
         Rc::strong_count(&self.places) - 1
     }
@@ -225,6 +234,13 @@ pub fn unprocessed(error: &hyper::Error) -> bool {
     let refused = |e: &h2::Error| e.reason() == Some(h2::Reason::REFUSED_STREAM);
     // By GOAWAY end only the streams above the last one that it names.
     of_http2(error).is_some_and(|e| e.is_remote() && (e.is_go_away() || refused(e)))
+}
+
+/// TLS itself ended the connection, as the other side does when it does not take our certificate: in TLS 1.3 it looks at that
+/// after we have begun to send. Of all that a connection may die of, the library gives this kind to TLS alone.
+pub fn by_tls(error: &hyper::Error) -> bool {
+    let io = error.source().and_then(|e| e.downcast_ref().or_else(|| e.downcast_ref::<h2::Error>()?.get_io()));
+    io.is_some_and(|e: &io::Error| e.kind() == io::ErrorKind::InvalidData)
 }
 
 /// Only this request failed; others on the connection go on.

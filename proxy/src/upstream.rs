@@ -347,7 +347,7 @@ impl Upstream {
             let connect = || self.clone().open_http2(worker.clone());
             self.http2.connect(self.endpoint.address, connect).await?;
         }
-        Err(ConnectError::Full { address: self.endpoint.address })
+        Err(self.no_place(&self.http2))
     }
 
     /// A place for a request of any version on a connection by `sluice-h2`; `None` where the endpoint has no sidecar
@@ -366,7 +366,23 @@ impl Upstream {
             let connect = || self.clone().open_mesh(worker.clone());
             self.mesh.connect(self.endpoint.address, connect).await?;
         }
-        Err(ConnectError::Full { address: self.endpoint.address })
+        Err(self.no_place(&self.mesh))
+    }
+
+    /// Why there is none on connections that were made for it.
+    fn no_place(&self, made: &Multiplex) -> ConnectError {
+        let address = self.endpoint.address;
+        if made.full() {
+            return ConnectError::Full { address };
+        }
+        let ended = |why: &str| io::Error::new(io::ErrorKind::ConnectionAborted, why);
+        // In TLS 1.3 the server looks at the client's certificate when the client has done its part.
+        match self.endpoint.identity {
+            Some(_) => {
+                ConnectError::Tls { address, source: ended("the other side does not take our certificate").into() }
+            }
+            None => ConnectError::tcp(address, ended("the other side ends connections at once")),
+        }
     }
 
     /// Takes the connection of a failed request away from the next ones, which would fail as well.

@@ -1,6 +1,7 @@
 //! Nothing is lost when certificates are renewed, sidecars end or connections die under load.
 
 use crate::{common::*, pair::*};
+use sluice_proxy::reason::Reason;
 use std::{
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -30,6 +31,35 @@ fn renewed_certificates_fail_no_request() {
     println!("{answered} requests over {connected} connections and 20 renewals");
     assert_eq!(app.seen(), answered, "none was sent twice");
     mesh.stop();
+}
+
+/// Whichever side has it: the other one refuses, says why, and goes on as soon as there is a new one.
+#[test]
+fn an_expired_certificate_is_refused_until_it_is_renewed() {
+    let app = start("v1");
+    for account in ["client", "server"] {
+        let mesh = Mesh::start(app.address);
+        let (own, other) =
+            if account == "client" { (&mesh.client, mesh.server()) } else { (mesh.server(), &mesh.client) };
+        let ask = || {
+            let answer = mesh.connect().get("/");
+            (answer.status, answer.reason().to_owned())
+        };
+        assert_eq!(ask().0, 200);
+        own.certificate.send_replace(Some(mesh.authority.expired(account)));
+        eventually("the other side takes it no more", || ask().0 == 503);
+        let seen = app.seen();
+        for _ in 0..20 {
+            let (status, reason) = ask();
+            assert_eq!((status, reason.as_str()), (503, "identity_not_proven"), "{account}");
+        }
+        assert_eq!(app.seen(), seen, "none came through");
+        assert!(other.scrape().refused[Reason::IdentityNotProven as usize] > 0, "{account}: the other side counts it");
+        own.certificate.send_replace(Some(mesh.authority.tls(account)));
+        eventually("it is served again", || ask().0 == 200);
+        (0..50).for_each(|_| assert_eq!(ask().0, 200));
+        mesh.stop();
+    }
 }
 
 #[test]

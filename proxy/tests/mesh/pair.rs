@@ -6,7 +6,7 @@ use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, client::conn::http2 as client, server::conn::http2 as server, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType, date_time_ymd};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use sluice_model::{AppProtocol, Identity, InboundMode, Name, Policy, Resource, Revision, Snapshot};
 use sluice_proxy::{
@@ -44,8 +44,18 @@ impl Authority {
 
     /// A new certificate; every call makes another.
     pub fn tls(&self, account: &str) -> Arc<Tls> {
-        let key = KeyPair::generate().expect("a key");
+        self.certify(account, CertificateParams::default())
+    }
+
+    /// One that was valid once.
+    pub fn expired(&self, account: &str) -> Arc<Tls> {
         let mut params = CertificateParams::default();
+        (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2020, 1, 2));
+        self.certify(account, params)
+    }
+
+    fn certify(&self, account: &str, mut params: CertificateParams) -> Arc<Tls> {
+        let key = KeyPair::generate().expect("a key");
         params.subject_alt_names = vec![SanType::URI(identity(account).to_string().try_into().expect("a URI"))];
         let chain = params.signed_by(&key, &self.issuer).expect("signed").pem();
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
