@@ -247,6 +247,12 @@ impl Cluster {
         c.stdin(Stdio::null()).stdout(Stdio::null()).spawn().context("start the load generator")
     }
 
+    /// The same, to its end: its report.
+    pub fn load_from(&self, machine: &str, args: &str) -> Result<Value> {
+        let said = self.inside(machine, &format!("{} {args}", self.bin.join("load").display()))?;
+        serde_json::from_str(&said).with_context(|| said)
+    }
+
     /// `kill -9` of a machine's program, by the pid that the machine noted.
     pub fn kill_program(&self, machine: &str, program: &str) -> Result<()> {
         self.inside(machine, &format!("kill -9 $(cat /run/sluice/{program}.pid)")).map(drop)

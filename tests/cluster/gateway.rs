@@ -3,6 +3,8 @@
 use crate::{
     cluster::Cluster,
     load::{echo, service},
+    mesh::in_force,
+    protocols::secured,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -127,13 +129,68 @@ pub fn gateway_serves_clients_outside(c: &Cluster) -> Result<()> {
     };
     let before = pod()?;
     tls(c, &address)?;
-    ensure!(pod()? == before, "a listener was added to a gateway that runs on");
+    calls_and_bytes(c, &address)?;
+    ensure!(pod()? == before, "listeners were added to a gateway that runs on");
     c.kubectl(&["-n", "edge", "delete", "gateway", "edge", "--timeout=30s"])?;
     c.wait("what was made for it goes with it", 60, || {
         let left = c.try_kubectl(&["-n", "edge", "get", "deployment,service,serviceaccount", "-o", "name"])?;
         Ok(!left.contains("edge-sluice"))
     })?;
     c.delete_namespace("edge")
+}
+
+/// Calls of gRPC by a GRPCRoute, and the app's own TLS by a TLSRoute, which nobody on the way opens.
+fn calls_and_bytes(c: &Cluster, address: &str) -> Result<()> {
+    let raw = json!({"name": "raw", "port": 8443, "protocol": "TLS", "hostname": "*.raw.example", "tls": {"mode": "Passthrough"}});
+    let calls = json!({"name": "calls", "port": 8080, "protocol": "HTTP"});
+    let (certificate, servers) = secured("edge")?;
+    c.apply(&servers)?;
+    let parent = |listener: &str| json!([{"name": "edge", "sectionName": listener}]);
+    let to = |name: &str, port: u16| json!([{"name": name, "port": port}]);
+    let of = |method: &str| json!([{"method": {"service": "pkg.Orders", "method": method}}]);
+    c.apply(&[
+        gateway(json!([http(), https(), calls, raw])),
+        of_gateways(
+            "GRPCRoute",
+            "calls",
+            json!({"parentRefs": parent("calls"), "rules": [
+            {"matches": of("Place"), "backendRefs": to("echo-v2", 80)}, {"matches": of("Cancel"), "backendRefs": to("echo-v1", 80)}]}),
+        ),
+        of_gateways(
+            "TLSRoute",
+            "raw",
+            json!({"parentRefs": parent("raw"), "hostnames": ["two.raw.example"],
+            "rules": [{"backendRefs": to("secure-v2", 443)}]}),
+        ),
+    ])?;
+    c.rollout("edge", "secure-v2")?;
+    for (kind, name) in [("grpcroute", "calls"), ("tlsroute", "raw")] {
+        in_force(c, "edge", kind, name)?;
+    }
+    for (method, version) in [("Place", "v2"), ("Cancel", "v1")] {
+        let url = format!("http://{address}:8080/pkg.Orders/{method}");
+        c.wait(&format!("calls of {method} come to {version}"), 30, || {
+            let seen = c.load_from(
+                "control",
+                &format!(
+                    "--url={url} --http2 --method=POST --body-bytes=5 --rps=20 --duration=1 \
+                 --header=content-type=application/grpc --header=te=trailers"
+                ),
+            )?;
+            Ok(seen["failed"] == 0 && seen["versions"] == json!({version: 20}))
+        })?;
+    }
+    let ask = |host: &str| {
+        format!(
+            "printf '%s' '{certificate}' >/tmp/secure.pem; curl -sS -m 10 --cacert /tmp/secure.pem \
+             --resolve {host}:8443:{address} https://{host}:8443/"
+        )
+    };
+    c.wait("the app's own certificate is seen", 30, || {
+        Ok(c.inside("control", &ask("two.raw.example")).is_ok_and(|said| said.contains("secure-v2")))
+    })?;
+    ensure!(c.inside("control", &ask("one.raw.example")).is_err(), "no route has that name");
+    Ok(())
 }
 
 /// A listener with a certificate that is not there, then with it.

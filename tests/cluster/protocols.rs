@@ -24,7 +24,7 @@ pub fn protocols_pass_with_and_without_sidecars(c: &Cluster) -> Result<()> {
             greeter(namespace),
         ])?;
         c.apply(&[names_greeter(namespace)])?;
-        c.apply(&secured(namespace)?)?;
+        c.apply(&secured(namespace)?.1)?;
     }
     for (namespace, _) in namespaces {
         for deployment in ["echo", "greeter", "secure-v1", "secure-v2"] {
@@ -135,9 +135,9 @@ fn deployment(namespace: &str, name: &str, container: Value, volumes: Value) -> 
     })
 }
 
-/// A server of TLS in two versions, with a service for both and one for each.
-fn secured(namespace: &str) -> Result<Vec<Value>> {
-    let pair = rcgen::generate_simple_self_signed(vec!["secure".to_owned()])?;
+/// Its certificate, and a server of TLS in two versions, with a service for both and one for each.
+pub fn secured(namespace: &str) -> Result<(String, Vec<Value>)> {
+    let pair = rcgen::generate_simple_self_signed(vec!["secure".to_owned(), "*.raw.example".to_owned()])?;
     let mut all = vec![
         json!({"apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls",
                "metadata": {"name": "secure", "namespace": namespace},
@@ -163,5 +163,5 @@ fn secured(namespace: &str) -> Result<Vec<Value>> {
             of_port(namespace, name, json!({"app": name}), 443, 8443),
         ]);
     }
-    Ok(all)
+    Ok((pair.cert.pem(), all))
 }
