@@ -48,7 +48,9 @@ pub fn known(w: &mut Work) -> Known {
         return Known::No;
     }
     let relayed = t.flags & CT_RELAYED != 0;
-    go_on(w, t);
+    if !go_on(w, t) {
+        return Known::No;
+    }
     if relayed { Known::Relayed } else { Known::Translated }
 }
 
@@ -121,9 +123,9 @@ fn here(addr: &Addr) -> u32 {
 }
 
 /// A packet of it has come. Both directions: a connection lives while packets go one way. Nobody may use the entry afterwards:
-/// it may have moved.
+/// it may have moved. False: its answers are another connection's by now, and it is forgotten.
 #[inline(always)]
-pub fn go_on(w: &mut Work, t: &mut Translation) {
+pub fn go_on(w: &mut Work, t: &mut Translation) -> bool {
     let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
     if t.flags & CT_RELAYED != 0 {
         t.used = now;
@@ -133,19 +135,20 @@ pub fn go_on(w: &mut Work, t: &mut Translation) {
         if t.flags & CT_HALF != 0 && tcp_flags & RST == 0 {
             keep(&mut w.entry, &w.head.flow);
         }
-        return;
+        return true;
     }
     let first_answer = t.flags & (CT_REPLY | CT_ANSWERED) == CT_REPLY;
     let opens = t.flags & (CT_REPLY | CT_ANSWERED | CT_HALF) == CT_ANSWERED | CT_HALF && tcp_flags & (SYN | RST) == 0;
     if t.used_before(now) || first_answer || opens || tcp_flags & (FIN | RST) != 0 {
         w.key = w.to.flipped();
-        advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, opens);
+        return advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, opens);
     }
+    true
 }
 
 /// What both directions gain, beside what the packet's own flags say; and whether they are open from now on.
 #[inline(always)]
-fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) {
+fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) -> bool {
     let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
     t.used = now;
     t.flags |= gained;
@@ -155,7 +158,17 @@ fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) {
     if tcp_flags & RST != 0 {
         t.flags |= CT_CLOSED;
     }
-    let Some(other) = entry(&w.key) else { return restore(w, t, opens) };
+    let Some(other) = entry(&w.key) else {
+        restore(w, t, opens);
+        return true;
+    };
+    // The port was given to another caller, because this connection was over or its answers' entry was forgotten. Of a caller's
+    // own there may be two entries: see `also`.
+    if other.to.dport_be != w.head.flow.sport_be || !other.to.dst.same(&w.head.flow.src) {
+        let _ = FLOWS.remove(&w.head.flow);
+        let _ = HALVES.remove(&w.head.flow);
+        return false;
+    }
     other.used = now;
     let fins = t.flags & other.flags & CT_FIN;
     let closed = (t.flags & CT_CLOSED) | if fins != 0 { CT_CLOSED } else { 0 };
@@ -165,6 +178,7 @@ fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) {
         keep(&mut w.entry, &w.head.flow);
         keep(&mut w.entry, &w.key);
     }
+    true
 }
 
 /// From now on it is in the map of what is open. It is looked up anew, because writing one entry may make a map forget another
@@ -275,8 +289,12 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
             Ok(()) => {}
             Err(EEXIST) => {
                 // SAFETY: compared only.
-                if !unsafe { HALVES.get(&w.key) }.is_none_or(free) {
+                let held = unsafe { HALVES.get(&w.key) };
+                if !held.is_none_or(free) {
                     continue;
+                }
+                if let Some(held) = held {
+                    forget_caller(held, &w.entry.to);
                 }
                 HALVES.insert(&w.key, &w.entry, 0).map_err(|_| Reason::DroppedTableFull)?;
             }
@@ -287,6 +305,7 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
         match unsafe { FLOWS.get(&w.key) } {
             None => return Ok(()),
             Some(held) if free(held) => {
+                forget_caller(held, &w.entry.to);
                 let _ = FLOWS.remove(&w.key);
                 return Ok(());
             }
@@ -296,4 +315,14 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
         }
     }
     Err(Reason::DroppedNoPort)
+}
+
+/// Of a connection that is over and whose port another one gets: its caller may go on sending, and that would be the other's.
+#[inline(always)]
+fn forget_caller(held: &Translation, new: &Flow) {
+    if !held.to.same(new) {
+        let caller = held.to.flipped();
+        let _ = FLOWS.remove(&caller);
+        let _ = HALVES.remove(&caller);
+    }
 }
