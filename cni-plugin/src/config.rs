@@ -46,8 +46,11 @@ struct Raw {
     runtime_config: Runtime,
     #[serde(default, deserialize_with = "or_default")]
     args: Args,
-    #[serde(rename = "cni.dev/valid-attachments", alias = "cni.dev/attachments")]
+    /// Runtimes by libcni give both: the second is what the first was called before.
+    #[serde(rename = "cni.dev/valid-attachments")]
     valid_attachments: Option<Vec<Attachment>>,
+    #[serde(rename = "cni.dev/attachments")]
+    attachments: Option<Vec<Attachment>>,
 }
 
 /// What runtimes give for capabilities (CNI conventions, "Dynamic plugin specific fields").
@@ -182,7 +185,7 @@ impl Config {
             state_dir: raw.state_dir.unwrap_or_else(|| STATE_DIR.into()),
             bpffs: raw.bpffs.unwrap_or_else(|| BPFFS.into()),
             previous: raw.prev_result.as_ref().map(Previous::parse).transpose().map_err(within("prevResult"))?,
-            valid_attachments: raw.valid_attachments,
+            valid_attachments: raw.valid_attachments.or(raw.attachments),
         })
     }
 

@@ -118,7 +118,9 @@ impl Node {
     pub fn gc(&self, valid: &[&str]) {
         let mut config = self.config.clone();
         let valid = valid.iter().map(|id| json!({ "containerID": id, "ifname": "eth0" })).collect::<Vec<_>>();
+        // Both, as libcni has it since 1.2.3.
         config["cni.dev/valid-attachments"] = json!(valid);
+        config["cni.dev/attachments"] = json!(valid);
         let (ok, answer) = self.run(&config.to_string(), &[("CNI_COMMAND", "GC")]);
         assert!(ok, "{answer}");
     }
