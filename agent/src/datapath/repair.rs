@@ -1,8 +1,8 @@
 //! Drift: what others changed in the kernel is put back. Called every second.
 
-use super::{Datapath, Error, namespaces, open_maps, reset};
+use super::{Datapath, Error, namespaces, open_maps, pod_links, reset};
 use sluice_cni::{
-    Lease, command,
+    Lease, command, packets,
     store::Lock,
     wiring::{self, Inside},
 };
@@ -47,7 +47,16 @@ impl Datapath {
             // In the way it was loaded before: a fallback stays forced.
             Ok(loader::damaged(&d.place)? && loader::load_with(&d.place, d.loaded.set_retval).map(|_| true)?)
         };
-        if self.locked(|d, _| reload(d).map_err(Error::Load))? {
+        let reload = |d: &mut Self, _: &Lock| {
+            let reloaded = reload(d).map_err(Error::Load)?;
+            if reloaded {
+                // What is at pods' links went by the maps that were there before.
+                let links = pod_links(d.wires.connection(), &d.store.held().map_err(Error::Leases)?)?;
+                packets::renew_pods(&d.place.bpffs, d.wires.connection(), &links).map_err(Error::Packets)?;
+            }
+            Ok(reloaded)
+        };
+        if self.locked(reload)? {
             wrong.push("programs or maps were unpinned".into());
             (self.table, self.pod_table, self.counters) = open_maps(&self.place.bpffs).map_err(Error::Load)?;
             self.sweeper = Sweeper::open(&pin_dir(&self.place.bpffs)).map_err(Error::Load)?;
