@@ -87,9 +87,15 @@ fn denied(rules: &[AccessRule], call: &Call<'_>, audit: bool) -> Option<Name> {
     }
 }
 
-/// The limits that count for `call`.
+/// The limits that count for `call`, also by what an app may read its path as.
 pub fn limits<'a>(all: &'a [InboundLimit], call: &Call<'_>) -> impl Iterator<Item = (usize, &'a InboundLimit)> {
-    all.iter().enumerate().filter(|(_, l)| call.is_of(&l.from, &l.to))
+    // Where there is none, which is usual, nothing is read.
+    let other = call.request.filter(|_| !all.is_empty()).and_then(|(method, path)| Some((method, normalized(path)?)));
+    let is_of = move |l: &InboundLimit| {
+        let read = other.as_ref().map(|(method, path)| Call { request: Some((method, path)), ..*call });
+        call.is_of(&l.from, &l.to) || read.is_some_and(|call| call.is_of(&l.from, &l.to))
+    };
+    all.iter().enumerate().filter(move |(_, l)| is_of(l))
 }
 
 #[cfg(test)]
@@ -107,6 +113,26 @@ mod tests {
 
     fn gets(path: &str) -> Operation {
         Operation { methods: vec!["GET".into()], paths: vec![PathMatch::Prefix(path.into())], ..Operation::default() }
+    }
+
+    #[test]
+    fn a_limit_counts_however_the_path_is_written() {
+        let limit = InboundLimit {
+            policy: Name::new("shop", "slow"),
+            from: vec![],
+            to: vec![gets("/login")],
+            limit: sluice_model::RateLimit { requests: 1, per_ms: 1, burst: 1 },
+            per_identity: false,
+        };
+        let counts = |path: &str| {
+            let call = Call { caller: None, port: 80, request: Some(("GET", path)) };
+            limits(std::slice::from_ref(&limit), &call).count()
+        };
+        for (path, count) in
+            [("/login", 1), ("/%6Cogin", 1), ("//login", 1), ("/x/../login/y", 1), ("/loginx", 0), ("/x%2Flogin", 0)]
+        {
+            assert_eq!(counts(path), count, "{path}");
+        }
     }
 
     #[test]
