@@ -3,9 +3,12 @@
 
 use crate::view::{Assembly, Store, View};
 use futures::StreamExt;
-use sluice_wire::v1::{
-    Ack, ClientMessage, Hello, Holders, Metrics, Nack, Update, client_message::Kind, discovery_client::DiscoveryClient,
-    hello::Subscriber, server_message,
+use sluice_wire::{
+    MAX_UPDATE,
+    v1::{
+        Ack, ClientMessage, Hello, Holders, Metrics, Nack, Update, client_message::Kind,
+        discovery_client::DiscoveryClient, hello::Subscriber, server_message,
+    },
 };
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -82,7 +85,7 @@ impl Uplink {
         let (tx, rx) = mpsc::channel(16);
         self.send(&tx, Kind::Hello(self.hello())).await?;
         let channel = self.channel.borrow_and_update().clone();
-        let mut client = DiscoveryClient::new(channel).max_decoding_message_size(64 << 20);
+        let mut client = DiscoveryClient::new(channel).max_decoding_message_size(MAX_UPDATE);
         let mut updates = client.stream(ReceiverStream::new(rx)).await?.into_inner();
         tracing::info!("connected to control");
         // What was in force before the connection is said again: control may have restarted.

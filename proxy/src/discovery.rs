@@ -1,7 +1,10 @@
 //! The discovery stream to the agent: opened again for ever with growing pauses. It moves messages and decides nothing.
 
 use crate::socket::channel;
-use sluice_wire::v1::{self, client_message::Kind, discovery_client::DiscoveryClient, server_message};
+use sluice_wire::{
+    MAX_UPDATE,
+    v1::{self, client_message::Kind, discovery_client::DiscoveryClient, server_message},
+};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -42,7 +45,7 @@ async fn stream(
     events: &mpsc::Sender<Event>,
     pause: &mut Duration,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let mut client = DiscoveryClient::new(channel(socket).await?);
+    let mut client = DiscoveryClient::new(channel(socket).await?).max_decoding_message_size(MAX_UPDATE);
     let (to_agent, outgoing) = mpsc::channel(QUEUE);
     // The agent answers the call only after Hello, which the hub puts into the queue.
     events.send(Event::Opened(to_agent)).await?;

@@ -44,3 +44,50 @@ pub const FEATURE_GATEWAY: &str = "gateway";
 
 /// Most resources in one chunk of an [`v1::Update`].
 pub const CHUNK_RESOURCES: usize = 512;
+/// Bytes after which a chunk takes no further resource; one resource alone may be larger.
+pub const CHUNK_BYTES: usize = 1 << 20;
+/// Largest chunk that a subscriber takes: many times the largest resource that the API stores.
+pub const MAX_UPDATE: usize = 64 << 20;
+
+/// Resources as chunks of an [`v1::Update`] carry them.
+pub fn chunks(resources: impl IntoIterator<Item = v1::Resource>) -> Vec<Vec<v1::Resource>> {
+    let (mut all, mut bytes): (Vec<Vec<v1::Resource>>, _) = (Vec::new(), 0);
+    for resource in resources {
+        let size = prost::Message::encoded_len(&resource);
+        match all.last_mut().filter(|last| last.len() < CHUNK_RESOURCES && bytes + size <= CHUNK_BYTES) {
+            Some(last) => {
+                bytes += size;
+                last.push(resource);
+            }
+            None => {
+                bytes = size;
+                all.push(vec![resource]);
+            }
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resource(bytes: usize) -> v1::Resource {
+        let service = v1::Service {
+            name: Some(v1::Name { name: "x".repeat(bytes), ..v1::Name::default() }),
+            ..v1::Service::default()
+        };
+        v1::Resource { version: 1, kind: Some(v1::resource::Kind::Service(service)) }
+    }
+
+    #[test]
+    fn chunks_are_bounded_by_number_and_by_size() {
+        let lengths = |sizes: &[usize]| -> Vec<usize> {
+            chunks(sizes.iter().map(|n| resource(*n))).iter().map(Vec::len).collect()
+        };
+        assert!(lengths(&[]).is_empty());
+        assert_eq!(lengths(&[10; CHUNK_RESOURCES + 1]), [CHUNK_RESOURCES, 1]);
+        assert_eq!(lengths(&[400_000, 400_000, 400_000, 10]), [2, 2]);
+        assert_eq!(lengths(&[10, 3_000_000, 10]), [1, 1, 1], "one that is larger goes alone");
+    }
+}

@@ -7,7 +7,7 @@ use sluice_model::{
 };
 use sluice_traffic::resolve::{Resolved, resolve};
 use sluice_wire::{
-    CHUNK_RESOURCES,
+    CHUNK_RESOURCES, chunks,
     convert::{address_to_wire, key_to_wire, resource_to_wire},
     v1,
 };
@@ -92,10 +92,8 @@ impl Scope {
     fn chunks(&self, delta: &Delta, resolved: &[(&SocketAddr, &Resolved)], epoch: &str) -> Vec<v1::Update> {
         let revision = self.resources.revision;
         let empty = || v1::Update { epoch: epoch.to_owned(), revision: revision.0, ..v1::Update::default() };
-        let changed = delta.changed.chunks(CHUNK_RESOURCES).map(|part| v1::Update {
-            changed: part.iter().map(|r| resource_to_wire(r, revision)).collect(),
-            ..empty()
-        });
+        let changed = chunks(delta.changed.iter().map(|r| resource_to_wire(r, revision)));
+        let changed = changed.into_iter().map(|changed| v1::Update { changed, ..empty() });
         let removed = delta
             .removed
             .chunks(CHUNK_RESOURCES)

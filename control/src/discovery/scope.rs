@@ -2,8 +2,8 @@
 //! of its node, and of gateways, which have private keys, those that pods of its node serve.
 
 use sluice_model::{Delta, Name, Resource, ResourceKey, Snapshot, Workload};
-use sluice_wire::{CHUNK_RESOURCES, convert, v1};
-use std::{collections::HashSet, sync::Arc};
+use sluice_wire::{chunks, convert, v1};
+use std::collections::HashSet;
 
 /// What an agent is, and knows.
 #[derive(Clone, Debug)]
@@ -33,16 +33,17 @@ pub fn scoped(snapshot: &Snapshot, subscriber: &Subscriber) -> Snapshot {
 
 /// The updates that carry `delta`, the last one marked.
 pub fn updates(epoch: &str, to: &Snapshot, full: bool, delta: &Delta) -> Vec<v1::Update> {
-    let chunk = |changed: &[Arc<Resource>]| v1::Update {
+    let chunk = |changed| v1::Update {
         epoch: epoch.to_owned(),
         revision: to.revision.0,
         full,
-        changed: changed.iter().map(|r| convert::resource_to_wire(r, to.revision)).collect(),
+        changed,
         ..v1::Update::default()
     };
-    let mut all: Vec<_> = delta.changed.chunks(CHUNK_RESOURCES).map(chunk).collect();
+    let changed = chunks(delta.changed.iter().map(|r| convert::resource_to_wire(r, to.revision)));
+    let mut all: Vec<_> = changed.into_iter().map(chunk).collect();
     if all.is_empty() {
-        all.push(chunk(&[]));
+        all.push(chunk(vec![]));
     }
     if let Some(last) = all.last_mut() {
         last.removed = delta.removed.iter().map(|k: &ResourceKey| convert::key_to_wire(k)).collect();
@@ -55,6 +56,7 @@ pub fn updates(epoch: &str, to: &Snapshot, full: bool, delta: &Delta) -> Vec<v1:
 mod tests {
     use super::*;
     use sluice_model::{Gateway, Policy, Revision};
+    use sluice_wire::CHUNK_RESOURCES;
 
     fn workload(name: &str, node: &str) -> [Resource; 2] {
         let name = Name::new("ns", name);
