@@ -269,7 +269,8 @@ fn serves_gateway(p: &Pod) -> Option<String> {
 fn policy(p: &Pod, name: &m::Name) -> m::Policy {
     let annotation = |key: &str| p.metadata.annotations.as_ref().and_then(|a| a.get(key)).map(String::as_str);
     let ports = |key: &str| -> Vec<u16> {
-        annotation(key).into_iter().flat_map(|v| v.split(',')).filter_map(|s| s.trim().parse().ok()).collect()
+        let all = annotation(key).into_iter().flat_map(|v| v.split(',')).take(inject::MAX_PORTS);
+        all.filter_map(|s| s.trim().parse().ok()).collect()
     };
     m::Policy {
         name: name.clone(),

@@ -11,6 +11,8 @@ pub const LABEL_INJECT: &str = "sluice.dev/inject";
 pub const ANNOTATION_SIDECAR: &str = "sluice.dev/sidecar";
 pub const ANNOTATION_MTLS: &str = "sluice.dev/mtls";
 pub const ANNOTATION_EXCLUDED_PORTS: &str = "sluice.dev/exclude-inbound-ports";
+/// Most ports that one annotation lists: they are a node's to keep, for all its pods.
+pub const MAX_PORTS: usize = 64;
 pub const ANNOTATION_OPAQUE_PORTS: &str = "sluice.dev/opaque-ports";
 pub const CONTAINER: &str = "sluice-proxy";
 /// Pod annotation: requests that its sidecar writes to its log (`off`, `errors`, `all`).

@@ -27,6 +27,11 @@ impl Invalid {
         Invalid { field: field.into(), message }
     }
 
+    /// A list that is too long.
+    pub fn too_many(field: impl Into<String>, count: usize, most: usize) -> Self {
+        Invalid { field: field.into(), message: format!("Too many: {count}: must have at most {most} items") }
+    }
+
     /// A field that must not be set, or not be changed.
     pub fn forbidden(field: impl Into<String>, detail: &str) -> Self {
         Invalid { field: field.into(), message: format!("Forbidden: {detail}") }
@@ -44,6 +49,7 @@ impl Invalid {
             "Forbidden" => "FieldValueForbidden",
             "Unsupported value" => "FieldValueNotSupported",
             "Duplicate value" => "FieldValueDuplicate",
+            "Too many" => "FieldValueTooMany",
             _ => "FieldValueInvalid",
         };
         json!({"reason": reason, "message": self.message, "field": self.field})

@@ -11,7 +11,7 @@ use sluice_wire::join;
 
 use super::status::Invalid;
 use super::value::{at, list, number, text};
-use crate::{compile::policies, duration, quantity};
+use crate::{compile::policies, duration, inject, quantity};
 use sluice_model::Pattern;
 
 const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', \
@@ -221,6 +221,12 @@ pub fn selects(selector: &Value, labels: &Value) -> bool {
 /// Pods. After creation only a few fields may change.
 pub fn pod(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
     let mut errors = pod_spec(&new["spec"], "spec");
+    for annotation in [inject::ANNOTATION_EXCLUDED_PORTS, inject::ANNOTATION_OPAQUE_PORTS] {
+        let ports = new["metadata"]["annotations"][annotation].as_str().map_or(0, |v| v.split(',').count());
+        if ports > inject::MAX_PORTS {
+            errors.push(Invalid::too_many(format!("metadata.annotations[{annotation}]"), ports, inject::MAX_PORTS));
+        }
+    }
     if let Some(old) = old
         && frozen(&old["spec"]) != frozen(&new["spec"])
     {
@@ -488,9 +494,30 @@ pub fn sealed(new: &Value, old: Option<&Value>) -> Vec<Invalid> {
     errors
 }
 
-/// Routes: ports and weights in range.
+fn at_most(object: &Value, field: &str, most: usize, path: &str, errors: &mut Vec<Invalid>) {
+    let count = list(object, field).len();
+    if count > most {
+        errors.push(Invalid::too_many(path, count, most));
+    }
+}
+
+/// Routes: ports and weights in range, lists no longer than Gateway API has them (`maxItems` of its definitions; 128 matches
+/// in all), because what they say together is multiplied when it is compiled.
 pub fn route(new: &Value, _: Option<&Value>) -> Vec<Invalid> {
     let mut errors = Vec::new();
+    for (field, most) in [("spec.parentRefs", 32), ("spec.hostnames", 16), ("spec.rules", 16)] {
+        at_most(new, field, most, field, &mut errors);
+    }
+    let rules = list(new, "spec.rules");
+    for (index, rule) in rules.iter().enumerate() {
+        for (field, most) in [("matches", 64), ("filters", 16), ("backendRefs", 16)] {
+            at_most(rule, field, most, &format!("spec.rules[{index}].{field}"), &mut errors);
+        }
+    }
+    let matches: usize = rules.iter().map(|rule| list(rule, "matches").len()).sum();
+    if matches > 128 {
+        errors.push(Invalid::too_many("spec.rules", matches, 128));
+    }
     for (rule_index, rule) in list(new, "spec.rules").iter().enumerate() {
         for (index, backend) in list(rule, "backendRefs").iter().enumerate() {
             let path = format!("spec.rules[{rule_index}].backendRefs[{index}]");
@@ -676,6 +703,28 @@ mod tests {
         ] {
             assert_eq!((is_subdomain(name), is_label(name)), (subdomain, label), "{name}");
         }
+    }
+
+    #[test]
+    fn what_is_multiplied_or_kept_for_all_is_bounded() {
+        let said = |errors: Vec<Invalid>| {
+            errors.into_iter().map(|e| format!("{}: {}", e.field, e.message)).collect::<Vec<_>>()
+        };
+        let route_of = |hosts: usize, rules: &[usize]| {
+            let rules: Vec<_> = rules.iter().map(|n| json!({"matches": vec![json!({}); *n]})).collect();
+            said(route(&json!({"spec": {"hostnames": vec!["a.example"; hosts], "rules": rules}}), None))
+        };
+        assert_eq!(route_of(16, &[64, 64]), [""; 0]);
+        assert_eq!(route_of(17, &[1]), ["spec.hostnames: Too many: 17: must have at most 16 items"]);
+        assert_eq!(route_of(1, &[65]), ["spec.rules[0].matches: Too many: 65: must have at most 64 items"]);
+        assert_eq!(route_of(1, &[64, 64, 1]), ["spec.rules: Too many: 129: must have at most 128 items"]);
+        assert_eq!(route_of(1, &[0; 17]), ["spec.rules: Too many: 17: must have at most 16 items"]);
+        let pod_with = |ports: &str| {
+            let annotations = json!({(inject::ANNOTATION_EXCLUDED_PORTS): ports});
+            said(pod(&json!({"metadata": {"annotations": annotations}, "spec": {"containers": [{"name": "a"}]}}), None))
+        };
+        assert!(!pod_with(&["1"; 64].join(",")).iter().any(|e| e.contains("Too many")));
+        assert!(pod_with(&["1"; 65].join(",")).iter().any(|e| e.contains("Too many: 65")));
     }
 
     #[test]
