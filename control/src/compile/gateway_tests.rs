@@ -335,11 +335,16 @@ fn listeners_that_cannot_be_told_apart_conflict() {
 
 #[test]
 fn what_a_gateway_asks_for_and_does_not_get_is_said() {
-    for (spec, want) in [
-        (json!({"addresses": [{"type": "IPAddress", "value": "192.0.2.1"}]}), "UnsupportedAddress"),
-        (json!({"infrastructure": {"parametersRef": {"group": "g", "kind": "K", "name": "n"}}}), "InvalidParameters"),
-        (json!({"infrastructure": {"annotations": {(gateway::ANNOTATION_REPLICAS): "many"}}}), "Invalid"),
-        (json!({"tls": {"backend": {}}}), "Invalid"),
+    for (spec, want, listens) in [
+        (json!({"addresses": [{"type": "IPAddress", "value": "192.0.2.1"}]}), "UnsupportedAddress", false),
+        (
+            json!({"infrastructure": {"parametersRef": {"group": "g", "kind": "K", "name": "n"}}}),
+            "InvalidParameters",
+            false,
+        ),
+        // What its pods and its service are to be like says nothing of what it listens for: pods that are there serve on.
+        (json!({"infrastructure": {"annotations": {(gateway::ANNOTATION_REPLICAS): "many"}}}), "Invalid", true),
+        (json!({"tls": {"backend": {}}}), "Invalid", false),
     ] {
         let mut o = objects(json!([]));
         let mut object =
@@ -350,7 +355,7 @@ fn what_a_gateway_asks_for_and_does_not_get_is_said() {
         assert_eq!(reason(&c.gateways[0].accepted), want, "{spec}");
         assert_eq!(reason(&c.gateways[0].programmed), "Invalid", "{spec}");
         let s = m::Snapshot::new(m::Revision(1), c.resources);
-        assert!(s.gateways().all(|g| g.listeners.is_empty()), "{spec}");
+        assert!(s.gateways().all(|g| g.listeners.is_empty() != listens), "{spec}");
     }
 }
 

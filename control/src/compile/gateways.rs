@@ -69,6 +69,8 @@ pub(super) struct Gateways<'a> {
 struct Gateway<'a> {
     object: &'a Object,
     accepted: Verdict,
+    /// What is wrong with it, if anything, is no reason to close what serves.
+    served: bool,
     listeners: Vec<Listener<'a>>,
 }
 
@@ -153,12 +155,7 @@ impl<'a> Gateways<'a> {
     pub(super) fn resources(&self) -> Vec<m::Gateway> {
         let one = |(name, g): (&m::Name, &Gateway<'_>)| m::Gateway {
             name: name.clone(),
-            listeners: g
-                .listeners
-                .iter()
-                .filter(|l| g.accepted.is_ok() && l.usable())
-                .map(Listener::to_model)
-                .collect(),
+            listeners: g.listeners.iter().filter(|l| g.served && l.usable()).map(Listener::to_model).collect(),
         };
         self.all.iter().map(one).collect()
     }
@@ -174,7 +171,10 @@ impl<'a> Gateway<'a> {
         let mut listeners: Vec<Listener<'a>> =
             object.spec.listeners.iter().map(|l| Listener::new(l, &name, o)).collect();
         find_conflicts(&mut listeners);
-        Self { object, accepted: gateway_verdict(object), listeners }
+        let refused = refusal(object);
+        let served = refused.is_ok();
+        let accepted = refused.and_then(|()| gateway::wishes(object).map(drop).map_err(|text| ("Invalid", text)));
+        Self { object, accepted, served, listeners }
     }
 
     /// The listeners that the route is attached to.
@@ -246,8 +246,8 @@ impl<'a> Gateway<'a> {
     }
 }
 
-/// What no listener is asked about.
-fn gateway_verdict(g: &Object) -> Verdict {
+/// What no listener is asked about, and what none may serve with.
+fn refusal(g: &Object) -> Verdict {
     let name = g.metadata.name.as_deref().unwrap_or_default();
     if let Some(why) = gateway::unusable_name(name) {
         return Err(("Invalid", why));
@@ -262,7 +262,7 @@ fn gateway_verdict(g: &Object) -> Verdict {
         let text = "spec.tls: certificates of clients and towards backends are not asked for; remove it";
         return Err(("Invalid", text.into()));
     }
-    gateway::wishes(g).map(drop).map_err(|text| ("Invalid", text))
+    Ok(())
 }
 
 impl<'a> Listener<'a> {
