@@ -9,6 +9,7 @@ use crate::{
     front::{ALPN_H2, Front},
     http::{self, Protocol, Side},
     io::{Prefixed, first_bytes},
+    limits::Limits,
     outbound::{self, host, reset},
     reason::Reason,
     rule::Routed,
@@ -36,6 +37,9 @@ use tokio::net::TcpStream;
 
 /// How long a client may take for a handshake, on a line that loses packets.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Between two questions to a client that says nothing whether it is there: ten, then it is given up (tcp(7)).
+const PROBE_EVERY: Duration = Duration::from_secs(15);
 
 /// What is listened for at one port, most specific host first.
 pub type Port = Vec<Listener>;
@@ -178,12 +182,22 @@ impl Door {
 
 /// The listener of a port that takes requests for `host`.
 fn requests_of<'c>(config: &'c Config, port: u16, host: &str) -> Option<&'c Listener> {
-    let all = config.listeners.get(&port)?.iter();
-    all.filter(|l| l.mode != ListenerMode::Passthrough).find(|l| l.host.matches(host))
+    config.listeners.get(&port)?.iter().find(|l| l.host.matches(host))
+}
+
+/// A client that takes nothing of what it is sent, or that is gone without a word, is given up: the kernel counts from when
+/// nothing went any more, also while the client says that it has no room (tcp(7), `TCP_USER_TIMEOUT`).
+fn bound(stream: &TcpStream, limits: Limits) {
+    let socket = socket2::SockRef::from(stream);
+    let probes = socket2::TcpKeepalive::new().with_time(limits.idle).with_interval(PROBE_EVERY);
+    // Without them the connection works as well.
+    let _ = socket.set_tcp_user_timeout(Some(limits.body_idle));
+    let _ = socket.set_tcp_keepalive(&probes);
 }
 
 /// Serves one connection of a client to `port` until it ends.
 pub async fn serve(worker: &Rc<Worker>, mut stream: TcpStream, port: u16, client: SocketAddr) {
+    bound(&stream, worker.limits);
     // A client may connect before it knows what to ask; one that never asks is gone after this.
     let Ok((bytes, found)) = first_bytes(&mut stream, worker.limits.head).await else { return };
     if bytes.is_empty() {

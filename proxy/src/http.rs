@@ -13,7 +13,7 @@ use crate::{
     headers::{Needs, convert_version, prepare_request, remove_hop_by_hop, restore_version},
     idle,
     metrics::SeriesKey,
-    multiplex,
+    multiplex::{self, Peer},
     observe::Exchange,
     outbound::{choose_http, host},
     paced::pace,
@@ -23,7 +23,7 @@ use crate::{
     tls::Tls,
     trace::Context,
     upstream::{InFlight, Sender},
-    worker::Worker,
+    worker::{Open, Worker},
 };
 use futures::{FutureExt, future::Either};
 use http::{HeaderValue, Request, Response, StatusCode, Version, header, uri::Scheme};
@@ -69,6 +69,10 @@ pub enum Side {
 impl Side {
     fn inbound(&self) -> bool {
         matches!(self, Self::Inbound(_) | Self::Mesh(..))
+    }
+
+    fn outbound(&self) -> bool {
+        matches!(self, Self::Outbound { .. } | Self::Refuse(_))
     }
 
     /// Who opened the connection may leave it open: we end it.
@@ -158,13 +162,16 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let ending = ending(worker.clone(), side.clone(), Protocol::Http2);
-    // A gateway's client may have gone without a word, too.
-    let mesh = matches!(*side, Side::Mesh(..) | Side::Gateway(_));
+    let peer = match *side {
+        Side::Mesh(..) => Peer::Sidecar,
+        Side::Gateway(_) => Peer::Stranger,
+        _ => Peer::App,
+    };
     let service = service_fn(move |request| {
         let (worker, side) = (worker.clone(), side.clone());
         async move { Ok::<_, Infallible>(respond(&worker, &side, request).await) }
     });
-    let connection = multiplex::server(mesh).serve_connection(TokioIo::new(stream), service);
+    let connection = multiplex::server(peer).serve_connection(TokioIo::new(stream), service);
     until_end(connection, ending, |c| c.graceful_shutdown())
 }
 
@@ -339,7 +346,7 @@ async fn forward(
         Ok((mut response, sender)) => {
             routed.change_response(response.headers_mut());
             if let Some(client) = client.filter(|_| switches(&response)) {
-                return tunnel_through(worker, client, response, in_flight);
+                return tunnel_through(worker, client, response, in_flight, side.outbound());
             }
             pass_on(response, sender, in_flight)
         }
@@ -370,13 +377,16 @@ fn tunnel_through(
     client: hyper::upgrade::OnUpgrade,
     mut response: Response<Incoming>,
     mut in_flight: Box<InFlight>,
+    outbound: bool,
 ) -> Response<Answer> {
     in_flight.answered(response.status().as_u16(), None);
     in_flight.lasts();
     let server = hyper::upgrade::on(&mut response);
+    // The library is done with the client's connection when it hands it over, and it counts no more.
+    let open = Open::new(worker.clone(), outbound);
     let worker = worker.clone();
     tokio::task::spawn_local(async move {
-        let _in_flight = in_flight;
+        let (_in_flight, _open) = (in_flight, open);
         let (Ok(client), Ok(server)) = futures::join!(client, server) else { return };
         let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
         let mut phase = worker.phase.clone();

@@ -51,17 +51,39 @@ const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection without requests for this long is closed.
 const IDLE_FOR: Duration = Duration::from_secs(60);
 
-/// The server's end. Between sidecars (`mesh`) it also asks a silent peer whether it lives; an app may not like that.
-pub fn server(mesh: bool) -> server::Builder<LocalExecutor> {
+/// Who is at the other end of a connection that is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    App,
+    Sidecar,
+    /// A gateway's client.
+    Stranger,
+}
+
+/// What a stranger gets, with the bounds above: a hundred requests at a time (RFC 9113 §6.5.2 recommends no fewer), and at most
+/// 1 MiB of what he sends and 6.4 MiB of what he does not read, where a sidecar has 32 and 256.
+const STRANGERS_STREAMS: u32 = 100;
+const STRANGERS_STREAM_WINDOW: u32 = 64 * 1024;
+const STRANGERS_CONNECTION_WINDOW: u32 = 1024 * 1024;
+const STRANGERS_SEND_BUFFER: usize = 64 * 1024;
+
+/// The server's end. It also asks a silent peer whether it lives; an app may not like that.
+pub fn server(peer: Peer) -> server::Builder<LocalExecutor> {
+    let (streams, stream_window, connection_window, send_buffer) = match peer {
+        Peer::Stranger => {
+            (STRANGERS_STREAMS, STRANGERS_STREAM_WINDOW, STRANGERS_CONNECTION_WINDOW, STRANGERS_SEND_BUFFER)
+        }
+        Peer::App | Peer::Sidecar => (MAX_STREAMS, STREAM_WINDOW, CONNECTION_WINDOW, SEND_BUFFER),
+    };
     let mut builder = server::Builder::new(LocalExecutor);
     builder
         .auto_date_header(false)
-        .max_concurrent_streams(MAX_STREAMS)
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_send_buf_size(SEND_BUFFER)
+        .max_concurrent_streams(streams)
+        .initial_stream_window_size(stream_window)
+        .initial_connection_window_size(connection_window)
+        .max_send_buf_size(send_buffer)
         .max_header_list_size(MAX_HEAD);
-    if mesh {
+    if peer != Peer::App {
         builder.timer(TokioTimer::new()).keep_alive_interval(PING_AFTER).keep_alive_timeout(PING_TIMEOUT);
     }
     builder

@@ -220,10 +220,10 @@ async fn next(worker: &Worker, listener: &TcpListener, outbound: bool) -> (TcpSt
 }
 
 /// A connection that is open; counted until dropped.
-struct Open(Rc<Worker>, bool);
+pub struct Open(Rc<Worker>, bool);
 
 impl Open {
-    fn new(worker: Rc<Worker>, outbound: bool) -> Self {
+    pub fn new(worker: Rc<Worker>, outbound: bool) -> Self {
         add(worker.open_counter(outbound), 1);
         worker.grown();
         Self(worker, outbound)

@@ -286,9 +286,15 @@ fn upgrades_become_pipes() {
     let answer = client.ask("GET", "/chat", "connection: upgrade\r\nupgrade: chat\r\n");
     assert_eq!((answer.status, answer.header("upgrade")), (101, Some("chat")));
     assert_eq!(client.take(7).as_deref(), Some("welcome"));
+    let open = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(running.scrape()).open_outbound
+    };
+    eventually("it counts as one connection, for which a sidecar that drains waits", || open() == 1);
     client.send("hello");
     assert_eq!(client.take(5).as_deref(), Some("hello"));
     assert!(client.ended());
+    eventually("and then as none", || open() == 0);
     server.join().expect("the server saw what it should");
     running.stop();
 }
