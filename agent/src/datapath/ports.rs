@@ -62,6 +62,7 @@ pub(super) struct Ports {
 /// What cannot be had at present; it is tried again with each reconciliation.
 #[derive(Debug, Default)]
 struct Problems {
+    node: Vec<String>,
     links: Vec<String>,
     ranges: Vec<String>,
     announced: Vec<String>,
@@ -106,8 +107,8 @@ impl Ports {
 
     /// What cannot be had at present.
     pub(super) fn problems(&self) -> impl Iterator<Item = &String> {
-        let Problems { links, ranges, announced } = &self.problems;
-        links.iter().chain(ranges).chain(announced)
+        let Problems { node, links, ranges, announced } = &self.problems;
+        node.iter().chain(links).chain(ranges).chain(announced)
     }
 
     /// Brings maps and attachments to the node as it is; what had to be done. Without a snapshot, ranges and announced
@@ -123,7 +124,8 @@ impl Ports {
         let addresses = kernel::read_addresses(connection).map_err(Error::Node)?;
         let mut wanted = wanted(&devices, &addresses, snapshot, node, &self.excluded);
         mark_adjacent(&mut wanted.cluster, adjacent);
-        let mut done = bring_maps(&self.maps, &wanted).map_err(Error::Ports)?;
+        let mut done;
+        (done, self.problems.node) = bring_maps(&self.maps, &wanted).map_err(Error::Ports)?;
         let outward: Vec<&device::Device> = devices.iter().filter(|d| d.kind.as_deref() != Some("vxlan")).collect();
         if snapshot.is_some() {
             self.bring_ranges(&wanted.cluster, &mut done)?;
@@ -250,12 +252,19 @@ pub(super) fn fill(
     NodeMaps::open(&pin_dir(bpffs)).and_then(bring).map_err(Error::Ports)
 }
 
-/// The node's own addresses and links; what had to be done.
-fn bring_maps(maps: &NodeMaps, wanted: &Wanted) -> Result<Vec<String>, sluice_ebpf::Error> {
+/// The node's own addresses and links; what had to be done, and what has no room: a link may hold the addresses of all services,
+/// as kube-proxy's does where it uses IPVS.
+fn bring_maps(maps: &NodeMaps, wanted: &Wanted) -> Result<(Vec<String>, Vec<String>), sluice_ebpf::Error> {
     let mut done = Vec::new();
-    note(&mut done, bring_set(&maps.locals, &wanted.locals)?.all()?, "addresses of the node");
-    note(&mut done, bring(&maps.devices, &wanted.devices)?.all()?, "links of the node");
-    Ok(done)
+    let addresses = bring_set(&maps.locals, &wanted.locals)?;
+    let links = bring(&maps.devices, &wanted.devices)?;
+    note(&mut done, addresses.changed, "addresses of the node");
+    note(&mut done, links.changed, "links of the node");
+    let unfit = [
+        addresses.unfit("addresses of the node", "node ports and host ports are not served under them"),
+        links.unfit("links of the node", "packets that come by them are not translated"),
+    ];
+    Ok((done, unfit.into_iter().flatten().collect()))
 }
 
 fn note(done: &mut Vec<String>, count: usize, what: &str) {
@@ -315,11 +324,6 @@ struct Brought {
 }
 
 impl Brought {
-    /// Where all must have room: the number of entries that were different.
-    fn all(self) -> Result<usize, sluice_ebpf::Error> {
-        self.unfit.map_or(Ok(self.changed), |(_, cause)| Err(cause))
-    }
-
     fn unfit(&self, what: &str, effect: &str) -> Option<String> {
         let (count, cause) = self.unfit.as_ref()?;
         Some(format!("{count} of {} {what} have no room on this node: {effect} ({})", self.wanted, describe(cause)))
@@ -518,6 +522,11 @@ mod tests {
             assert!(member(link, "ff0200000000000000000001ff123456"), "{link}: {}", groups());
         }
         assert_eq!(reconcile(&mut ports, &snapshot), problems, "nothing has changed");
+
+        let bound = sluice_ebpf::common::bound::LOCALS as u32;
+        let locals = (0..bound + 7).map(|n| addr(IpAddr::from((0x0a09_0000 + n).to_be_bytes()))).collect();
+        let (_, unfit) = bring_maps(&ports.maps, &Wanted { locals, ..Wanted::default() }).expect("goes on");
+        assert!(unfit.len() == 1 && unfit[0].starts_with(&format!("7 of {} addresses", bound + 7)), "{unfit:?}");
 
         std::fs::remove_dir(&taken).expect("folder");
         let few = Snapshot::new(Revision(2), [node(1), announced("2001:db8::9")]);
