@@ -188,7 +188,7 @@ impl Store {
         let known: BTreeSet<(&str, &str)> = held.iter().map(|l| (l.container.as_str(), l.ifname.as_str())).collect();
         let unknown = |a: &Attachment| !known.contains(&(a.container.as_str(), a.ifname.as_str()));
         let others = self.entries()?.into_iter().filter(|e| e.releasing.is_none() && unknown(&e.attachment));
-        Ok(others.filter(|e| matches!(self.read(e), Err(Error::Damaged { .. }))).collect())
+        Ok(others.filter(|e| self.read(e).is_err()).collect())
     }
 
     /// Held leases that are at least as old: an ADD that is under way has its lease, but not everything else yet.
