@@ -59,15 +59,14 @@ pub fn run(o: &Options) -> Result<()> {
     refuse_agent(&conflist)?;
     // An agent that ended after the first removal may have written it again.
     remove(&conflist)?;
-    for name in [AGENT, CLI] {
-        remove(&places.program_dir.join(name))?;
-    }
+    remove(&places.program_dir.join(AGENT))?;
     let pods = pods(o)?;
     if pods.is_empty() {
         remove_plugin(&places.bin_dir)?;
+        remove(&places.program_dir.join(CLI))?;
     } else {
         println!(
-            "{} stays: the runtime needs it to remove {}; run this again when they are gone",
+            "{} stays, as this program does: the runtime needs it to remove {}; run this again when they are gone",
             places.bin_dir.join(PLUGIN).display(),
             pods.join(", ")
         );

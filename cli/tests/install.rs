@@ -216,8 +216,8 @@ fn a_node_is_installed_upgraded_and_uninstalled() {
     let out = node.uninstall(&[]);
     assert!(out.status.success() && text(&out).contains("shop/web"), "{}", text(&out));
     assert_eq!(
-        (node.files("bin"), node.files("programs").len()),
-        (vec!["loopback".to_owned(), "sluice-cni".to_owned()], 0)
+        (node.files("bin"), node.files("programs")),
+        (vec!["loopback".to_owned(), "sluice-cni".to_owned()], vec!["sluice".to_owned()])
     );
     assert_eq!(node.files("units").len() + node.files("conf").len(), 0);
     assert_eq!(store.held().expect("leases").len(), 1);
