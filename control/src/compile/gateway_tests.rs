@@ -140,6 +140,36 @@ fn what_is_attached_is_in_the_snapshot_and_is_no_services() {
     assert!(s.policy(&pod.name).is_some(), "what access policies say holds there too");
 }
 
+/// Else its pods would keep endpoints that are long gone, for they are sent nothing without their gateway.
+#[test]
+fn a_class_that_is_withdrawn_cuts_off_no_pod() {
+    let withdrawals: [fn(&mut Objects); 2] = [
+        |o| drop(o.gateway_classes.remove(&m::Name::cluster("sluice"))),
+        |o| {
+            let class = json!({"metadata": {"name": "sluice"}, "spec": {"controllerName": gateway::CONTROLLER_NAME,
+                "parametersRef": {"group": "g", "kind": "K", "name": "n"}}});
+            let class = serde_json::from_value(class).expect("a class");
+            o.gateway_classes.insert(m::Name::cluster("sluice"), Arc::new(class));
+        },
+    ];
+    for withdraw in withdrawals {
+        let mut o = objects(json!([listener("http", 80, "HTTP", None)]));
+        http_route(&mut o, "infra", json!({}), &[]);
+        withdraw(&mut o);
+        let name = m::Name::new("infra", "edge");
+        let of = |o: &Objects| {
+            let c = compiled(o);
+            let s = m::Snapshot::new(m::Revision(1), c.resources);
+            (c.gateways.len(), s.gateway(&name).map(|g| g.listeners.iter().map(|l| l.routes.len()).sum::<usize>()))
+        };
+        assert_eq!(of(&o), (0, None), "without pods nobody is served");
+        let pod = json!({"metadata": {"uid": "u", "annotations": {(gateway::ANNOTATION): "edge"}},
+            "spec": {"nodeName": "n1", "containers": []}});
+        put(&mut o.pods, ("infra", "edge-1"), pod);
+        assert_eq!(of(&o), (0, Some(1)), "what it listens for and its route; no status");
+    }
+}
+
 #[test]
 fn other_controllers_parents_are_left_alone() {
     let mut o = objects(json!([listener("http", 80, "HTTP", None)]));

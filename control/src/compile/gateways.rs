@@ -6,6 +6,7 @@
 use super::{
     Objects, name_of, port,
     routes::{Reference, Refused, Verdict, granted, kind_name},
+    serves_gateway,
 };
 use crate::{
     api::validate::selects,
@@ -18,7 +19,7 @@ use gateway_api::{
         GatewayListenersTlsCertificateRefs as CertificateRef, GatewayListenersTlsMode as Mode,
     },
 };
-use k8s_openapi::api::core::v1::{Secret, Service};
+use k8s_openapi::api::core::v1::{Pod, Secret, Service};
 use rustls::{
     crypto::ring::sign::any_supported_type,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
@@ -27,7 +28,10 @@ use rustls::{
 use serde_json::{Value, json};
 use sluice_model as m;
 use sluice_wire::SIDECAR_ADMIN_PORT;
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+};
 
 /// What a class's status says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +72,7 @@ pub(super) struct Gateways<'a> {
 
 struct Gateway<'a> {
     object: &'a Object,
+    claim: Claim,
     accepted: Verdict,
     /// What is wrong with it, if anything, is no reason to close what serves.
     served: bool,
@@ -97,10 +102,22 @@ pub(super) struct Attached<'a> {
     pub hosts: &'a [String],
 }
 
-/// A class that is ours, and accepted.
-fn our_class(o: &Objects, name: &str) -> bool {
-    let class = o.gateway_classes.get(&m::Name::cluster(name));
-    class.is_some_and(|c| c.spec.controller_name == CONTROLLER_NAME && class_verdict(c).is_ok())
+/// What a gateway's class means for it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Claim {
+    /// It is ours, and accepted.
+    Ours,
+    /// It is gone, or is not accepted any more: pods that serve the gateway serve on, and nothing is said of it.
+    Withdrawn,
+    Others,
+}
+
+fn claim(o: &Objects, class: &str) -> Claim {
+    match o.gateway_classes.get(&m::Name::cluster(class)) {
+        Some(c) if c.spec.controller_name != CONTROLLER_NAME => Claim::Others,
+        Some(c) if class_verdict(c).is_ok() => Claim::Ours,
+        _ => Claim::Withdrawn,
+    }
 }
 
 fn class_verdict(class: &GatewayClass) -> Verdict {
@@ -122,8 +139,15 @@ pub(super) fn classes(o: &Objects) -> Vec<ClassStatus> {
 
 impl<'a> Gateways<'a> {
     pub(super) fn new(o: &'a Objects) -> Self {
-        let ours = o.gateways.values().filter(|g| our_class(o, &g.spec.gateway_class_name));
-        Self { all: ours.filter_map(|g| Some((name_of(&g.metadata)?, Gateway::new(g, o)))).collect() }
+        let of_pod = |(pod, p): (&m::Name, &Arc<Pod>)| Some(m::Name::new(pod.namespace.clone(), serves_gateway(p)?));
+        let served: HashSet<m::Name> = o.pods.iter().filter_map(of_pod).collect();
+        let one = |g: &'a Arc<Object>| {
+            let name = name_of(&g.metadata)?;
+            let claim = claim(o, &g.spec.gateway_class_name);
+            let kept = claim == Claim::Ours || claim == Claim::Withdrawn && served.contains(&name);
+            kept.then(|| (name, Gateway::new(g, claim, o)))
+        };
+        Self { all: o.gateways.values().filter_map(one).collect() }
     }
 
     /// Attaches a route, whose compiled form is called `compiled`, to the listeners that the parent names and that let it
@@ -161,12 +185,13 @@ impl<'a> Gateways<'a> {
     }
 
     pub(super) fn statuses(&self, o: &Objects) -> Vec<GatewayStatus> {
-        self.all.iter().map(|(name, g)| g.status(name, o)).collect()
+        let ours = self.all.iter().filter(|(_, g)| g.claim == Claim::Ours);
+        ours.map(|(name, g)| g.status(name, o)).collect()
     }
 }
 
 impl<'a> Gateway<'a> {
-    fn new(object: &'a Object, o: &Objects) -> Self {
+    fn new(object: &'a Object, claim: Claim, o: &Objects) -> Self {
         let name = name_of(&object.metadata).unwrap_or_default();
         let mut listeners: Vec<Listener<'a>> =
             object.spec.listeners.iter().map(|l| Listener::new(l, &name, o)).collect();
@@ -174,7 +199,7 @@ impl<'a> Gateway<'a> {
         let refused = refusal(object);
         let served = refused.is_ok();
         let accepted = refused.and_then(|()| gateway::wishes(object).map(drop).map_err(|text| ("Invalid", text)));
-        Self { object, accepted, served, listeners }
+        Self { object, claim, accepted, served, listeners }
     }
 
     /// The listeners that the route is attached to.
