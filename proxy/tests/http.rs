@@ -294,7 +294,8 @@ fn upgrades_become_pipes() {
     client.send("hello");
     assert_eq!(client.take(5).as_deref(), Some("hello"));
     assert!(client.ended());
-    eventually("and then as none", || open() == 0);
+    drop(client);
+    eventually("and as none when both sides have ended", || open() == 0);
     server.join().expect("the server saw what it should");
     running.stop();
 }
