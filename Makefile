@@ -37,12 +37,14 @@ test-kernels: setup
 	@failed=0; kernels=$$(./scripts/kernels.sh $(KERNELS)) || failed=1; \
 	  for kernel in $$kernels; do target/release/xtask kernel $$kernel || failed=1; done; exit $$failed
 
-# Each fuzz target for FUZZ_SECONDS, from its committed seeds and from what earlier runs here have found. Coverage without
+# Each fuzz target for FUZZ_SECONDS, from its committed seeds, from what runs of an hour have found (found.tar.xz: what covers as
+# much, each input once) and from what earlier runs here have. Coverage without
 # an address sanitizer, which the stable toolchain lacks; no unsafe code is fuzzed.
 fuzz: export RUSTC_BOOTSTRAP := 1
 fuzz: setup
 	@cargo fuzz --version >/dev/null 2>&1 || cargo install cargo-fuzz --locked --version ^0.13
 	cd tests/fuzz && cargo fuzz build --sanitizer none --fuzz-dir .
+	@tar -C tests/fuzz -xJf tests/fuzz/found.tar.xz --skip-old-files
 	@cd tests/fuzz && for target in $$(cargo fuzz list --fuzz-dir .); do \
 	  mkdir -p corpus/$$target && cargo fuzz run --sanitizer none --fuzz-dir . $$target corpus/$$target seeds/$$target -- \
 	    -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 || exit 1; done
