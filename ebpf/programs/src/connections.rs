@@ -48,9 +48,7 @@ pub fn known(w: &mut Work) -> Known {
         return Known::No;
     }
     let relayed = t.flags & CT_RELAYED != 0;
-    if !go_on(w, t) {
-        return Known::No;
-    }
+    go_on(w, t);
     if relayed { Known::Relayed } else { Known::Translated }
 }
 
@@ -123,9 +121,9 @@ fn here(addr: &Addr) -> u32 {
 }
 
 /// A packet of it has come. Both directions: a connection lives while packets go one way. Nobody may use the entry afterwards:
-/// it may have moved. False: its answers are another connection's by now, and it is forgotten.
+/// it may have moved.
 #[inline(always)]
-pub fn go_on(w: &mut Work, t: &mut Translation) -> bool {
+pub fn go_on(w: &mut Work, t: &mut Translation) {
     let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
     if t.flags & CT_RELAYED != 0 {
         t.used = now;
@@ -135,20 +133,19 @@ pub fn go_on(w: &mut Work, t: &mut Translation) -> bool {
         if t.flags & CT_HALF != 0 && tcp_flags & RST == 0 {
             keep(&mut w.entry, &w.head.flow);
         }
-        return true;
+        return;
     }
     let first_answer = t.flags & (CT_REPLY | CT_ANSWERED) == CT_REPLY;
     let opens = t.flags & (CT_REPLY | CT_ANSWERED | CT_HALF) == CT_ANSWERED | CT_HALF && tcp_flags & (SYN | RST) == 0;
     if t.used_before(now) || first_answer || opens || tcp_flags & (FIN | RST) != 0 {
         w.key = w.to.flipped();
-        return advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, opens);
+        advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, opens);
     }
-    true
 }
 
 /// What both directions gain, beside what the packet's own flags say; and whether they are open from now on.
 #[inline(always)]
-fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) -> bool {
+fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) {
     let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
     t.used = now;
     t.flags |= gained;
@@ -158,17 +155,7 @@ fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) -> bool 
     if tcp_flags & RST != 0 {
         t.flags |= CT_CLOSED;
     }
-    let Some(other) = entry(&w.key) else {
-        restore(w, t, opens);
-        return true;
-    };
-    // The port was given to another caller, because this connection was over or its answers' entry was forgotten. Of a caller's
-    // own there may be two entries: see `also`.
-    if other.to.dport_be != w.head.flow.sport_be || !other.to.dst.same(&w.head.flow.src) {
-        let _ = FLOWS.remove(&w.head.flow);
-        let _ = HALVES.remove(&w.head.flow);
-        return false;
-    }
+    let Some(other) = entry(&w.key) else { return restore(w, t, opens) };
     other.used = now;
     let fins = t.flags & other.flags & CT_FIN;
     let closed = (t.flags & CT_CLOSED) | if fins != 0 { CT_CLOSED } else { 0 };
@@ -178,7 +165,6 @@ fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) -> bool 
         keep(&mut w.entry, &w.head.flow);
         keep(&mut w.entry, &w.key);
     }
-    true
 }
 
 /// From now on it is in the map of what is open. It is looked up anew, because writing one entry may make a map forget another
@@ -289,12 +275,8 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
             Ok(()) => {}
             Err(EEXIST) => {
                 // SAFETY: compared only.
-                let held = unsafe { HALVES.get(&w.key) };
-                if !held.is_none_or(free) {
+                if !unsafe { HALVES.get(&w.key) }.is_none_or(free) {
                     continue;
-                }
-                if let Some(held) = held {
-                    forget_caller(held, &w.entry.to);
                 }
                 HALVES.insert(&w.key, &w.entry, 0).map_err(|_| Reason::DroppedTableFull)?;
             }
@@ -305,7 +287,6 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
         match unsafe { FLOWS.get(&w.key) } {
             None => return Ok(()),
             Some(held) if free(held) => {
-                forget_caller(held, &w.entry.to);
                 let _ = FLOWS.remove(&w.key);
                 return Ok(());
             }
@@ -315,14 +296,4 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
         }
     }
     Err(Reason::DroppedNoPort)
-}
-
-/// Of a connection that is over and whose port another one gets: its caller may go on sending, and that would be the other's.
-#[inline(always)]
-fn forget_caller(held: &Translation, new: &Flow) {
-    if !held.to.same(new) {
-        let caller = held.to.flipped();
-        let _ = FLOWS.remove(&caller);
-        let _ = HALVES.remove(&caller);
-    }
 }
