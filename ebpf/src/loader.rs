@@ -423,38 +423,38 @@ fn open_object(dir: &Path, set_retval: bool, ingress_ifindex: bool) -> Result<Eb
     let mut object = loader.load(OBJECT).map_err(|e| Error::Object(Box::new(e)))?;
     // First what an old kernel may refuse: the packet programs take it seconds to verify.
     for name in CGROUP_PROGRAMS.iter().map(|(n, _)| *n).chain([STEER]).chain(PACKET_PROGRAMS) {
-        let program = object.program_mut(name).ok_or(Error::NoProgram(name))?;
-        let load = || match program {
-            Program::CgroupSockAddr(p) => Some(p.load()),
-            Program::CgroupSock(p) => Some(p.load()),
-            Program::SkLookup(p) => Some(p.load()),
-            Program::SchedClassifier(p) => Some(p.load()),
-            _ => None,
-        };
-        let loaded = undisturbed(load).ok_or(Error::NoProgram(name))?;
-        loaded.map_err(|e| Error::Program { name, cause: Box::new(e) })?;
+        verify(&mut object, name)?.map_err(|e| Error::Program { name, cause: Box::new(e) })?;
     }
     Ok(object)
 }
 
 /// `None` where the kernel does not take it.
 fn load_xdp(object: &mut Ebpf) -> Result<Option<OwnedFd>> {
-    let Some(Program::Xdp(p)) = object.program_mut(XDP) else { return Err(Error::NoProgram(XDP)) };
-    match undisturbed(|| Some(p.load())) {
-        Some(Err(e)) if refused(&e) => Ok(None),
-        Some(Err(e)) => Err(Error::Program { name: XDP, cause: Box::new(e) }),
-        _ => program(object, XDP).map(Some),
+    match verify(object, XDP)? {
+        Ok(()) => program(object, XDP).map(Some),
+        Err(e) if refused(&e) => Ok(None),
+        Err(e) => Err(Error::Program { name: XDP, cause: Box::new(e) }),
     }
 }
 
-/// Of the kernel on a program.
+/// What the kernel says of a program.
 type Verdict = std::result::Result<(), ProgramError>;
 
-/// The kernel stops verifying for a signal, whatever it is for (`EAGAIN`, as libbpf takes it too): once more then.
-fn undisturbed(mut load: impl FnMut() -> Option<Verdict>) -> Option<Verdict> {
+/// Has the kernel verify a program and keep it. It stops for a signal, whatever it is for (`EAGAIN`, as libbpf takes it too): once
+/// more then.
+fn verify(object: &mut Ebpf, name: &'static str) -> Result<Verdict> {
     const TRIES: usize = 5;
-    let stopped = |v: &Option<Verdict>| matches!(v, Some(Err(e)) if errno(e) == Some(libc::EAGAIN));
-    (1..TRIES).map(|_| load()).find(|v| !stopped(v)).unwrap_or_else(load)
+    let program = object.program_mut(name).ok_or(Error::NoProgram(name))?;
+    let mut load = || match program {
+        Program::CgroupSockAddr(p) => Ok(p.load()),
+        Program::CgroupSock(p) => Ok(p.load()),
+        Program::SkLookup(p) => Ok(p.load()),
+        Program::SchedClassifier(p) => Ok(p.load()),
+        Program::Xdp(p) => Ok(p.load()),
+        _ => Err(Error::NoProgram(name)),
+    };
+    let stopped = |v: &Result<Verdict>| matches!(v, Ok(Err(e)) if errno(e) == Some(libc::EAGAIN));
+    (1..TRIES).map(|_| load()).find(|v| !stopped(v)).unwrap_or_else(&mut load)
 }
 
 /// PURE: whether the kernel has looked at the program and will never take it, which one with a feature less may change. Else it

@@ -43,18 +43,16 @@ impl Datapath {
     }
 
     fn repair_programs(&mut self, wrong: &mut Vec<String>) -> Result<(), Error> {
-        let reload = |d: &mut Self| -> Result<bool, sluice_ebpf::Error> {
-            // In the way it was loaded before: a fallback stays forced.
-            Ok(loader::damaged(&d.place)? && loader::load_with(&d.place, d.loaded.set_retval).map(|_| true)?)
-        };
         let reload = |d: &mut Self, _: &Lock| {
-            let reloaded = reload(d).map_err(Error::Load)?;
-            if reloaded {
-                // What is at pods' links went by the maps that were there before.
-                let links = pod_links(d.wires.connection(), &d.store.held().map_err(Error::Leases)?)?;
-                packets::renew_pods(&d.place.bpffs, d.wires.connection(), &links).map_err(Error::Packets)?;
+            if !loader::damaged(&d.place).map_err(Error::Load)? {
+                return Ok(false);
             }
-            Ok(reloaded)
+            // In the way it was loaded before: a fallback stays forced.
+            loader::load_with(&d.place, d.loaded.set_retval).map_err(Error::Load)?;
+            // What is at pods' links went by the maps that were there before.
+            let links = pod_links(d.wires.connection(), &d.store.held().map_err(Error::Leases)?)?;
+            packets::renew_pods(&d.place.bpffs, d.wires.connection(), &links).map_err(Error::Packets)?;
+            Ok(true)
         };
         if self.locked(reload)? {
             wrong.push("programs or maps were unpinned".into());

@@ -219,6 +219,7 @@ pub fn story(ground: &Ground) {
     source_ranges(ground, &around, &pod, &b1, &all);
     nobody(&around);
     pods_reach_the_world(&around, &pod);
+    an_unpinned_map_is_made_anew(&pod);
     escaped(ground, &pod, &b1);
     large(&around);
     same_source_port(&around);
@@ -383,6 +384,17 @@ fn pods_reach_the_world(around: &Around<'_>, pod: &TestPod) {
     add_route(&Netns::current().expect("own"), "203.0.113.0/24", CALLER4);
     let said = within(&pod.netns, || dial(at("203.0.113.2", 9000)));
     assert_eq!(said.expect("TCP"), format!("world {}", pod.ip()), "an excluded range sees the pod");
+}
+
+/// And all programs go by the new one, those at pods' links too: else answers would be looked for in another map than the one
+/// in which they are noted.
+fn an_unpinned_map_is_made_anew(pod: &TestPod) {
+    let pin = pin_dir(Path::new("/sys/fs/bpf")).join(sluice_ebpf::common::map::FLOWS);
+    std::fs::remove_file(&pin).expect("unpin");
+    until("it is pinned again", || pin.exists());
+    for world in [CALLER4, CALLER6] {
+        until("a pod is answered from outside", || within(&pod.netns, || dial(at(world, 9000))).is_ok());
+    }
 }
 
 /// One echo by a datagram ICMP socket.
