@@ -72,7 +72,7 @@ impl Side {
     }
 
     fn outbound(&self) -> bool {
-        matches!(self, Self::Outbound { .. } | Self::Refuse(_))
+        matches!(self, Self::Outbound { .. })
     }
 
     /// Who opened the connection may leave it open: we end it.

@@ -115,17 +115,7 @@ fn tap(running: &Running, query: &str) -> impl Iterator<Item = Value> + use<> {
 /// Both what had no answer in its route's time and what had half of one.
 #[test]
 fn a_tap_says_what_took_too_long() {
-    let listener = TcpListener::bind(LOCAL).expect("bind");
-    let half = listener.local_addr().expect("an address");
-    std::thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            let mut head = [0; 1024];
-            let _ = stream.read(&mut head);
-            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf");
-            let _ = stream.read_to_end(&mut Vec::new());
-        }
-    });
-    for (address, path, status) in [(start("v1").address, "/slow", 504), (half, "/half", 200)] {
+    for (address, path, status) in [(start("v1").address, "/slow", 504), (half_answering(), "/half", 200)] {
         let timeouts = Timeouts { request_ms: Some(50), backend_request_ms: None };
         let rule = Rule { timeouts, backends: vec![backend("web", 1)], ..Rule::default() };
         let running = sidecar([web(&[address]), vec![route(vec![rule])]].concat());

@@ -298,8 +298,11 @@ fn each_host_has_its_certificate_and_its_routes() {
         service("v2", "10.96.0.2", AppProtocol::Detect, &[two.address]),
         vec![route_to("a", RouteKind::Http, &[], &[("web", 1)]), route_to("b", RouteKind::Http, &[], &[("v2", 1)])],
     ];
-    let listeners =
-        vec![https("a", port, Some("a.example"), &a, &["a"]), https("b", port, Some("*.b.example"), &b, &["b"])];
+    let listeners = vec![
+        https("a", port, Some("a.example"), &a, &["a"]),
+        https("b", port, Some("*.b.example"), &b, &["b"]),
+        Listener { mode: ListenerMode::Passthrough, ..http("raw", port, Some("raw.b.example"), &[]) },
+    ];
     let edge = Edge::start(snapshot(1, listeners, rest.concat())).ready();
     let mut one = authority.connect(port, "a.example").expect("TLS");
     assert_eq!(one.leaf(), leaf(&a));
@@ -310,7 +313,9 @@ fn each_host_has_its_certificate_and_its_routes() {
     assert!(two.seen() > 0);
     // By one's certificate to the other's routes: RFC 9110 §15.5.20.
     assert_eq!(one.ask("x.b.example").0, 421);
-    assert_eq!(edge.refused(Reason::Misdirected), 1);
+    // Its certificate fits, and the listener is another one, which opens nothing.
+    assert_eq!(other.ask("raw.b.example").0, 421);
+    assert_eq!(edge.refused(Reason::Misdirected), 2);
     assert!(authority.connect(port, "c.example").is_err(), "no listener is for it");
     let mut plain = Client::connect(at(port));
     plain.send("GET / HTTP/1.1\r\nhost: a.example\r\n\r\n");
@@ -524,6 +529,54 @@ fn a_gateway_that_drains_says_so_and_ends_idle_connections() {
     assert_eq!(said.lock().expect("a lock").as_deref(), Some("close"));
     assert!(idle.ended());
     draining.join().expect("drained");
+}
+
+/// Each answer would be held for him, and his connection with the backend's: for ever, for his kernel answers all the while.
+#[test]
+fn a_client_that_takes_nothing_is_ended() {
+    let listener = TcpListener::bind(LOCAL).expect("bind");
+    let app = listener.local_addr().expect("an address");
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let _ = stream.read(&mut [0; 1024]);
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n");
+                while stream.write_all(&[0; 65_536]).is_ok() {}
+            });
+        }
+    });
+    let port = free_port();
+    let rest = [web(app), vec![route_to("r", RouteKind::Http, &[], &[("web", 1)])]].concat();
+    let edge = Edge::with(snapshot(1, vec![http("http", port, None, &["r"])], rest), |s| {
+        s.limits.body_idle = Duration::from_secs(1);
+    })
+    .ready();
+    let mut client = Client::connect(at(port));
+    client.send("GET / HTTP/1.1\r\nhost: x\r\n\r\n");
+    eventually("it is served", || scrape(&edge.running).open_inbound == 1);
+    eventually("it is ended", || scrape(&edge.running).open_inbound == 0);
+    edge.running.stop();
+}
+
+/// RFC 9113 §6.5.2: what a client may have under way is less than what a sidecar may.
+#[test]
+fn a_client_is_told_how_much_it_may_ask_at_a_time() {
+    let port = free_port();
+    let edge = Edge::start(snapshot(1, vec![http("http", port, None, &[])], vec![])).ready();
+    let mut stream = TcpStream::connect(at(port)).expect("connect");
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").expect("send");
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).expect("a frame");
+    assert_eq!(head[3], 4, "SETTINGS");
+    let mut settings = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
+    stream.read_exact(&mut settings).expect("its settings");
+    let value = |id: u16| {
+        let found = settings.chunks(6).find(|s| s[..2] == id.to_be_bytes())?;
+        Some(u32::from_be_bytes([found[2], found[3], found[4], found[5]]))
+    };
+    let (streams, window) = (3, 4);
+    assert_eq!((value(streams), value(window)), (Some(100), Some(65_536)));
+    edge.running.stop();
 }
 
 #[test]

@@ -206,23 +206,8 @@ fn times_of_a_rule_are_kept() {
 
 #[test]
 fn an_answer_that_does_not_end_in_time_is_cut_off() {
-    let listener = TcpListener::bind(LOCAL).expect("bind");
-    let address = listener.local_addr().expect("an address");
-    std::thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            // An answer before its request is a protocol error, and the sidecar says so.
-            let mut head = Vec::new();
-            let mut byte = [0];
-            while !head.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
-                head.push(byte[0]);
-            }
-            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf");
-            // Held open until the other side ends it.
-            let _ = stream.read_to_end(&mut Vec::new());
-        }
-    });
     let timeouts = Timeouts { request_ms: Some(100), backend_request_ms: None };
-    let running = sidecar([web(&[address]), vec![rule(Rule { timeouts, ..Rule::default() })]].concat());
+    let running = sidecar([web(&[half_answering()]), vec![rule(Rule { timeouts, ..Rule::default() })]].concat());
     let mut client = Client::connect(running.outbound[0]);
     client.send("GET / HTTP/1.1\r\nhost: web\r\n\r\n");
     let head = client.take_until("\r\n\r\n").expect("a head");

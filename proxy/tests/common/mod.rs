@@ -11,7 +11,7 @@ use sluice_proxy::{
 use sluice_wire::v1::WorkloadRef;
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     time::{Duration, Instant},
 };
 
@@ -274,6 +274,25 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < until, "not within ten seconds: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// A server that answers each request with half of an answer, and holds the connection until the other side ends it.
+pub fn half_answering() -> SocketAddr {
+    let listener = TcpListener::bind(LOCAL).expect("bind");
+    let address = listener.local_addr().expect("an address");
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            // An answer before its request is a protocol error, and the sidecar says so.
+            let mut head = Vec::new();
+            let mut byte = [0];
+            while !head.ends_with(b"\r\n\r\n") && matches!(stream.read(&mut byte), Ok(1)) {
+                head.push(byte[0]);
+            }
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf");
+            let _ = stream.read_to_end(&mut Vec::new());
+        }
+    });
+    address
 }
 
 pub fn start(version: &str) -> Backend {
