@@ -37,9 +37,9 @@ test-kernels: setup
 	@failed=0; kernels=$$(./scripts/kernels.sh $(KERNELS)) || failed=1; \
 	  for kernel in $$kernels; do target/release/xtask kernel $$kernel || failed=1; done; exit $$failed
 
-# Each fuzz target for FUZZ_SECONDS, from its committed seeds, from what runs of an hour have found (found.tar.xz: what covers as
-# much, each input once) and from what earlier runs here have. Coverage without
-# an address sanitizer, which the stable toolchain lacks; no unsafe code is fuzzed.
+# Each fuzz target for FUZZ_SECONDS, from its committed seeds, from what an hour's run has found (found.tar.xz: a set of inputs
+# that covers as much) and from what earlier runs here have. Coverage without an address sanitizer, which the stable toolchain
+# lacks; no unsafe code is fuzzed.
 fuzz: export RUSTC_BOOTSTRAP := 1
 fuzz: setup
 	@cargo fuzz --version >/dev/null 2>&1 || cargo install cargo-fuzz --locked --version ^0.13

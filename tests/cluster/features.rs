@@ -228,7 +228,7 @@ fn calls_and_bytes(c: &Cluster) -> Result<()> {
     Ok(())
 }
 
-/// v2 becomes slow, then fails every second time, then always.
+/// v2 becomes slow, then fails every second time.
 fn failing_backends(c: &Cluster) -> Result<()> {
     let make = |faults: &str| format!("wget -q -O - --post-data '{faults}' http://echo-v2/faults");
     let get = |path: &str| ask(path, "GET", "");
@@ -251,7 +251,7 @@ fn failing_backends(c: &Cluster) -> Result<()> {
     })?;
     c.kubectl(&["-n", NAMESPACE, "delete", "backendpolicy", "echo-v2"])?;
     script(c, NAMESPACE, "faults", &make(r#"{"delay_ms":0,"fail_percent":50}"#))?;
-    // Without a sleep in between, that budget would not do for the retries of all.
+    // The budget for retries may be used up by what came before.
     c.wait("what fails is tried again", 60, || {
         Ok(report(c, "/load --rps=10 --duration=2 --url=http://echo/again")?["failed"] == 0)
     })?;

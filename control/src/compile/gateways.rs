@@ -74,8 +74,8 @@ struct Gateway<'a> {
     object: &'a Object,
     claim: Claim,
     accepted: Verdict,
-    /// What is wrong with it, if anything, is no reason to close what serves.
-    served: bool,
+    /// What is wrong with it, if anything, is no reason to close its listeners.
+    serves: bool,
     listeners: Vec<Listener<'a>>,
 }
 
@@ -102,10 +102,10 @@ pub(super) struct Attached<'a> {
     pub hosts: &'a [String],
 }
 
-/// What a gateway's class means for it.
+/// Whose a gateway is, by its class.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Claim {
-    /// It is ours, and accepted.
+    /// The class is ours, and accepted.
     Ours,
     /// It is gone, or is not accepted any more: pods that serve the gateway serve on, and nothing is said of it.
     Withdrawn,
@@ -140,11 +140,11 @@ pub(super) fn classes(o: &Objects) -> Vec<ClassStatus> {
 impl<'a> Gateways<'a> {
     pub(super) fn new(o: &'a Objects) -> Self {
         let of_pod = |(pod, p): (&m::Name, &Arc<Pod>)| Some(m::Name::new(pod.namespace.clone(), serves_gateway(p)?));
-        let served: HashSet<m::Name> = o.pods.iter().filter_map(of_pod).collect();
+        let with_pods: HashSet<m::Name> = o.pods.iter().filter_map(of_pod).collect();
         let one = |g: &'a Arc<Object>| {
             let name = name_of(&g.metadata)?;
             let claim = claim(o, &g.spec.gateway_class_name);
-            let kept = claim == Claim::Ours || claim == Claim::Withdrawn && served.contains(&name);
+            let kept = claim == Claim::Ours || claim == Claim::Withdrawn && with_pods.contains(&name);
             kept.then(|| (name, Gateway::new(g, claim, o)))
         };
         Self { all: o.gateways.values().filter_map(one).collect() }
@@ -179,7 +179,7 @@ impl<'a> Gateways<'a> {
     pub(super) fn resources(&self) -> Vec<m::Gateway> {
         let one = |(name, g): (&m::Name, &Gateway<'_>)| m::Gateway {
             name: name.clone(),
-            listeners: g.listeners.iter().filter(|l| g.served && l.usable()).map(Listener::to_model).collect(),
+            listeners: g.listeners.iter().filter(|l| g.serves && l.usable()).map(Listener::to_model).collect(),
         };
         self.all.iter().map(one).collect()
     }
@@ -197,9 +197,9 @@ impl<'a> Gateway<'a> {
             object.spec.listeners.iter().map(|l| Listener::new(l, &name, o)).collect();
         find_conflicts(&mut listeners);
         let refused = refusal(object);
-        let served = refused.is_ok();
+        let serves = refused.is_ok();
         let accepted = refused.and_then(|()| gateway::wishes(object).map(drop).map_err(|text| ("Invalid", text)));
-        Self { object, claim, accepted, served, listeners }
+        Self { object, claim, accepted, serves, listeners }
     }
 
     /// The listeners that the route is attached to.
