@@ -48,7 +48,9 @@ pub fn known(w: &mut Work) -> Known {
         return Known::No;
     }
     let relayed = t.flags & CT_RELAYED != 0;
-    go_on(w, t);
+    if !go_on(w, t) {
+        return Known::No;
+    }
     if relayed { Known::Relayed } else { Known::Translated }
 }
 
@@ -121,9 +123,9 @@ fn here(addr: &Addr) -> u32 {
 }
 
 /// A packet of it has come. Both directions: a connection lives while packets go one way. Nobody may use the entry afterwards:
-/// it may have moved.
+/// it may have moved. False: its port is another caller's by now, and it is forgotten.
 #[inline(always)]
-pub fn go_on(w: &mut Work, t: &mut Translation) {
+pub fn go_on(w: &mut Work, t: &mut Translation) -> bool {
     let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
     if t.flags & CT_RELAYED != 0 {
         t.used = now;
@@ -133,19 +135,22 @@ pub fn go_on(w: &mut Work, t: &mut Translation) {
         if t.flags & CT_HALF != 0 && tcp_flags & RST == 0 {
             keep(&mut w.entry, &w.head.flow);
         }
-        return;
+        return true;
     }
     let first_answer = t.flags & (CT_REPLY | CT_ANSWERED) == CT_REPLY;
     let opens = t.flags & (CT_REPLY | CT_ANSWERED | CT_HALF) == CT_ANSWERED | CT_HALF && tcp_flags & (SYN | RST) == 0;
-    if t.used_before(now) || first_answer || opens || tcp_flags & (FIN | RST) != 0 {
+    // The port of one that is over may be another's from one moment to the next.
+    let over = t.flags & CT_CLOSED != 0;
+    if t.used_before(now) || first_answer || opens || over || tcp_flags & (FIN | RST) != 0 {
         w.key = w.to.flipped();
-        advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, opens);
+        return advance(w, t, if first_answer { CT_ANSWERED } else { 0 }, opens);
     }
+    true
 }
 
 /// What both directions gain, beside what the packet's own flags say; and whether they are open from now on.
 #[inline(always)]
-fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) {
+fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) -> bool {
     let (tcp_flags, now) = (w.head.tcp_flags, w.tick);
     t.used = now;
     t.flags |= gained;
@@ -155,7 +160,16 @@ fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) {
     if tcp_flags & RST != 0 {
         t.flags |= CT_CLOSED;
     }
-    let Some(other) = entry(&w.key) else { return restore(w, t, opens) };
+    let Some(other) = entry(&w.key) else {
+        restore(w, t, opens);
+        return true;
+    };
+    // Of a caller's own there may be two entries, with two destinations: see `also`.
+    if other.to.dport_be != w.head.flow.sport_be || !other.to.dst.same(&w.head.flow.src) {
+        let _ = FLOWS.remove(&w.head.flow);
+        let _ = HALVES.remove(&w.head.flow);
+        return false;
+    }
     other.used = now;
     let fins = t.flags & other.flags & CT_FIN;
     let closed = (t.flags & CT_CLOSED) | if fins != 0 { CT_CLOSED } else { 0 };
@@ -165,6 +179,7 @@ fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) {
         keep(&mut w.entry, &w.head.flow);
         keep(&mut w.entry, &w.key);
     }
+    true
 }
 
 /// From now on it is in the map of what is open. It is looked up anew, because writing one entry may make a map forget another
@@ -258,42 +273,60 @@ pub fn relay(w: &mut Work) -> Result<(), Reason> {
 /// Takes the answers' key, under a source port for which it is free.
 #[inline(always)]
 fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
-    const LOW: u32 = *SNAT_PORTS.start() as u32;
-    const COUNT: u64 = (*SNAT_PORTS.end() - *SNAT_PORTS.start()) as u64 + 1;
     w.entry.to = w.head.flow.flipped();
     (w.entry.used, w.entry.flags) = (now, CT_REPLY | CT_HALF | here(&w.head.flow.src));
+    w.key = w.to.flipped();
+    let kept = source == Source::Kept && entry(&w.key).is_none_or(|held| free(held, &w.entry, now));
+    if kept || seek(w) { take(w, now) } else { Err(Reason::DroppedNoPort) }
+}
+
+/// A source port at random whose answers' key nobody has, or one whose connection is over. The verifier of 5.15 follows each turn
+/// by itself, from wherever a connection may begin: here is nothing that can wait until the port is taken.
+#[inline(always)]
+fn seek(w: &mut Work) -> bool {
+    const LOW: u32 = *SNAT_PORTS.start() as u32;
+    const COUNT: u64 = (*SNAT_PORTS.end() - *SNAT_PORTS.start()) as u64 + 1;
     // SAFETY: a helper without arguments.
     let mut random = unsafe { bpf_get_prandom_u32() as u32 };
-    for attempt in 0..ATTEMPTS {
-        if attempt > 0 || source == Source::Node {
-            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            w.to.sport_be = ((LOW + ((random as u64 * COUNT) >> 32) as u32) as u16).to_be();
+    (0..ATTEMPTS).any(|_| {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        w.to.sport_be = ((LOW + ((random as u64 * COUNT) >> 32) as u32) as u16).to_be();
+        w.key.dport_be = w.to.sport_be;
+        entry(&w.key).is_none_or(|held| held.flags & CT_CLOSED != 0)
+    })
+}
+
+/// Whether the answers' key that an entry has may be another's.
+#[inline(always)]
+fn free(held: &Translation, new: &Translation, now: u32) -> bool {
+    held.expired(now) || held.flags & CT_CLOSED != 0 || held.to.same(&new.to)
+}
+
+/// Takes a key that was free just now; who is second fails.
+#[inline(always)]
+fn take(w: &mut Work, now: u32) -> Result<(), Reason> {
+    match HALVES.insert(&w.key, &w.entry, BPF_NOEXIST) {
+        Ok(()) => {}
+        Err(EEXIST) => {
+            // SAFETY: compared only.
+            if !unsafe { HALVES.get(&w.key) }.is_none_or(|held| free(held, &w.entry, now)) {
+                return Err(Reason::DroppedNoPort);
+            }
+            HALVES.insert(&w.key, &w.entry, 0).map_err(|_| Reason::DroppedTableFull)?;
         }
-        w.key = w.to.flipped();
-        let free = |held: &Translation| held.expired(now) || held.flags & CT_CLOSED != 0 || held.to.same(&w.entry.to);
-        match HALVES.insert(&w.key, &w.entry, BPF_NOEXIST) {
-            Ok(()) => {}
-            Err(EEXIST) => {
-                // SAFETY: compared only.
-                if !unsafe { HALVES.get(&w.key) }.is_none_or(free) {
-                    continue;
-                }
-                HALVES.insert(&w.key, &w.entry, 0).map_err(|_| Reason::DroppedTableFull)?;
-            }
-            Err(_) => return Err(Reason::DroppedTableFull),
+        Err(_) => return Err(Reason::DroppedTableFull),
+    }
+    // Looked up second: what opens meanwhile is in both maps before it leaves the first.
+    // SAFETY: as above.
+    match unsafe { FLOWS.get(&w.key) } {
+        None => Ok(()),
+        Some(held) if free(held, &w.entry, now) => {
+            let _ = FLOWS.remove(&w.key);
+            Ok(())
         }
-        // Looked up second: what opens meanwhile is in both maps before it leaves the first.
-        // SAFETY: as above.
-        match unsafe { FLOWS.get(&w.key) } {
-            None => return Ok(()),
-            Some(held) if free(held) => {
-                let _ = FLOWS.remove(&w.key);
-                return Ok(());
-            }
-            Some(_) => {
-                let _ = HALVES.remove(&w.key);
-            }
+        Some(_) => {
+            let _ = HALVES.remove(&w.key);
+            Err(Reason::DroppedNoPort)
         }
     }
-    Err(Reason::DroppedNoPort)
 }

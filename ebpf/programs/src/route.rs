@@ -409,7 +409,9 @@ fn destination(w: &mut Work, at: u8) -> Choice {
     if unsafe { LOCALS.get(&w.head.flow.dst) }.is_none() {
         return foreign_node_port(w, at);
     }
-    if let Some(to) = balance::host_port(&w.service) {
+    // An answer to a connection that the node itself has begun from that port is none to a pod.
+    let begins = flow_begins(w);
+    if begins && let Some(to) = balance::host_port(&w.service) {
         return Choice::backend(to);
     }
     w.service.addr = w.service.addr.unspecified();
@@ -419,7 +421,16 @@ fn destination(w: &mut Work, at: u8) -> Choice {
             return choice;
         }
     }
-    balance::host_port(&w.service).map_or(Choice::UNKNOWN, Choice::backend)
+    match begins {
+        true => balance::host_port(&w.service).map_or(Choice::UNKNOWN, Choice::backend),
+        false => Choice::UNKNOWN,
+    }
+}
+
+/// Of a datagram nobody can say.
+#[inline(always)]
+fn flow_begins(w: &Work) -> bool {
+    w.head.flow.proto != TCP || w.head.tcp_flags & (SYN | ACK) == SYN
 }
 
 /// Of another node's node port, which that one has relayed: to whom it is given here, whether or not this node relays.

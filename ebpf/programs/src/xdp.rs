@@ -43,7 +43,9 @@ pub fn forward(packet: Frame) -> u32 {
     }
     // Of the entry nothing is read afterwards: it may have moved.
     let relayed = t.flags & CT_RELAYED;
-    connections::go_on(w, t);
+    if !connections::go_on(w, t) {
+        return XDP_PASS;
+    }
     let (to, hops) = match relayed {
         0 => (&w.to, 1),
         _ => (&w.head.flow, connections::relayed_hops(w.head.hops)),

@@ -280,11 +280,61 @@ fn another_pod_with_the_address_gets_nothing_of_it() {
                 assert_eq!((out.verdict, out.packet), (Verdict::Next, next.bytes()), "the node's own");
                 assert!(!answered(&lab, f, ACK, &call), "what it says is its own");
             }
-            // The port is another's now.
+            // The port is another's now: for what begins.
             lab.pods.host_ports.set(&key(8443, proto), &to(f.second)).expect("host port");
-            assert_eq!(reached(&lab, &next), f.second);
+            assert_eq!(reached(&lab, &call), f.second);
         }
         lab.pods.addrs.set(&addr(ip(f.pod)), &entry(7)).expect("pod");
+    }
+}
+
+/// A port of the node's goes to another caller when a connection is over, or when its answers' entry was forgotten: who had it
+/// before must not go on under it, for what is sent so is the other's.
+#[test]
+fn nobody_speaks_in_anothers_connection() {
+    let lab = lab("packets-taken-over");
+    for f in FAMILIES {
+        for proto in [TCP, UDP] {
+            let first = Frame { sport: 26_000, ..request(f, proto) };
+            assert_eq!(reached(&lab, &first), f.pod);
+            assert!(answered(&lab, f, SYN | ACK, &first));
+            let next = Frame { flags: ACK, ..first.clone() };
+            reached(&lab, &next);
+            edit(&lab, |t| t.used -= 1);
+            let (key, mut taken) = lab.known().into_iter().find(|(_, t)| reply(t)).expect("its answers");
+            (taken.to.dst, taken.to.dport_be) = (addr(ip(f.second)), 999_u16.to_be());
+            lab.note(&key, &taken);
+            let sent = read(&lab.run("from_wire", &next.bytes()).packet).expect("whole");
+            assert_eq!(sent.dst.to_string(), f.pod);
+            assert_ne!(sent.sport, first.sport, "under a port of its own");
+            assert_eq!(
+                lab.known().into_iter().find(|(k, _)| *k == key),
+                Some((key, taken)),
+                "the other one's is as it was"
+            );
+            open_ends(&lab);
+        }
+    }
+}
+
+/// What answers the node's own connection, begun from a port that a pod has as host port, is the node's.
+#[test]
+fn a_host_port_takes_only_what_begins() {
+    let lab = lab("packets-own-answers");
+    for f in FAMILIES {
+        let key =
+            ServiceKey { addr: addr(ip(f.node)).unspecified(), port_be: 40_000_u16.to_be(), proto: TCP, scope: INSIDE };
+        let to = Reverse { addr: addr(ip(f.pod)), port_be: 8080_u16.to_be(), pad: 0 };
+        lab.pods.host_ports.set(&key, &to).expect("host port");
+        let call = Frame { dst: ip(f.node), dport: 40_000, sport: 443, ..request(f, TCP) };
+        for flags in [SYN | ACK, ACK, FIN | ACK, RST] {
+            let answer = Frame { flags, ..call.clone() };
+            let out = lab.run("from_wire", &answer.bytes());
+            assert_eq!((out.verdict, out.packet), (Verdict::Next, answer.bytes()), "{flags:#x}");
+        }
+        assert_eq!(reached(&lab, &call), f.pod);
+        assert_eq!(reached(&lab, &Frame { flags: ACK, ..call.clone() }), f.pod);
+        open_ends(&lab);
     }
 }
 
