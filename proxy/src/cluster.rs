@@ -38,6 +38,8 @@ pub struct LivePolicy {
     keyed: Option<Keyed>,
     /// Of each endpoint, whether it is in this pod's zone; absent where zones do not count.
     near: Option<Vec<bool>>,
+    /// Of each endpoint, since when it is one, in the worker's milliseconds; `None`, or absent: it is warm.
+    joined: Vec<Option<u64>>,
 }
 
 #[derive(Debug)]
@@ -54,7 +56,17 @@ pub struct ClusterState {
     pending: Cell<u32>,
     retries: Cell<u32>,
     last: Cell<usize>,
+    /// Endpoints that the last config with a slow start had, and since when; `None`: from the first of those on.
+    met: RefCell<Option<Met>>,
     pub ejections: Cell<u64>,
+}
+
+type Met = HashMap<SocketAddr, Option<u64>>;
+
+/// PURE. Who is new: not whom a sidecar finds when it begins, else those that come soon after would not be told from them.
+fn meet(before: Option<&Met>, now: u64, addresses: &[SocketAddr]) -> Met {
+    let since = |a: &SocketAddr| before.and_then(|met| met.get(a).copied().unwrap_or(Some(now)));
+    addresses.iter().map(|a| (*a, since(a))).collect()
 }
 
 /// All that a worker keeps about backends.
@@ -79,7 +91,14 @@ impl Drop for Held {
 }
 
 impl LivePolicy {
-    pub fn new(of: Arc<BackendPolicy>, addresses: &[SocketAddr], near: &[bool]) -> Self {
+    /// `now` is the worker's, in milliseconds.
+    pub fn new(
+        of: Arc<BackendPolicy>,
+        addresses: &[SocketAddr],
+        near: &[bool],
+        state: &ClusterState,
+        now: u64,
+    ) -> Self {
         let names = || addresses.iter().map(|a| hash(a.to_string().as_bytes(), 0)).collect::<Vec<_>>();
         let keyed = match &of.balance {
             Balance::RingHash(_) => Some(Keyed::Ring(Ring::new(&names()))),
@@ -87,7 +106,10 @@ impl LivePolicy {
             _ => None,
         };
         let near = of.locality.map(|_| near.to_vec());
-        Self { of, keyed, near }
+        let mut met = state.met.borrow_mut();
+        *met = (of.slow_start_ms > 0).then(|| meet(met.as_ref(), now, addresses));
+        let joined = met.iter().flat_map(|met| addresses.iter().map(|a| met.get(a).copied().flatten())).collect();
+        Self { of, keyed, near, joined }
     }
 
     fn hash_key(&self) -> Option<&HashKey> {
@@ -165,8 +187,8 @@ impl LiveCluster {
         usable: impl Fn(usize) -> bool,
     ) -> Option<usize> {
         let first = self.draw(policy, worker, now, key, &usable)?;
-        let age = now.saturating_sub(self.endpoints[first].since_ms.get());
-        let warmth = balance::warmth(age, policy.of.slow_start_ms);
+        let Some(since) = policy.joined.get(first).copied().flatten() else { return Some(first) };
+        let warmth = balance::warmth(now.saturating_sub(since), policy.of.slow_start_ms);
         if balance::takes_warming(warmth, worker.random()) {
             return Some(first);
         }
@@ -278,5 +300,24 @@ impl LiveCluster {
             return Err(Reason::RetryBudget);
         }
         Ok(Some(Held::new(&self.state, |s| &s.retries)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_there_at_first_is_not_new() {
+        let [a, b, c] =
+            ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"].map(|a| a.parse::<SocketAddr>().expect("an address"));
+        let first = meet(None, 10, &[a]);
+        assert_eq!(first, Met::from([(a, None)]));
+        let second = meet(Some(&first), 20, &[a, b]);
+        assert_eq!(second, Met::from([(a, None), (b, Some(20))]));
+        assert_eq!(meet(Some(&second), 30, &[b, c]), Met::from([(b, Some(20)), (c, Some(30))]));
+        // Who comes back is new once more.
+        let gone = meet(Some(&second), 40, &[a]);
+        assert_eq!(meet(Some(&gone), 50, &[a, b]), Met::from([(a, None), (b, Some(50))]));
     }
 }

@@ -115,8 +115,10 @@ fn live_cluster(c: &Cluster, worker: &Worker) -> LiveCluster {
     if let Some(of) = &c.policy {
         endpoints.iter().for_each(|e| e.tune(of));
     }
-    let policy = c.policy.clone().map(|of| Box::new(LivePolicy::new(of, &addresses, &c.near)));
-    LiveCluster { known: c.known, http2: c.http2, endpoints, policy, state: worker.cluster_state(&c.service, c.port) }
+    let state = worker.cluster_state(&c.service, c.port);
+    let policy = |of| Box::new(LivePolicy::new(of, &addresses, &c.near, &state, worker.now_ms()));
+    let policy = c.policy.clone().map(policy);
+    LiveCluster { known: c.known, http2: c.http2, endpoints, policy, state }
 }
 
 fn build_target(

@@ -84,8 +84,6 @@ pub struct Upstream {
     /// How it does, where a policy asks; in the worker's time.
     pub record: RefCell<Record>,
     pub latency: Cell<Latency>,
-    /// Since when it is known.
-    pub since_ms: Cell<u64>,
     tuning: Cell<Tuning>,
     /// Connections that are open; read by this worker only, but owned by tasks that may end on any thread.
     connections: Arc<AtomicU32>,
@@ -182,7 +180,6 @@ impl Upstream {
             in_flight: Cell::new(0),
             record: RefCell::default(),
             latency: Cell::default(),
-            since_ms: Cell::default(),
             tuning: Cell::default(),
             connections: Arc::default(),
             idle: RefCell::default(),

@@ -444,12 +444,7 @@ impl Worker {
     /// The endpoint's state, kept from config to config.
     pub fn upstream(&self, endpoint: &Endpoint) -> Rc<Upstream> {
         let mut upstreams = self.upstreams.borrow_mut();
-        let new = || {
-            let upstream = Upstream::new(endpoint.clone());
-            upstream.since_ms.set(self.now_ms());
-            upstream
-        };
-        upstreams.entry(endpoint.clone()).or_insert_with(new).clone()
+        upstreams.entry(endpoint.clone()).or_insert_with(|| Upstream::new(endpoint.clone())).clone()
     }
 
     /// What is kept about a backend from config to config.

@@ -274,6 +274,30 @@ fn a_split_is_exact_and_counted_as_the_routes() {
     edge.running.stop();
 }
 
+/// Beside one that was there when the gateway began, and is not new to it however short that is ago.
+#[test]
+fn a_newcomer_warms_up() {
+    let (old, new) = (start("old"), start("new"));
+    let port = free_port();
+    let to = |addresses: &[SocketAddr]| {
+        let policy = BackendPolicy { slow_start_ms: 600_000, balance: Balance::RoundRobin, ..BackendPolicy::default() };
+        let web = with_policy(service("web", "10.96.0.1", AppProtocol::Detect, addresses), policy);
+        [web, vec![route_to("r", RouteKind::Http, &[], &[("web", 1)])]].concat()
+    };
+    let listeners = || vec![http("http", port, None, &["r"])];
+    let edge = Edge::with(snapshot(1, listeners(), to(&[old.address])), |s| s.workers = 1).ready();
+    let mut client = Client::connect(at(port));
+    assert_eq!(ask(&mut client, "x", "/", "").version(), "old");
+    edge.snapshots.send_replace(snapshot(2, listeners(), to(&[old.address, new.address])));
+    eventually("the newcomer has its first", || ask(&mut client, "x", "/", "").version() == "new");
+    let before = new.seen();
+    (0..2_000).for_each(|_| assert_eq!(ask(&mut client, "x", "/", "").status, 200));
+    let share = (new.seen() - before) as f64 / 2_000.0;
+    // Every turn that it is passed over in is another's, and then it is its turn again: a tenth of all. Five standard deviations.
+    assert!((share - 0.1).abs() < 0.034, "{share}");
+    edge.running.stop();
+}
+
 #[test]
 fn backends_learn_who_the_client_is_and_not_what_it_says() {
     let port = free_port();
