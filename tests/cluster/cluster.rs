@@ -52,6 +52,9 @@ impl Cluster {
             "--no-kubeconfig",
             "--control-arg=--node-monitor-grace-s=8",
             "--control-arg=--eviction-s=5",
+            // For `policies`; only requests that are marked by their caller are sampled.
+            "--control-arg=--otlp-endpoint=http://collector.seen.svc.cluster.local:4318/v1/traces",
+            "--control-arg=--trace-sample=0",
             "--agent-arg=--heartbeat-s=2",
         ];
         let out = c.sluice(&always).args(args).arg(format!("--api-port={port}")).output()?;

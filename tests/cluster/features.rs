@@ -22,11 +22,7 @@ pub fn rules_hold_with_and_without_sidecars(c: &Cluster) -> Result<()> {
 
 fn all_of_them(c: &Cluster, inject: &str) -> Result<()> {
     c.namespace(NAMESPACE, true)?;
-    let backend = |version: &str| {
-        let mut app = echo(NAMESPACE, &format!("echo-{version}"), version, 1);
-        app["spec"]["template"]["metadata"]["labels"]["sluice.dev/inject"] = inject.into();
-        app
-    };
+    let backend = |version: &str| meshed_or_not(echo(NAMESPACE, &format!("echo-{version}"), version, 1), inject);
     let of = |version: &str| service(NAMESPACE, &format!("echo-{version}"), json!({"app": "echo", "version": version}));
     c.apply(&[backend("v1"), backend("v2"), of("v1"), of("v2"), service(NAMESPACE, "echo", json!({"app": "echo"}))])?;
     c.apply(&[service(NAMESPACE, "calls", json!({"app": "echo"}))])?;
@@ -42,7 +38,12 @@ fn all_of_them(c: &Cluster, inject: &str) -> Result<()> {
     failing_backends(c)
 }
 
-fn to(version: &str, port: u16) -> Value {
+pub fn meshed_or_not(mut app: Value, inject: &str) -> Value {
+    app["spec"]["template"]["metadata"]["labels"]["sluice.dev/inject"] = inject.into();
+    app
+}
+
+pub fn to(version: &str, port: u16) -> Value {
     json!([{"name": format!("echo-{version}"), "port": port}])
 }
 
@@ -59,11 +60,12 @@ fn extension(name: &str) -> Value {
     json!({"filters": [{"type": "ExtensionRef", "extensionRef": {"group": "sluice.dev", "kind": "RouteFilter", "name": name}}]})
 }
 
-fn route(kind: &str, name: &str, service: &str, port: u16, rules: Value) -> Value {
+pub fn route(namespace: &str, kind: &str, name: &str, service: (&str, u16), rules: Value) -> Value {
+    let (service, port) = service;
     let parent = json!({"group": "", "kind": "Service", "name": service, "port": port});
     json!({
         "apiVersion": format!("{GATEWAY_API}/{}", if kind == "TCPRoute" { "v1alpha2" } else { "v1" }), "kind": kind,
-        "metadata": {"name": name, "namespace": NAMESPACE}, "spec": {"parentRefs": [parent], "rules": rules}
+        "metadata": {"name": name, "namespace": namespace}, "spec": {"parentRefs": [parent], "rules": rules}
     })
 }
 
@@ -82,10 +84,10 @@ fn http_route() -> Value {
     let halves = json!([{"name": "echo-v1", "port": 80, "weight": 50}, {"name": "echo-v2", "port": 80, "weight": 50}]);
     let path = |value: &str| json!({"type": "PathPrefix", "value": value});
     route(
+        NAMESPACE,
         "HTTPRoute",
         "echo",
-        "echo",
-        80,
+        ("echo", 80),
         json!([
             rule("/set", json!({"filters": [{"type": "RequestHeaderModifier", "requestHeaderModifier": headers}]})),
             rule(
@@ -122,10 +124,10 @@ fn http_route() -> Value {
 fn grpc_route() -> Value {
     let method = json!({"method": {"service": "pkg.Orders", "method": "Place"}});
     route(
+        NAMESPACE,
         "GRPCRoute",
         "calls",
-        "calls",
-        80,
+        ("calls", 80),
         json!([{"matches": [method], "backendRefs": to("v2", 80)}, {"backendRefs": to("v1", 80)}]),
     )
 }
@@ -133,25 +135,25 @@ fn grpc_route() -> Value {
 fn tcp_route() -> Value {
     let weighted =
         json!([{"name": "echo-v1", "port": 9000, "weight": 0}, {"name": "echo-v2", "port": 9000, "weight": 1}]);
-    route("TCPRoute", "bytes", "echo", 9000, json!([{"backendRefs": weighted}]))
+    route(NAMESPACE, "TCPRoute", "bytes", ("echo", 9000), json!([{"backendRefs": weighted}]))
 }
 
 /// One request over a connection of its own; the answer with its head, as one line.
-fn ask(path: &str, method: &str, more: &str) -> String {
+pub fn ask(path: &str, method: &str, more: &str) -> String {
     format!(
         "printf '{method} {path} HTTP/1.1\\r\\nhost: echo\\r\\nconnection: close\\r\\n{more}\\r\\n' | nc -w 5 echo 80 | \
          busybox tr '\\r\\n' '  '; echo"
     )
 }
 
-fn answers(c: &Cluster, asks: &[String]) -> Result<Vec<String>> {
-    let seen = script(c, NAMESPACE, "asks", &asks.join("; "))?;
+pub fn answers(c: &Cluster, namespace: &str, asks: &[String]) -> Result<Vec<String>> {
+    let seen = script(c, namespace, "asks", &asks.join("; "))?;
     let lines: Vec<String> = seen.lines().filter(|l| l.starts_with("HTTP/1.1 ")).map(str::to_owned).collect();
     ensure!(lines.len() == asks.len(), "{} answers to {}: {seen}", lines.len(), asks.len());
     Ok(lines)
 }
 
-fn version(answer: &str) -> &str {
+pub fn version(answer: &str) -> &str {
     if answer.contains("\"version\":\"v1\"") { "v1" } else { "v2" }
 }
 
@@ -159,6 +161,7 @@ fn requests(c: &Cluster) -> Result<()> {
     let get = |path: &str, more: &str| ask(path, "GET", more);
     let seen = answers(
         c,
+        NAMESPACE,
         &[
             get("/set?headers", "x-secret: s\\r\\nx-team: red\\r\\n"),
             ask("/small", "POST", "content-length: 101\\r\\n"),
@@ -185,18 +188,18 @@ fn requests(c: &Cluster) -> Result<()> {
     let users: Vec<_> = (0..8).collect();
     let header = |n: &i32| format!("x-user: {n}\\r\\n");
     let twice: Vec<String> = users.iter().chain(&users).map(|n| get("/kept", &header(n))).collect();
-    let kept = answers(c, &twice)?;
+    let kept = answers(c, NAMESPACE, &twice)?;
     let (first, second) = kept.split_at(users.len());
     ensure!(first.iter().map(|a| version(a)).eq(second.iter().map(|a| version(a))), "{kept:?}");
     ensure!(["v1", "v2"].iter().all(|v| first.iter().any(|a| version(a) == *v)), "both versions have users: {first:?}");
-    let fresh = &answers(c, &[get("/cookie", "")])?[0];
+    let fresh = &answers(c, NAMESPACE, &[get("/cookie", "")])?[0];
     let (_, cookie) = fresh.split_once("set-cookie: ").with_context(|| fresh.clone())?;
     let cookie = cookie.split(';').next().context("a cookie")?;
     let again: Vec<String> = (0..6).map(|_| get("/cookie", &format!("cookie: {cookie}\\r\\n"))).collect();
-    let again = answers(c, &again)?;
+    let again = answers(c, NAMESPACE, &again)?;
     ensure!(again.iter().all(|a| version(a) == version(fresh)), "{fresh} {again:?}");
 
-    let slow = report(c, "/load --rps=10 --duration=1 --url=http://echo/slow")?;
+    let slow = report(c, NAMESPACE, "/load --rps=10 --duration=1 --url=http://echo/slow")?;
     ensure!(slow["ok"] == 10 && slow["p50_ms"].as_f64().is_some_and(|ms| ms >= 300.0), "{slow}");
 
     // The copy comes to v2, and the answer is v1's.
@@ -210,8 +213,8 @@ fn requests(c: &Cluster) -> Result<()> {
     Ok(())
 }
 
-fn report(c: &Cluster, load: &str) -> Result<Value> {
-    let seen = script(c, NAMESPACE, "load", load)?;
+pub fn report(c: &Cluster, namespace: &str, load: &str) -> Result<Value> {
+    let seen = script(c, namespace, "load", load)?;
     let line = seen.lines().find(|l| l.starts_with('{')).with_context(|| seen.clone())?;
     Ok(serde_json::from_str(line)?)
 }
@@ -220,7 +223,7 @@ fn calls_and_bytes(c: &Cluster) -> Result<()> {
     let grpc =
         "--http2 --method=POST --header=content-type=application/grpc --header=te=trailers --rps=20 --duration=1";
     for (method, version) in [("Place", "v2"), ("Cancel", "v1")] {
-        let seen = report(c, &format!("/load --url=http://calls/pkg.Orders/{method} {grpc}"))?;
+        let seen = report(c, NAMESPACE, &format!("/load --url=http://calls/pkg.Orders/{method} {grpc}"))?;
         ensure!(seen["failed"] == 0 && seen["versions"] == json!({version: 20}), "{method}: {seen}");
     }
     let seen = script(c, NAMESPACE, "bytes", &"echo who | nc -w 5 echo 9000; ".repeat(6))?;
@@ -233,7 +236,7 @@ fn failing_backends(c: &Cluster) -> Result<()> {
     let make = |faults: &str| format!("wget -q -O - --post-data '{faults}' http://echo-v2/faults");
     let get = |path: &str| ask(path, "GET", "");
     script(c, NAMESPACE, "faults", &make(r#"{"delay_ms":500}"#))?;
-    for (path, answer) in ["/late", "/try"].iter().zip(answers(c, &[get("/late"), get("/try")])?) {
+    for (path, answer) in ["/late", "/try"].iter().zip(answers(c, NAMESPACE, &[get("/late"), get("/try")])?) {
         let reason = if *path == "/late" { "route_timeout" } else { "try_timeout" };
         ensure!(answer.contains(" 504 ") && answer.contains(&format!("x-sluice-reason: {reason}")), "{path}: {answer}");
     }
@@ -245,7 +248,7 @@ fn failing_backends(c: &Cluster) -> Result<()> {
     let once = |rps: u32| format!("/load --rps={rps} --duration=2 --url=http://echo/once");
     c.apply(&[policy(json!({"circuitBreaker": {"maxRequests": 1}}))])?;
     c.wait("no second request at a time", 40, || {
-        let seen = report(c, &once(20))?;
+        let seen = report(c, NAMESPACE, &once(20))?;
         let refused = seen["failures"]["status 503 circuit_open"]["count"].as_u64().unwrap_or(0);
         Ok(seen["ok"].as_u64().is_some_and(|ok| ok >= 2) && refused >= 20)
     })?;
@@ -253,9 +256,9 @@ fn failing_backends(c: &Cluster) -> Result<()> {
     script(c, NAMESPACE, "faults", &make(r#"{"delay_ms":0,"fail_percent":50}"#))?;
     // The budget for retries may be used up by what came before.
     c.wait("what fails is tried again", 60, || {
-        Ok(report(c, "/load --rps=10 --duration=2 --url=http://echo/again")?["failed"] == 0)
+        Ok(report(c, NAMESPACE, "/load --rps=10 --duration=2 --url=http://echo/again")?["failed"] == 0)
     })?;
-    let seen = report(c, &once(20))?;
+    let seen = report(c, NAMESPACE, &once(20))?;
     ensure!(seen["failures"]["status 500"]["count"] == 20, "without retries half of them fail: {seen}");
     Ok(())
 }

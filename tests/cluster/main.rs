@@ -15,6 +15,7 @@ mod load;
 mod losses;
 mod mesh;
 mod network;
+mod policies;
 mod protocols;
 
 use cluster::Cluster;
@@ -47,6 +48,9 @@ const TESTS: &[(&str, Test)] = &[
     ("strict_pods_refuse_plain_callers", canary::strict_pods_refuse_plain_callers),
     ("routes_do_what_they_ask", mesh::routes_do_what_they_ask),
     ("rules_hold_with_and_without_sidecars", features::rules_hold_with_and_without_sidecars),
+    ("policies_hold_with_and_without_sidecars", policies::policies_hold_with_and_without_sidecars),
+    ("requests_leave_spans_and_lines", policies::requests_leave_spans_and_lines),
+    ("a_backend_is_cut_off_under_load", policies::a_backend_is_cut_off_under_load),
     ("protocols_pass_with_and_without_sidecars", protocols::protocols_pass_with_and_without_sidecars),
     ("gateway_serves_clients_outside", gateway::gateway_serves_clients_outside),
     ("access_is_by_identity", mesh::access_is_by_identity),

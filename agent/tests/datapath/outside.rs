@@ -219,7 +219,7 @@ pub fn story(ground: &Ground) {
     source_ranges(ground, &around, &pod, &b1, &all);
     nobody(&around);
     pods_reach_the_world(&around, &pod);
-    an_unpinned_map_is_made_anew(&pod);
+    an_unpinned_map_is_made_anew(ground, &pod, &all);
     escaped(ground, &pod, &b1);
     large(&around);
     same_source_port(&around);
@@ -388,10 +388,12 @@ fn pods_reach_the_world(around: &Around<'_>, pod: &TestPod) {
 
 /// And all programs go by the new one, those at pods' links too: else answers would be looked for in another map than the one
 /// in which they are noted.
-fn an_unpinned_map_is_made_anew(pod: &TestPod) {
+fn an_unpinned_map_is_made_anew(ground: &Ground, pod: &TestPod, all: &[Resource]) {
     let pin = pin_dir(Path::new("/sys/fs/bpf")).join(sluice_ebpf::common::map::FLOWS);
     std::fs::remove_file(&pin).expect("unpin");
     until("it is pinned again", || pin.exists());
+    // Acknowledged when the agent is through with what it was at: with the node's links too.
+    ground.apply(all.to_vec());
     for world in [CALLER4, CALLER6] {
         until("a pod is answered from outside", || within(&pod.netns, || dial(at(world, 9000))).is_ok());
     }
