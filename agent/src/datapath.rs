@@ -290,10 +290,14 @@ impl Datapath {
         applied.services = table?;
         applied.pods = pods?;
         let leases = self.store.held().map_err(Error::Leases)?;
-        // The first time for an agent before us, which may have been killed before it closed them.
         let withdrawn = self.table.take_withdrawn();
         self.sweeper.forget(&withdrawn).map_err(Error::Ports)?;
-        if !withdrawn.is_empty() || !std::mem::replace(&mut self.reset, true) {
+        // The first time for an agent before us, which may have been killed before it did.
+        let first = !std::mem::replace(&mut self.reset, true);
+        if first {
+            self.sweeper.forget_misled(&self.table).map_err(Error::Ports)?;
+        }
+        if first || !withdrawn.is_empty() {
             let (closed, failed) = reset::reset(&self.table, self.table.stranded(), namespaces(&leases));
             applied.closed = closed;
             applied.problems.extend(failed.iter().map(|e| describe(e)));

@@ -9,6 +9,7 @@ use crate::{
     error::Result,
     layout::Target,
     maps::{Cursor, HashMap},
+    table::ServiceTable,
 };
 use sluice_ebpf_common::{
     CT_CLOSED, CT_REPLY, CT_WITHDRAWN, Flow, INSIDE, ServiceKey, TCP, TICK_SHIFT, Translation, map,
@@ -112,18 +113,32 @@ impl Sweeper {
         found
     }
 
-    fn forget_all(&self, lost: &Lost) -> Result<usize> {
-        self.tables.iter().map(|table| self.forget_in(table, lost)).sum()
+    /// The same for all backends that services do not have now: an agent that was killed between a service's change and the look
+    /// through connections has withdrawn it from none.
+    pub fn forget_misled(&self, services: &ServiceTable) -> Result<usize> {
+        self.forget_where(|flow, t| services.misleads(flow, t))
     }
 
-    fn forget_in(&self, table: &Table, lost: &Lost) -> Result<usize> {
-        let (mut found, mut cursor, mut end) = (0, Cursor::default(), lost.is_empty());
-        while !end {
-            let entries;
-            (entries, end) = table.map.some(&mut cursor, CHUNK)?;
-            for (flow, t) in entries.iter().filter(|(flow, t)| is_lost(lost, flow, t)) {
-                self.withdraw(table, flow, t)?;
-                found += 1;
+    fn forget_all(&self, lost: &Lost) -> Result<usize> {
+        if lost.is_empty() {
+            return Ok(0);
+        }
+        self.forget_where(|flow, t| Ok(is_lost(lost, flow, t)))
+    }
+
+    fn forget_where(&self, wrong: impl Fn(&Flow, &Translation) -> Result<bool>) -> Result<usize> {
+        let mut found = 0;
+        for table in &self.tables {
+            let (mut cursor, mut end) = (Cursor::default(), false);
+            while !end {
+                let entries;
+                (entries, end) = table.map.some(&mut cursor, CHUNK)?;
+                for (flow, t) in &entries {
+                    if wrong(flow, t)? {
+                        self.withdraw(table, flow, t)?;
+                        found += 1;
+                    }
+                }
             }
         }
         Ok(found)

@@ -13,8 +13,8 @@ use crate::{
     maps::{Cursor, ServiceMaps},
 };
 use sluice_ebpf_common::{
-    Backend, BackendKey, INSIDE, MaglevKey, MemberKey, NODE_PORTS, Reverse, ReverseKey, Service, ServiceKey,
-    SourceRange, UDP,
+    Backend, BackendKey, CT_REPLY, Flow, INSIDE, MaglevKey, MemberKey, NODE_PORTS, Reverse, ReverseKey, Service,
+    ServiceKey, SourceRange, Translation, UDP,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -239,6 +239,16 @@ impl ServiceTable {
             }
         }
         Ok(())
+    }
+
+    /// Whether a connection has a backend that what its caller dialled does not lead to any more.
+    pub(crate) fn misleads(&self, flow: &Flow, t: &Translation) -> Result<bool> {
+        let moved = t.to.dport_be != flow.dport_be || !t.to.dst.same(&flow.dst);
+        if t.flags & CT_REPLY != 0 || !moved {
+            return Ok(false);
+        }
+        let to = ReverseKey { socket: 0, addr: t.to.dst, port_be: t.to.dport_be, proto: flow.proto, pad: [0; 5] };
+        self.leads(&to, &Reverse { addr: flow.dst, port_be: flow.dport_be, pad: 0 }).map(|leads| !leads)
     }
 
     fn judge(&self, to: &ReverseKey, from: &Reverse, found: &mut Stranded) -> Result<()> {

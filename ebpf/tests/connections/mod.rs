@@ -212,7 +212,8 @@ fn to_only(f: Family, pod: &str) -> Vec<(ServiceKey, Wanted)> {
 #[test]
 fn a_backend_that_was_withdrawn_gets_nothing_that_begins() {
     let mut lab = Lab::new("packets-withdrawn");
-    for f in FAMILIES {
+    let killed = [false, true];
+    for (f, killed) in FAMILIES.into_iter().flat_map(|f| killed.map(|k| (f, k))) {
         for (netns, pod) in [(7, f.pod), (8, f.second)] {
             lab.pods.addrs.set(&addr(ip(pod)), &PodAddr { netns, flags: 0, ifindex: 1 }).expect("pod");
         }
@@ -227,7 +228,10 @@ fn a_backend_that_was_withdrawn_gets_nothing_that_begins() {
             assert_eq!([tcp, udp].map(|c| reached(&lab, c)), [f.pod; 2]);
             assert!(answered(&lab, f, SYN | ACK, tcp) && answered(&lab, f, 0, udp));
         }
-        lab.serve(to_only(f, f.second));
+        match killed {
+            true => lab.serve_and_die(to_only(f, f.second)),
+            false => lab.serve(to_only(f, f.second)),
+        }
         for [tcp, udp] in &calls {
             assert_eq!(reached(&lab, udp), f.second, "the next datagram");
             let next = Frame { flags: ACK, ..tcp.clone() };

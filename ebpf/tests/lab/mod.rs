@@ -99,6 +99,17 @@ impl Lab {
         self.sweeper.forget(&self.table.take_withdrawn()).expect("forget");
     }
 
+    /// The same by an agent that is killed before it has looked through connections, and the one after it.
+    pub fn serve_and_die(&mut self, services: Vec<(ServiceKey, Wanted)>) {
+        let wanted = services.into_iter().map(|(k, w)| (k, Arc::new(w))).collect();
+        self.table.apply(&wanted).expect("services");
+        let maps = ServiceMaps::open(&pin_dir(&self.ground.place.bpffs)).expect("maps");
+        self.table = ServiceTable::open(maps).expect("table");
+        self.table.apply(&wanted).expect("services");
+        assert!(self.table.take_withdrawn().is_empty(), "it knows of none");
+        self.sweeper.forget_misled(&self.table).expect("forget");
+    }
+
     /// Of all programs that this kernel takes.
     pub fn programs(&self) -> impl Iterator<Item = &'static str> {
         self.programs.keys().copied()
