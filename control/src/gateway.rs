@@ -10,6 +10,7 @@ use crate::{
     inject,
 };
 use gateway_api::gateways::Gateway;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,6 +24,8 @@ pub const ANNOTATION_TYPE: &str = "sluice.dev/service-type";
 /// `Local`: pods see the clients' own addresses. `Cluster`: every node takes clients, and they come from a node's address.
 pub const ANNOTATION_POLICY: &str = "sluice.dev/external-traffic-policy";
 pub const ANNOTATION_REPLICAS: &str = "sluice.dev/replicas";
+/// On what is made: the keys of labels and annotations that it has by its gateway's wish.
+const ANNOTATION_GIVEN: &str = "sluice.dev/given";
 /// Of Secrets with a certificate and its key.
 pub const SECRET_TYPE: &str = "kubernetes.io/tls";
 /// Gateway API's label of what belongs to a gateway.
@@ -85,7 +88,13 @@ pub fn made(g: &Gateway, wishes: &Wishes, namespace_labels: &Value, config: &inj
     let selector = BTreeMap::from([(LABEL.to_owned(), g.name().to_owned())]);
     let mut labels = infrastructure.labels.unwrap_or_default();
     labels.extend(selector.clone());
-    let annotations = infrastructure.annotations.unwrap_or_default();
+    let mut annotations = infrastructure.annotations.unwrap_or_default();
+    let log = g.metadata.annotations.as_ref().and_then(|a| a.get_key_value(inject::ANNOTATION_ACCESS_LOG));
+    let given = Given {
+        annotations: annotations.keys().chain(log.map(|(key, _)| key)).cloned().collect(),
+        labels: labels.keys().filter(|key| *key != LABEL).cloned().collect(),
+    };
+    annotations.insert(ANNOTATION_GIVEN.to_owned(), json!(given).to_string());
     let metadata = json!({
         "name": made_name(g.name()), "namespace": g.namespace(), "labels": labels, "annotations": annotations,
         "ownerReferences": [super::controllers::owned_by(g)],
@@ -172,17 +181,40 @@ fn deployment(
     spec
 }
 
-/// Whether `have` says all that `want` says. Lists must be as long, for what is no longer wanted must go.
+/// Whether `have` says all that `want` says, and nothing where that is null. Lists must be as long, for what is no longer wanted must go.
 pub fn covers(have: &Value, want: &Value) -> bool {
     match (have, want) {
         (Value::Object(have), Value::Object(want)) => {
-            let empty = |v: &Value| v.as_object().is_some_and(Map::is_empty);
+            let empty = |v: &Value| v.is_null() || v.as_object().is_some_and(Map::is_empty);
             want.iter().all(|(k, v)| have.get(k).map_or(empty(v), |have| covers(have, v)))
         }
         (Value::Array(have), Value::Array(want)) => {
             have.len() == want.len() && have.iter().zip(want).all(|(have, want)| covers(have, want))
         }
         _ => have == want,
+    }
+}
+
+/// What a gateway has given to an object.
+#[derive(Default, Serialize, Deserialize)]
+struct Given {
+    annotations: BTreeSet<String>,
+    labels: BTreeSet<String>,
+}
+
+/// Has `want` take from `have` what the gateway gave it and gives no more. Others' labels and annotations stay.
+pub fn take_back(have: &Value, want: &mut Value) {
+    let given = have["metadata"]["annotations"][ANNOTATION_GIVEN].as_str();
+    let Given { annotations, labels } = given.and_then(|g| serde_json::from_str(g).ok()).unwrap_or_default();
+    for place in ["/metadata", "/spec/template/metadata"] {
+        for (field, keys) in [("annotations", &annotations), ("labels", &labels)] {
+            let Some(map) = want.pointer_mut(&format!("{place}/{field}")).and_then(Value::as_object_mut) else {
+                continue;
+            };
+            for key in keys {
+                map.entry(key).or_insert(Value::Null);
+            }
+        }
     }
 }
 
@@ -229,6 +261,46 @@ mod tests {
         assert!(made.deployment["spec"].get("replicas").is_none(), "left to whoever scales it");
         let owner = &made.account["metadata"]["ownerReferences"][0];
         assert_eq!((text(owner, "kind"), text(owner, "uid")), ("Gateway", "u"));
+    }
+
+    #[test]
+    fn what_a_gateway_gives_no_more_is_taken_back() {
+        let made = |infrastructure: Value, own: Value| {
+            let mut g = gateway(own, json!([{"name": "a", "port": 80, "protocol": "HTTP"}]));
+            g.spec.infrastructure = serde_json::from_value(infrastructure).expect("an infrastructure");
+            made(&g, &wishes(&g).expect("wishes"), &json!({}), &config())
+        };
+        let log = json!({inject::ANNOTATION_ACCESS_LOG: "all"});
+        let before = made(json!({"annotations": {"a": "1", "b": "2"}, "labels": {"team": "x"}}), log);
+        let now = || made(json!({"annotations": {"b": "2"}}), json!({}));
+        for (mut have, mut want) in [
+            (before.deployment, now().deployment),
+            (before.service.expect("a service"), now().service.expect("a service")),
+        ] {
+            for place in ["/metadata", "/spec/template/metadata"] {
+                if let Some(metadata) = have.pointer_mut(place) {
+                    metadata["annotations"]["others"] = "stays".into();
+                    metadata["labels"]["others"] = "stays".into();
+                }
+            }
+            assert!(!covers(&have, &want));
+            take_back(&have, &mut want);
+            assert!(!covers(&have, &want));
+            json_patch::merge(&mut have, &want);
+            for place in ["/metadata", "/spec/template/metadata"] {
+                let Some(metadata) = have.pointer(place) else { continue };
+                let keys = |field: &str| {
+                    let all = metadata[field].as_object().into_iter().flatten();
+                    all.map(|(key, _)| key.as_str()).filter(|key| !key.starts_with("sluice.dev/")).collect::<Vec<_>>()
+                };
+                assert_eq!(keys("annotations"), ["b", "others"], "{place}");
+                assert_eq!(keys("labels"), [LABEL, "others"], "{place}");
+                assert_eq!(metadata["annotations"].get(inject::ANNOTATION_ACCESS_LOG), None);
+            }
+            let mut again = want;
+            take_back(&have, &mut again);
+            assert!(covers(&have, &again), "once is enough");
+        }
     }
 
     #[test]

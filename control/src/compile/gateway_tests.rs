@@ -43,7 +43,8 @@ fn objects(listeners: Value) -> Objects {
     let service = json!({"spec": {"clusterIP": "10.96.0.6", "ports": [{"name": "http", "port": 80}]}});
     put(&mut o.services, ("shop", "web"), service.clone());
     put(&mut o.services, ("infra", "web"), service);
-    put(&mut o.gateways, ("infra", "edge"), json!({"spec": {"gatewayClassName": "sluice", "listeners": listeners}}));
+    let spec = json!({"gatewayClassName": "sluice", "listeners": listeners});
+    put(&mut o.gateways, ("infra", "edge"), json!({"metadata": {"uid": "edge"}, "spec": spec}));
     o
 }
 
@@ -138,6 +139,23 @@ fn what_is_attached_is_in_the_snapshot_and_is_no_services() {
     let pod = s.workload(&m::Name::new("infra", "edge-1")).expect("a workload");
     assert_eq!((pod.meshed, pod.gateway.as_deref()), (false, Some("edge")));
     assert!(s.policy(&pod.name).is_some(), "what access policies say holds there too");
+}
+
+/// It is attached, as the API has it, and nobody can come by it.
+#[test]
+fn a_route_whose_listeners_are_not_listened_for_says_so() {
+    let unserved = |listeners: Value| {
+        let mut o = objects(listeners);
+        http_route(&mut o, "infra", json!({}), &[]);
+        let status = compiled(&o).routes.remove(0).parents.remove(0);
+        assert_eq!(status.accepted, Ok(()));
+        status.unserved
+    };
+    let (good, bad) = (|| listener("good", 80, "HTTP", None), || https("bad", 443, None, json!([])));
+    assert_eq!(unserved(json!([good()])), None);
+    assert_eq!(unserved(json!([good(), bad()])), None, "by one of them");
+    let said = unserved(json!([bad()])).expect("nothing listens");
+    assert!(said.contains("infra/edge") && said.ends_with(": bad"), "{said}");
 }
 
 /// Else its pods would keep endpoints that are long gone, for they are sent nothing without their gateway.
@@ -397,9 +415,15 @@ fn a_gateway_is_programmed_when_it_has_an_address_and_a_pod() {
         (reason(&g.programmed), reason(&g.listeners[0].programmed), g.addresses.clone())
     };
     assert_eq!(programmed(&o), ("AddressNotAssigned", "Pending", vec![]));
-    let service = json!({"spec": {"type": "LoadBalancer", "clusterIP": "10.96.0.8", "ports": [{"port": 80}]},
-        "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.1", "ipMode": "VIP"}]}}});
-    put(&mut o.services, ("infra", "edge-sluice"), service);
+    let service = |owner: &str| {
+        let owner = json!({"apiVersion": "v1", "kind": "Gateway", "name": "edge", "uid": owner, "controller": true});
+        json!({"metadata": {"ownerReferences": [owner]},
+            "spec": {"type": "LoadBalancer", "clusterIP": "10.96.0.8", "ports": [{"port": 80}]},
+            "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.1", "ipMode": "VIP"}]}}})
+    };
+    put(&mut o.services, ("infra", "edge-sluice"), service("another"));
+    assert_eq!(programmed(&o), ("AddressNotAssigned", "Pending", vec![]), "somebody else's of that name");
+    put(&mut o.services, ("infra", "edge-sluice"), service("edge"));
     assert_eq!(programmed(&o), ("NoResources", "Pending", vec!["192.0.2.1".to_owned()]));
     let slice = |ready: bool| {
         json!({"metadata": {"labels": {"kubernetes.io/service-name": "edge-sluice"}}, "addressType": "IPv4",

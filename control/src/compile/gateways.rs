@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     api::validate::selects,
+    controllers::controller_of,
     gateway::{self, CONTROLLER_NAME},
 };
 use gateway_api::{
@@ -175,6 +176,15 @@ impl<'a> Gateways<'a> {
         Some(self.all.get(&name)?.choose(parent, route, o).map(drop))
     }
 
+    /// What is wrong with all listeners that a route is attached to, if anything is.
+    pub(super) fn unserved(&self, gateway: &m::Name, compiled: &m::Name) -> Option<String> {
+        let g = self.all.get(gateway)?;
+        let its: Vec<_> = g.listeners.iter().filter(|l| l.routes.contains(compiled)).collect();
+        let names: Vec<&str> = its.iter().map(|l| l.spec.name.as_str()).collect();
+        let none = !g.serves || !its.iter().any(|l| l.usable());
+        none.then(|| format!("gateway {gateway} does not listen for it, see its conditions: {}", names.join(", ")))
+    }
+
     /// For the pods that serve them.
     pub(super) fn resources(&self) -> Vec<m::Gateway> {
         let one = |(name, g): (&m::Name, &Gateway<'_>)| m::Gateway {
@@ -250,9 +260,16 @@ impl<'a> Gateway<'a> {
             (verdict, _) => verdict.clone(),
         };
         let service = m::Name::new(name.namespace.clone(), gateway::made_name(&name.name));
-        let addresses = o.services.get(&service).map(|s| addresses(s, o)).unwrap_or_default();
+        let there = o.services.get(&service);
+        let own = there.filter(|s| {
+            controller_of(&***s).is_some_and(|owner| Some(&owner.uid) == self.object.metadata.uid.as_ref())
+        });
+        let addresses = own.map(|s| addresses(s, o)).unwrap_or_default();
         let programmed = match &accepted {
             Err((_, text)) => Err(("Invalid", text.clone())),
+            Ok(()) if own.is_none() && there.is_some() => {
+                Err(("AddressNotAssigned", format!("service {service} is not this gateway's; rename one of them")))
+            }
             Ok(()) if addresses.is_empty() => {
                 Err(("AddressNotAssigned", format!("service {service} has no address that clients reach it by")))
             }

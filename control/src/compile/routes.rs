@@ -54,6 +54,8 @@ pub struct ParentStatus {
     pub resolved: Verdict,
     /// Name of the compiled route, where it is accepted.
     pub compiled: Option<m::Name>,
+    /// Why nobody can come by it, although it is accepted.
+    pub unserved: Option<String>,
     pub unmeshed: Unmeshed,
 }
 
@@ -242,12 +244,13 @@ fn attach(c: Compiled<'_>, o: &Objects, gateways: &mut Gateways<'_>) -> (Vec<m::
         let name = compiled_name(&h, i);
         let Some((kind, taken)) = take(p, &h, &name, rules.is_ok(), (o, gateways)) else { continue };
         let accepted = rules.as_ref().map(|_| ()).map_err(Clone::clone).and(taken);
-        let mut compiled = None;
+        let (mut compiled, mut unserved) = (None, None);
         let mut unmeshed = Unmeshed::Endpoints;
         if let (Ok(rules), Ok(())) = (&rules, &accepted) {
             compiled = Some(name.clone());
             let of_service = kind == ParentKind::Service;
             let parent = parent_name(p, &h);
+            unserved = if of_service { None } else { gateways.unserved(&parent, &name) };
             let route = m::Route {
                 name,
                 kind: h.kind,
@@ -273,6 +276,7 @@ fn attach(c: Compiled<'_>, o: &Objects, gateways: &mut Gateways<'_>) -> (Vec<m::
             accepted,
             resolved: resolved.clone(),
             compiled,
+            unserved,
             unmeshed,
         });
     }

@@ -102,6 +102,7 @@ async fn keep<T: Object>(
             }
             // An owner once is an owner: the reference is not compared, for its order of fields says nothing.
             wanted["metadata"]["ownerReferences"] = have["metadata"]["ownerReferences"].clone();
+            gateway::take_back(&have, &mut wanted);
             if gateway::covers(&have, &wanted) {
                 return Ok(());
             }

@@ -133,7 +133,7 @@ pub fn start(parts: &Parts, config: &Config) -> Vec<JoinHandle<()>> {
 }
 
 /// The owner that controls an object.
-fn controller_of<T: Object>(object: &T) -> Option<&OwnerReference> {
+pub(crate) fn controller_of<T: Object>(object: &T) -> Option<&OwnerReference> {
     object.meta().owner_references.iter().flatten().find(|owner| owner.controller == Some(true))
 }
 

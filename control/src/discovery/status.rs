@@ -270,7 +270,10 @@ fn conditions(route: &RouteStatus, p: &ParentStatus, programmed: Option<Programm
     let all = [
         ("Accepted", verdict(&p.accepted, "Accepted")),
         ("ResolvedRefs", verdict(&p.resolved, "ResolvedRefs")),
-        ("Programmed", in_force(programmed)),
+        (
+            "Programmed",
+            p.unserved.clone().map_or_else(|| in_force(programmed), |why| ("False", "ListenersNotValid", why)),
+        ),
         ("UnmeshedFallback", fallback),
     ];
     // Nobody without a sidecar calls a gateway.
