@@ -123,6 +123,18 @@ impl Wire {
         Self { stream: Stream::Tls(Box::new(stream)), _open: open }
     }
 
+    /// Waits for the other side's first bytes after the handshake, which none are read of. In TLS 1.3 it looks at our certificate when
+    /// we are through, and were we to send at once, its reset for what it has not read could overtake what it says of that.
+    pub async fn heard(&self) -> io::Result<()> {
+        match &self.stream {
+            Stream::Plain(_) => Ok(()),
+            Stream::Tls(s) => match s.get_ref().0.peek(&mut [0]).await? {
+                0 => Err(io::ErrorKind::UnexpectedEof.into()),
+                _ => Ok(()),
+            },
+        }
+    }
+
     /// The other side is a sidecar and chose to take requests multiplexed.
     pub fn is_multiplexed(&self) -> bool {
         match &self.stream {

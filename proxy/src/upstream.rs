@@ -405,6 +405,10 @@ impl Upstream {
         let era = self.mesh.era();
         let wire = self.connect_offering(&worker, Offer::H2OrTcp).await?;
         if wire.is_multiplexed() {
+            // HTTP/2's server speaks as soon as it may.
+            let heard = tokio::time::timeout(self.tuning.get().connect, wire.heard()).await;
+            let heard = heard.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+            heard.map_err(|e| ConnectError::Tls { address: self.endpoint.address, source: e.into() })?;
             let sender = multiplex::handshake(wire, true).await.map_err(|e| self.broken(e))?;
             self.mesh.keep(sender, era, Instant::now());
             return Ok(());
