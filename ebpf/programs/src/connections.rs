@@ -49,6 +49,7 @@ pub fn known(w: &mut Work) -> Known {
     }
     let relayed = t.flags & CT_RELAYED != 0;
     if !go_on(w, t) {
+        w.pod = 0;
         return Known::No;
     }
     if relayed { Known::Relayed } else { Known::Translated }
@@ -164,8 +165,12 @@ fn advance(w: &mut Work, t: &mut Translation, gained: u32, opens: bool) -> bool 
         restore(w, t, opens);
         return true;
     };
-    // Of a caller's own there may be two entries, with two destinations: see `also`.
-    if other.to.dport_be != w.head.flow.sport_be || !other.to.dst.same(&w.head.flow.src) {
+    // Answers are of one connection only. A caller may have two entries that lead to the same, with two destinations: see `also`.
+    let answers = t.flags & CT_REPLY != 0;
+    if other.to.dport_be != w.head.flow.sport_be
+        || !other.to.dst.same(&w.head.flow.src)
+        || answers && (other.to.sport_be != w.head.flow.dport_be || !other.to.src.same(&w.head.flow.dst))
+    {
         let _ = FLOWS.remove(&w.head.flow);
         let _ = HALVES.remove(&w.head.flow);
         return false;
@@ -277,13 +282,13 @@ fn claim(w: &mut Work, source: Source, now: u32) -> Result<(), Reason> {
     (w.entry.used, w.entry.flags) = (now, CT_REPLY | CT_HALF | here(&w.head.flow.src));
     w.key = w.to.flipped();
     let kept = source == Source::Kept && entry(&w.key).is_none_or(|held| free(held, &w.entry, now));
-    if kept || seek(w) { take(w, now) } else { Err(Reason::DroppedNoPort) }
+    if kept || seek(w, now) { take(w, now) } else { Err(Reason::DroppedNoPort) }
 }
 
 /// A source port at random whose answers' key nobody has, or one whose connection is over. The verifier of 5.15 follows each turn
 /// by itself, from wherever a connection may begin: here is nothing that can wait until the port is taken.
 #[inline(always)]
-fn seek(w: &mut Work) -> bool {
+fn seek(w: &mut Work, now: u32) -> bool {
     const LOW: u32 = *SNAT_PORTS.start() as u32;
     const COUNT: u64 = (*SNAT_PORTS.end() - *SNAT_PORTS.start()) as u64 + 1;
     // SAFETY: a helper without arguments.
@@ -292,7 +297,7 @@ fn seek(w: &mut Work) -> bool {
         random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         w.to.sport_be = ((LOW + ((random as u64 * COUNT) >> 32) as u32) as u16).to_be();
         w.key.dport_be = w.to.sport_be;
-        entry(&w.key).is_none_or(|held| held.flags & CT_CLOSED != 0)
+        entry(&w.key).is_none_or(|held| held.flags & CT_CLOSED != 0 || held.expired(now))
     })
 }
 

@@ -24,6 +24,9 @@ use sluice_ebpf_common::*;
 pub const NEXT: i32 = -1;
 pub const DROP: i32 = 2;
 
+/// The first that Linux takes by itself: `net.ipv4.ip_local_port_range` as it is without being set.
+const EPHEMERAL_FROM: u16 = 32_768;
+
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
@@ -409,7 +412,6 @@ fn destination(w: &mut Work, at: u8) -> Choice {
     if unsafe { LOCALS.get(&w.head.flow.dst) }.is_none() {
         return foreign_node_port(w, at);
     }
-    // An answer to a connection that the node itself has begun from that port is none to a pod.
     let begins = flow_begins(w);
     if begins && let Some(to) = balance::host_port(&w.service) {
         return Choice::backend(to);
@@ -427,10 +429,12 @@ fn destination(w: &mut Work, at: u8) -> Choice {
     }
 }
 
-/// Of a datagram nobody can say.
+/// At ports from which the node begins connections of its own an answer to one is none to a pod. Of a datagram nobody can say.
 #[inline(always)]
 fn flow_begins(w: &Work) -> bool {
-    w.head.flow.proto != TCP || w.head.tcp_flags & (SYN | ACK) == SYN
+    u16::from_be(w.service.port_be) < EPHEMERAL_FROM
+        || w.head.flow.proto != TCP
+        || w.head.tcp_flags & (SYN | ACK) == SYN
 }
 
 /// Of another node's node port, which that one has relayed: to whom it is given here, whether or not this node relays.

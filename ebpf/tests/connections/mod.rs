@@ -10,8 +10,8 @@ use crate::{
 use sluice_ebpf::{
     addr,
     common::{
-        Addr, CT_ANSWERED, CT_CLOSED, CT_HALF, CT_REPLY, Flow, INSIDE, PodAddr, Reverse, ServiceKey, TCP, TICK_SHIFT,
-        Translation, UDP, timeout,
+        Addr, CT_ANSWERED, CT_CLOSED, CT_HALF, CT_REPLY, Flow, INSIDE, OUTSIDE, PodAddr, Reverse, ServiceKey, TCP,
+        TICK_SHIFT, Translation, UDP, timeout,
     },
     dry_run::Verdict,
     layout::{Target, Wanted, WantedGroup},
@@ -252,6 +252,33 @@ fn a_backend_that_was_withdrawn_gets_nothing_that_begins() {
     }
 }
 
+/// From outside a service may have backends that it has not for the cluster's own.
+#[test]
+fn a_new_agent_leaves_alone_what_is_led_rightly() {
+    let mut lab = Lab::new("packets-led");
+    for f in FAMILIES {
+        lab.pods.addrs.set(&addr(ip(f.pod)), &PodAddr { netns: 7, flags: 0, ifindex: 1 }).expect("pod");
+        lab.node.locals.set(&addr(ip(f.node)), &1).expect("local");
+        let outside = to_only(f, f.pod).into_iter().map(|(key, w)| (ServiceKey { scope: OUTSIDE, ..key }, w));
+        let inside = to_only(f, f.second).into_iter().map(|(key, w)| (key, Wanted { outside: true, ..w }));
+        let services: Vec<_> = outside.chain(inside).collect();
+        lab.serve(services.clone());
+        let calls =
+            [(f.vip, 80), (f.node, 30_080)].map(|(dst, dport)| Frame { dst: ip(dst), dport, ..request(f, UDP) });
+        for call in &calls {
+            assert_eq!(reached(&lab, call), f.pod);
+        }
+        let host_port = ServiceKey { addr: addr(ip(f.node)), port_be: 8_443_u16.to_be(), proto: UDP, scope: INSIDE };
+        let to = Reverse { addr: addr(ip(f.pod)), port_be: 8080_u16.to_be(), pad: 0 };
+        lab.pods.host_ports.set(&host_port, &to).expect("host port");
+        assert_eq!(reached(&lab, &Frame { dst: ip(f.node), dport: 8_443, ..request(f, UDP) }), f.pod);
+        let before = lab.known();
+        lab.serve_and_die(services);
+        assert_eq!(lab.known().len(), before.len());
+        open_ends(&lab);
+    }
+}
+
 /// A pod has gone and another has its address, before anybody could have looked through what is known.
 #[test]
 fn another_pod_with_the_address_gets_nothing_of_it() {
@@ -284,9 +311,9 @@ fn another_pod_with_the_address_gets_nothing_of_it() {
                 assert_eq!((out.verdict, out.packet), (Verdict::Next, next.bytes()), "the node's own");
                 assert!(!answered(&lab, f, ACK, &call), "what it says is its own");
             }
-            // The port is another's now: for what begins.
+            // The port is another's now.
             lab.pods.host_ports.set(&key(8443, proto), &to(f.second)).expect("host port");
-            assert_eq!(reached(&lab, &call), f.second);
+            assert_eq!(reached(&lab, &next), f.second);
         }
         lab.pods.addrs.set(&addr(ip(f.pod)), &entry(7)).expect("pod");
     }
@@ -321,9 +348,10 @@ fn nobody_speaks_in_anothers_connection() {
     }
 }
 
-/// What answers the node's own connection, begun from a port that a pod has as host port, is the node's.
+/// What answers the node's own connection, begun from a port that a pod has as host port, is the node's. Where the node begins none
+/// of itself, a connection that was forgotten goes on.
 #[test]
-fn a_host_port_takes_only_what_begins() {
+fn a_host_port_takes_no_answers_to_the_node() {
     let lab = lab("packets-own-answers");
     for f in FAMILIES {
         let key =
@@ -338,6 +366,9 @@ fn a_host_port_takes_only_what_begins() {
         }
         assert_eq!(reached(&lab, &call), f.pod);
         assert_eq!(reached(&lab, &Frame { flags: ACK, ..call.clone() }), f.pod);
+        let low = ServiceKey { port_be: 8_443_u16.to_be(), ..key };
+        lab.pods.host_ports.set(&low, &to).expect("host port");
+        assert_eq!(reached(&lab, &Frame { dport: 8_443, flags: ACK, ..call.clone() }), f.pod);
         open_ends(&lab);
     }
 }
