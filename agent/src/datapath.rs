@@ -152,6 +152,8 @@ pub struct Datapath {
     overrides: Overrides,
     /// Sockets whose backends went before this process began were closed.
     reset: bool,
+    /// Connections are to be looked through once more for backends that went before this process began.
+    look_again: bool,
     /// What could not be had when the last snapshot was applied.
     standing: Vec<String>,
 }
@@ -222,6 +224,7 @@ impl Datapath {
             compiler,
             overrides,
             reset: false,
+            look_again: false,
             standing: vec![],
         };
         datapath.reconcile_ports(None)?;
@@ -293,11 +296,11 @@ impl Datapath {
         let withdrawn = self.table.take_withdrawn();
         self.sweeper.forget(&withdrawn).map_err(Error::Ports)?;
         // The first time for an agent before us, which may have been killed before it did.
-        let first = !std::mem::replace(&mut self.reset, true);
-        if first {
+        if !self.reset {
             self.sweeper.forget_misled(&self.table).map_err(Error::Ports)?;
+            self.look_again = true;
         }
-        if first || !withdrawn.is_empty() {
+        if !std::mem::replace(&mut self.reset, true) || !withdrawn.is_empty() {
             let (closed, failed) = reset::reset(&self.table, self.table.stranded(), namespaces(&leases));
             applied.closed = closed;
             applied.problems.extend(failed.iter().map(|e| describe(e)));
@@ -375,6 +378,10 @@ impl Datapath {
     fn sweep(&mut self) -> Result<(), Error> {
         let now = sweep::since_start().map_err(Error::Clock)?;
         self.swept = self.sweeper.step(now).map_err(Error::Ports)?;
+        if self.look_again {
+            self.sweeper.forget_misled(&self.table).map_err(Error::Ports)?;
+            self.look_again = false;
+        }
         Ok(())
     }
 

@@ -114,7 +114,7 @@ impl Sweeper {
     }
 
     /// The same for all backends that services do not have now: an agent that was killed between a service's change and the look
-    /// through connections has withdrawn it from none.
+    /// through connections has withdrawn it from none. To be called once more after a while, for what moved meanwhile.
     pub fn forget_misled(&self, services: &ServiceTable) -> Result<usize> {
         self.forget_where(|flow, t| services.misleads(flow, t))
     }

@@ -13,8 +13,8 @@ use crate::{
     maps::{Cursor, ServiceMaps},
 };
 use sluice_ebpf_common::{
-    Backend, BackendKey, CT_REPLY, Flow, INSIDE, MaglevKey, MemberKey, NODE_PORTS, Reverse, ReverseKey, Service,
-    ServiceKey, SourceRange, Translation, UDP,
+    Backend, BackendKey, CT_REPLY, Flow, INSIDE, MaglevKey, MemberKey, NODE_PORTS, OUTSIDE, Reverse, ReverseKey,
+    Service, ServiceKey, SourceRange, Translation, UDP,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -247,8 +247,29 @@ impl ServiceTable {
         if t.flags & CT_REPLY != 0 || !moved {
             return Ok(false);
         }
-        let to = ReverseKey { socket: 0, addr: t.to.dst, port_be: t.to.dport_be, proto: flow.proto, pad: [0; 5] };
-        self.leads(&to, &Reverse { addr: flow.dst, port_be: flow.dport_be, pad: 0 }).map(|leads| !leads)
+        let target = Target { addr: t.to.dst, port_be: t.to.dport_be };
+        let dialled = ServiceKey { addr: flow.dst, port_be: flow.dport_be, proto: flow.proto, scope: INSIDE };
+        let any = ServiceKey { addr: flow.dst.unspecified(), ..dialled };
+        // An entry does not say for whom its backend was chosen.
+        let of = |key: &ServiceKey| [INSIDE, OUTSIDE].map(|scope| self.present.get(&ServiceKey { scope, ..*key }));
+        let any_leads = |found: [Option<&Present>; 2]| found.into_iter().flatten().any(|p| leads(p, &target));
+        let host_port = |key| {
+            let pod = self.maps.host_ports.get(key)?;
+            Ok(pod.map(|pod| pod.addr == target.addr && pod.port_be == target.port_be))
+        };
+        // In the order in which the programs look.
+        let service = of(&dialled);
+        if service[0].is_some() {
+            return Ok(!any_leads(service));
+        }
+        if let Some(leads) = host_port(&dialled)? {
+            return Ok(!leads);
+        }
+        let node_port = of(&any);
+        if NODE_PORTS.contains(&u16::from_be(any.port_be)) && node_port[0].is_some() {
+            return Ok(!any_leads(node_port));
+        }
+        Ok(host_port(&any)? != Some(true))
     }
 
     fn judge(&self, to: &ReverseKey, from: &Reverse, found: &mut Stranded) -> Result<()> {
@@ -263,17 +284,15 @@ impl ServiceTable {
         let target = Target { addr: to.addr, port_be: to.port_be };
         let dialled = ServiceKey { addr: from.addr, port_be: from.port_be, proto: to.proto, scope: INSIDE };
         let any = ServiceKey { addr: from.addr.unspecified(), ..dialled };
-        // Of what is damaged it is not known where it leads.
-        let leads = |p: &Present| p.wanted.as_ref().is_none_or(|w| w.targets().any(|t| *t == target));
         if let Some(service) = self.present.get(&dialled) {
-            return Ok(leads(service));
+            return Ok(leads(service, &target));
         }
         for key in [&dialled, &any] {
             if let Some(pod) = self.maps.host_ports.get(key)? {
                 return Ok(pod.addr == target.addr && pod.port_be == target.port_be);
             }
         }
-        Ok(NODE_PORTS.contains(&u16::from_be(any.port_be)) && self.present.get(&any).is_some_and(leads))
+        Ok(NODE_PORTS.contains(&u16::from_be(any.port_be)) && self.present.get(&any).is_some_and(|p| leads(p, &target)))
     }
 
     /// Compares the next entries with what this process has written; what differs is written anew by the next
@@ -488,4 +507,8 @@ fn laid_out(key: &ServiceKey, wanted: &Wanted, set: u32, blocks: u32) -> (Servic
         0 if wanted.maglev => lay_out(key, &Wanted { maglev: false, ..wanted.clone() }, set),
         _ => lay_out(key, wanted, set),
     }
+}
+/// PURE. Of what is damaged it is not known where it leads.
+fn leads(service: &Present, target: &Target) -> bool {
+    service.wanted.as_ref().is_none_or(|w| w.targets().any(|t| t == target))
 }
