@@ -61,6 +61,13 @@ pub struct ClusterState {
     pub ejections: Cell<u64>,
 }
 
+impl ClusterState {
+    /// There is no slow start any more: a later one begins with whom it finds then.
+    pub fn meet_anew(&self) {
+        self.met.take();
+    }
+}
+
 type Met = HashMap<SocketAddr, Option<u64>>;
 
 /// PURE. Who is new: not whom a sidecar finds when it begins, else those that come soon after would not be told from them.

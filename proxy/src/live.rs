@@ -118,6 +118,9 @@ fn live_cluster(c: &Cluster, worker: &Worker) -> LiveCluster {
     let state = worker.cluster_state(&c.service, c.port);
     let policy = |of| Box::new(LivePolicy::new(of, &addresses, &c.near, &state, worker.now_ms()));
     let policy = c.policy.clone().map(policy);
+    if policy.is_none() {
+        state.meet_anew();
+    }
     LiveCluster { known: c.known, http2: c.http2, endpoints, policy, state }
 }
 

@@ -408,7 +408,7 @@ impl Upstream {
             // HTTP/2's server speaks as soon as it may.
             let heard = tokio::time::timeout(self.tuning.get().connect, wire.heard()).await;
             let heard = heard.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-            heard.map_err(|e| ConnectError::Tls { address: self.endpoint.address, source: e.into() })?;
+            heard.map_err(|e| ConnectError::tcp(self.endpoint.address, e))?;
             let sender = multiplex::handshake(wire, true).await.map_err(|e| self.broken(e))?;
             self.mesh.keep(sender, era, Instant::now());
             return Ok(());
