@@ -159,7 +159,11 @@ fn run(args: Args) -> anyhow::Result<()> {
         }
         Command::Down => down::run(&name),
         Command::Status => status::run(&config()?, false),
-        Command::Check => check::run(&config()?, Cluster::load(&name).ok().flatten()),
+        Command::Check => {
+            // Whose kubeconfig was named need not be the local cluster, whose machines say nothing of it.
+            let local = || Cluster::load(&name).ok().flatten();
+            check::run(&config()?, if args.kubeconfig.is_none() { local() } else { None })
+        }
         Command::Flows(ref options) => flows::run(&config()?, options),
         Command::Tap(ref options) => tap::run(&config()?, options),
         Command::Split { ref service, ref weights, ref namespace, timeout } => {
