@@ -201,10 +201,13 @@ fn callers_are_limited_and_watched(c: &Cluster) -> Result<()> {
     let limit = json!({"action": "Allow", "rules": [{}],
                        "rateLimits": [{"requests": 5, "per": "60s", "perIdentity": true}]});
     c.apply(&[own_in(NAMESPACE, "AccessPolicy", "watched", v1(audit))])?;
-    let metrics = || -> Result<f64> {
+    let of_v1 = |what: &str| -> Result<String> {
         let pods = c.pods(NAMESPACE, "version=v1")?;
-        let pod = pods[0]["metadata"]["name"].as_str().context("a name")?.to_owned();
-        let all = c.sluice_out(&["tap", &format!("{NAMESPACE}/{pod}"), "--show=metrics"])?;
+        let pod = pods[0]["metadata"]["name"].as_str().context("a name")?;
+        c.sluice_out(&["tap", &format!("{NAMESPACE}/{pod}"), &format!("--show={what}")])
+    };
+    let metrics = || -> Result<f64> {
+        let all = of_v1("metrics")?;
         let lines = all.lines().filter(|l| l.starts_with("sluice_audit_denied_total"));
         Ok(lines.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum())
     };
@@ -213,12 +216,15 @@ fn callers_are_limited_and_watched(c: &Cluster) -> Result<()> {
         Ok(get("/audited")?.contains("\"version\":\"v1\"") && metrics()? >= 1.0)
     })?;
     c.apply(&[own_in(NAMESPACE, "AccessPolicy", "limited", v1(limit))])?;
+    c.wait("the app's sidecar has both policies", SOON, || {
+        let all: Value = serde_json::from_str(&of_v1("compiled")?)?;
+        Ok(all["inbound"]["access"].as_array().is_some_and(|rules| rules.len() == 2))
+    })?;
     let asks = "for i in 1 2 3 4 5 6 7 8; do wget -S -q -O - http://echo-v1/ 2>&1; done; true";
-    c.wait("five a minute", SOON, || {
-        let seen = script(c, NAMESPACE, "asks", asks)?;
-        Ok(seen.contains("429 Too Many Requests"))
-    })
-    .map(drop)
+    let seen = script(c, NAMESPACE, "asks", asks)?;
+    let (answered, limited) = (seen.matches("\"version\":\"v1\"").count(), seen.matches("429 Too Many").count());
+    ensure!((answered, limited) == (5, 3), "five a minute: {seen}");
+    Ok(())
 }
 
 /// A node is cut off for less than it takes to be lost. Requests that may be tried elsewhere all succeed; of the others, what goes
@@ -257,7 +263,7 @@ pub fn a_backend_is_cut_off_under_load(c: &Cluster) -> Result<()> {
     let here = |pod: &Value| pod["spec"]["nodeName"] == NODES[1];
     ensure!(c.pods(CUT, "app=echo")?.iter().any(here), "a backend is on {}", NODES[1]);
     // Cut and mended in one go: it is mended whatever becomes of the test.
-    c.inside(NODES[1], "ip link set eth0 down; sleep 4; ip link set eth0 up")?;
+    c.inside("control", "ip link set slcnode1 down; sleep 4; ip link set slcnode1 up")?;
     let running =
         |name: &str| Ok::<_, anyhow::Error>(c.json(&["-n", CUT, "get", "pod", name])?["status"]["phase"] == "Running");
     ensure!(running("retried")? && running("once")?, "the load was over before the node was back");
