@@ -222,7 +222,7 @@ fn callers_are_limited_and_watched(c: &Cluster) -> Result<()> {
     })?;
     let asks = "for i in 1 2 3 4 5 6 7 8; do wget -S -q -O - http://echo-v1/ 2>&1; done; true";
     let seen = script(c, NAMESPACE, "asks", asks)?;
-    let (answered, limited) = (seen.matches("\"version\":\"v1\"").count(), seen.matches("429 Too Many").count());
+    let (answered, limited) = (seen.matches("\"version\":\"v1\"").count(), seen.matches("error: HTTP/1.1 429").count());
     ensure!((answered, limited) == (5, 3), "five a minute: {seen}");
     Ok(())
 }
