@@ -508,6 +508,7 @@ fn laid_out(key: &ServiceKey, wanted: &Wanted, set: u32, blocks: u32) -> (Servic
         _ => lay_out(key, wanted, set),
     }
 }
+
 /// PURE. Of what is damaged it is not known where it leads.
 fn leads(service: &Present, target: &Target) -> bool {
     service.wanted.as_ref().is_none_or(|w| w.targets().any(|t| t == target))

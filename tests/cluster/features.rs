@@ -4,7 +4,7 @@ use crate::{
     cluster::Cluster,
     load::{echo, service},
     mesh::{in_force, own_in},
-    network::script,
+    network::{script, script_on},
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -13,9 +13,18 @@ const NAMESPACE: &str = "asked";
 const GATEWAY_API: &str = "gateway.networking.k8s.io";
 
 pub fn rules_hold_with_and_without_sidecars(c: &Cluster) -> Result<()> {
+    with_and_without_sidecars(c, NAMESPACE, all_of_them)
+}
+
+/// `test`, which makes what it needs in the namespace, of backends with a sidecar and of backends without.
+pub fn with_and_without_sidecars(
+    c: &Cluster,
+    namespace: &str,
+    test: impl Fn(&Cluster, &str) -> Result<()>,
+) -> Result<()> {
     for inject in ["enabled", "disabled"] {
-        all_of_them(c, inject).with_context(|| format!("backends' sidecars {inject}"))?;
-        c.delete_namespace(NAMESPACE)?;
+        test(c, inject).with_context(|| format!("backends' sidecars {inject}"))?;
+        c.delete_namespace(namespace)?;
     }
     Ok(())
 }
@@ -214,7 +223,12 @@ fn requests(c: &Cluster) -> Result<()> {
 }
 
 pub fn report(c: &Cluster, namespace: &str, load: &str) -> Result<Value> {
-    let seen = script(c, namespace, "load", load)?;
+    report_on(c, None, namespace, load)
+}
+
+/// The same of a load that runs on a node.
+pub fn report_on(c: &Cluster, node: Option<&str>, namespace: &str, load: &str) -> Result<Value> {
+    let seen = script_on(c, node, namespace, "load", load)?;
     let line = seen.lines().find(|l| l.starts_with('{')).with_context(|| seen.clone())?;
     Ok(serde_json::from_str(line)?)
 }

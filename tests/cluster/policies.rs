@@ -2,10 +2,10 @@
 
 use crate::{
     cluster::{Cluster, NODES},
-    features::{answers, ask, meshed_or_not, report, route, to, version},
+    features::{answers, ask, meshed_or_not, report, report_on, route, to, version, with_and_without_sidecars},
     load::{Load, client, deliveries, echo, service},
     mesh::{in_force, own_in},
-    network::{script, script_on},
+    network::script,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -16,11 +16,7 @@ const NAMESPACE: &str = "policed";
 const SOON: u64 = 40;
 
 pub fn policies_hold_with_and_without_sidecars(c: &Cluster) -> Result<()> {
-    for inject in ["enabled", "disabled"] {
-        all_of_them(c, inject).with_context(|| format!("backends' sidecars {inject}"))?;
-        c.delete_namespace(NAMESPACE)?;
-    }
-    Ok(())
+    with_and_without_sidecars(c, NAMESPACE, all_of_them)
 }
 
 fn all_of_them(c: &Cluster, inject: &str) -> Result<()> {
@@ -152,12 +148,7 @@ fn nobody_behind_a_share(c: &Cluster) -> Result<()> {
 fn nearest(c: &Cluster) -> Result<()> {
     let outlier = json!({"consecutiveFailures": 3, "ejectionTime": "60s"});
     policy(c, "echo", json!({"locality": {"healthyPercent": 50}, "outlierDetection": outlier}))?;
-    let near = || -> Result<Value> {
-        let asked = "/load --rps=20 --duration=2 --url=http://echo/";
-        let seen = script_on(c, Some(NODES[0]), NAMESPACE, "near", asked)?;
-        let line = seen.lines().find(|l| l.starts_with('{')).with_context(|| seen.clone())?;
-        Ok(serde_json::from_str(line)?)
-    };
+    let near = || report_on(c, Some(NODES[0]), NAMESPACE, "/load --rps=20 --duration=2 --url=http://echo/");
     c.wait("requests stay in their zone", SOON, || Ok(near()?["versions"] == json!({"v1": 40})))?;
     faults(c, "v1", r#"{"fail_percent":100}"#)?;
     let seen = near()?;
@@ -190,6 +181,12 @@ fn newcomer(c: &Cluster) -> Result<()> {
     c.kubectl(&["-n", NAMESPACE, "delete", "backendpolicy", "echo"]).map(drop)
 }
 
+/// Of all series of a metric, in Prometheus' text.
+fn total(metrics: &str, name: &str) -> f64 {
+    let lines = metrics.lines().filter(|l| l.starts_with(name));
+    lines.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+}
+
 /// What the called pods' sidecars do.
 fn callers_are_limited_and_watched(c: &Cluster) -> Result<()> {
     let v1 = |more: Value| {
@@ -201,19 +198,12 @@ fn callers_are_limited_and_watched(c: &Cluster) -> Result<()> {
     let limit = json!({"action": "Allow", "rules": [{}],
                        "rateLimits": [{"requests": 5, "per": "60s", "perIdentity": true}]});
     c.apply(&[own_in(NAMESPACE, "AccessPolicy", "watched", v1(audit))])?;
-    let of_v1 = |what: &str| -> Result<String> {
-        let pods = c.pods(NAMESPACE, "version=v1")?;
-        let pod = pods[0]["metadata"]["name"].as_str().context("a name")?;
-        c.sluice_out(&["tap", &format!("{NAMESPACE}/{pod}"), &format!("--show={what}")])
-    };
-    let metrics = || -> Result<f64> {
-        let all = of_v1("metrics")?;
-        let lines = all.lines().filter(|l| l.starts_with("sluice_audit_denied_total"));
-        Ok(lines.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum())
-    };
+    let pod = c.pods(NAMESPACE, "version=v1")?[0]["metadata"]["name"].as_str().context("a name")?.to_owned();
+    let of_v1 = |what: &str| c.sluice_out(&["tap", &format!("{NAMESPACE}/{pod}"), &format!("--show={what}")]);
     let get = |path: &str| script(c, NAMESPACE, "asks", &format!("wget -q -O - http://echo-v1{path}"));
     c.wait("what would be denied is counted, and done", SOON, || {
-        Ok(get("/audited")?.contains("\"version\":\"v1\"") && metrics()? >= 1.0)
+        Ok(get("/audited")?.contains("\"version\":\"v1\"")
+            && total(&of_v1("metrics")?, "sluice_audit_denied_total") >= 1.0)
     })?;
     c.apply(&[own_in(NAMESPACE, "AccessPolicy", "limited", v1(limit))])?;
     c.wait("the app's sidecar has both policies", SOON, || {
@@ -268,11 +258,7 @@ pub fn a_backend_is_cut_off_under_load(c: &Cluster) -> Result<()> {
         |name: &str| Ok::<_, anyhow::Error>(c.json(&["-n", CUT, "get", "pod", name])?["status"]["phase"] == "Running");
     ensure!(running("retried")? && running("once")?, "the load was over before the node was back");
     let metrics = c.sluice_out(&["tap", &format!("{CUT}/retried"), "--show=metrics"])?;
-    let counted = |name: &str| -> f64 {
-        let lines = metrics.lines().filter(|l| l.starts_with(name));
-        lines.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum()
-    };
-    let (retries, ejections) = (counted("sluice_retries_total"), counted("sluice_ejections_total"));
+    let (retries, ejections) = (total(&metrics, "sluice_retries_total"), total(&metrics, "sluice_ejections_total"));
     let (retried, once) = (load.finish(c, CUT, "retried")?, load.finish(c, CUT, "once")?);
     eprintln!("cut off for 4 s: {retries} retries, {ejections} ejections; with retries {retried}; without {once}");
     ensure!(retries >= 1.0 && ejections >= 1.0, "nobody has noticed: nothing was tested");
