@@ -64,7 +64,7 @@ impl Default for Outlier {
 /// Bounds of one worker for one service; 0: none but the built-in ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Circuit {
-    /// Connections to all endpoints together.
+    /// Connections to all endpoints together; an endpoint may have one in any case.
     #[serde(default)]
     pub max_connections: u32,
     /// Requests that wait for a connection.

@@ -21,6 +21,7 @@ use sluice_model::Retry;
 use sluice_traffic::retry;
 use std::{
     cell::Cell,
+    pin::pin,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -265,10 +266,33 @@ impl<'a> Tries<'a> {
             return Ok((sender, true));
         }
         let _waiting = cluster.wait()?;
+        let leave = cluster.may_open(upstream) || upstream.opens(self.shareable, self.http2);
+        // Apart: rare.
+        if !leave && let Some(sender) = Box::pin(self.queue(cluster, upstream)).await? {
+            return Ok((sender, true));
+        }
         self.connect(upstream, worker).await.map_err(|error| {
             tracing::debug!(%error, "no connection");
             error.reason()
         })
+    }
+
+    /// Waits until the endpoint has a connection at hand, or may have one more (`None`), for as long as a new one might take.
+    async fn queue(&self, cluster: &LiveCluster, upstream: &Upstream) -> Result<Option<Sender>, Reason> {
+        let until = tokio::time::Instant::now() + upstream.connect_timeout();
+        loop {
+            let mut room = pin!(upstream.connections().room());
+            room.as_mut().enable();
+            if let Some(sender) = self.at_hand(upstream) {
+                return Ok(Some(sender));
+            }
+            if cluster.may_open(upstream) {
+                return Ok(None);
+            }
+            // An idle one that is not for this request must not keep it waiting.
+            upstream.close_idle();
+            tokio::time::timeout_at(until, room).await.map_err(|_| Reason::CircuitOpen)?;
+        }
     }
 
     /// A connection, or a place on one, that is open.

@@ -281,14 +281,19 @@ impl LiveCluster {
     /// Lets a request wait for a connection.
     pub fn wait(&self) -> Result<Option<Held>, Reason> {
         let Some(policy) = &self.policy else { return Ok(None) };
-        let circuit = policy.of.circuit;
-        let connections: u32 = self.endpoints.iter().map(|e| e.connections()).sum();
-        let full = circuit.max_connections > 0 && connections >= circuit.max_connections;
-        let crowded = circuit.max_pending > 0 && self.state.pending.get() >= circuit.max_pending;
-        if full || crowded {
+        let most = policy.of.circuit.max_pending;
+        if most > 0 && self.state.pending.get() >= most {
             return Err(Reason::CircuitOpen);
         }
         Ok(Some(Held::new(&self.state, |s| &s.pending)))
+    }
+
+    /// Whether the endpoint may have one more connection. One that has none always may: its requests would wait for other
+    /// endpoints' connections, which do nothing for them.
+    pub fn may_open(&self, upstream: &Upstream) -> bool {
+        let most = self.policy.as_ref().map_or(0, |p| p.of.circuit.max_connections);
+        let all = || self.endpoints.iter().map(|e| e.connections().open()).sum::<u32>();
+        most == 0 || upstream.connections().open() == 0 || all() < most
     }
 
     /// Lets a request be tried once more; `asked` is the route's own word, which is held to a budget in any case.

@@ -1,7 +1,7 @@
 //! Byte streams: bytes already read put back in front ([`Prefixed`]), a connection to an upstream with or without TLS
 //! ([`Wire`]), and the wait for the first bytes of a connection.
 
-use crate::upstream::Counted;
+use crate::connections::Counted;
 use bytes::{Buf, Bytes, BytesMut};
 use sluice_traffic::detect::{self, Detected};
 use sluice_wire::ALPN_H2;

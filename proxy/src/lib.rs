@@ -13,6 +13,7 @@ pub mod body;
 pub mod check;
 pub mod cluster;
 pub mod config;
+pub mod connections;
 pub mod control;
 pub mod discovery;
 pub mod drain;

@@ -3,7 +3,7 @@
 //!
 //! One connection is the rule. Only when it is full is there another, up to [`MAX_CONNECTIONS`].
 
-use crate::{body::Outgoing, http::LocalExecutor, io::Wire, limits, upstream::ConnectError};
+use crate::{body::Outgoing, connections::Connections, http::LocalExecutor, io::Wire, limits, upstream::ConnectError};
 use futures::{
     FutureExt,
     future::{LocalBoxFuture, Shared},
@@ -23,6 +23,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     rc::Rc,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -48,8 +49,6 @@ const MAX_HEAD: u32 = limits::MAX_HEAD as u32;
 const PING_AFTER: Duration = Duration::from_secs(10);
 /// One that does not answer in this time is dead: its requests fail and the next ones get another.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
-/// A connection without requests for this long is closed.
-const IDLE_FOR: Duration = Duration::from_secs(60);
 
 /// Who is at the other end of a connection that is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,12 +126,21 @@ pub async fn handshake(wire: Wire, mesh: bool) -> hyper::Result<Connected> {
     Ok(Connected { sender, limit })
 }
 
+/// Held once by a shared connection and once by each place on it, and so their count; who waits for room hears of it there.
+#[derive(Debug)]
+struct Places(Arc<Connections>);
+
 /// A request's place on a shared connection, taken until it is dropped.
 #[derive(Debug)]
 pub struct Place {
     sender: client::SendRequest<Outgoing>,
-    /// Of the connection and each place on it, one reference.
-    places: Rc<()>,
+    places: Rc<Places>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.places.0.made_room();
+    }
 }
 
 impl Place {
@@ -145,8 +153,9 @@ impl Place {
 }
 
 /// The shared connections of one kind to one endpoint.
-#[derive(Default)]
 pub struct Multiplex {
+    /// All that the endpoint has.
+    connections: Arc<Connections>,
     open: RefCell<Vec<Open>>,
     connecting: RefCell<Option<Connecting>>,
     /// Counts [`Multiplex::retire_all`]: what began to connect before is not kept after.
@@ -156,7 +165,7 @@ pub struct Multiplex {
 struct Open {
     sender: client::SendRequest<Outgoing>,
     limit: Rc<Cell<usize>>,
-    places: Rc<()>,
+    places: Rc<Places>,
     /// Took a request since it was last looked at.
     used: Cell<bool>,
     idle_since: Cell<Instant>,
@@ -165,6 +174,11 @@ struct Open {
 type Connecting = Shared<LocalBoxFuture<'static, Result<(), ConnectError>>>;
 
 impl Multiplex {
+    pub fn new(connections: &Arc<Connections>) -> Self {
+        let (open, connecting, era) = (RefCell::default(), RefCell::default(), Cell::default());
+        Self { connections: connections.clone(), open, connecting, era }
+    }
+
     /// A place on a connection that is there.
     pub fn take(&self) -> Option<Place> {
         let open = self.open.borrow();
@@ -188,7 +202,7 @@ impl Multiplex {
         if self.open.borrow().len() >= MAX_CONNECTIONS {
             return Err(ConnectError::Full { address });
         }
-        let under_way = self.connecting.borrow().as_ref().filter(|c| c.peek().is_none()).cloned();
+        let under_way = self.under_way();
         let connecting = under_way.unwrap_or_else(|| {
             // On a task of its own: whoever began it may go, and the others still wait for it.
             let task = tokio::task::spawn_local(connect());
@@ -200,12 +214,21 @@ impl Multiplex {
         connecting.await
     }
 
+    pub fn is_connecting(&self) -> bool {
+        self.under_way().is_some()
+    }
+
+    fn under_way(&self) -> Option<Connecting> {
+        self.connecting.borrow().as_ref().filter(|c| c.peek().is_none()).cloned()
+    }
+
     /// Offers a new connection to requests, unless all were retired since `era`: then it is closed again.
     pub fn keep(&self, connected: Connected, era: u64, now: Instant) {
         if era == self.era.get() {
             let (used, idle_since) = (Cell::new(false), Cell::new(now));
             let Connected { sender, limit } = connected;
-            self.open.borrow_mut().push(Open { sender, limit, places: Rc::new(()), used, idle_since });
+            let places = Rc::new(Places(self.connections.clone()));
+            self.open.borrow_mut().push(Open { sender, limit, places, used, idle_since });
         }
     }
 
@@ -224,13 +247,13 @@ impl Multiplex {
         self.open.take();
     }
 
-    /// Closes connections that nobody has used for long or that the other side has closed.
-    pub fn reap(&self, now: Instant) {
+    /// Closes connections that nobody has used for `most`, or that the other side has closed.
+    pub fn reap(&self, now: Instant, most: Duration) {
         self.open.borrow_mut().retain(|o| {
             if o.used.replace(false) || o.requests() > 0 {
                 o.idle_since.set(now);
             }
-            !o.sender.is_closed() && now.saturating_duration_since(o.idle_since.get()) < IDLE_FOR
+            !o.sender.is_closed() && now.saturating_duration_since(o.idle_since.get()) < most
         });
     }
 }

@@ -5,6 +5,7 @@ use crate::{
     body::Outgoing,
     cluster::Held,
     config::Endpoint,
+    connections::{Connections, Counted},
     headers::mark_version,
     io::Wire,
     limits::MAX_HEAD,
@@ -28,10 +29,7 @@ use std::{
     io,
     net::SocketAddr,
     rc::Rc,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::net::TcpStream;
@@ -85,8 +83,7 @@ pub struct Upstream {
     pub record: RefCell<Record>,
     pub latency: Cell<Latency>,
     tuning: Cell<Tuning>,
-    /// Connections that are open; read by this worker only, but owned by tasks that may end on any thread.
-    connections: Arc<AtomicU32>,
+    connections: Arc<Connections>,
     /// Most recently used last: few connections carry a light load.
     idle: RefCell<Vec<Idle>>,
     /// For HTTP/2 requests to an app, or to a sidecar that does not speak `sluice-h2`.
@@ -128,23 +125,6 @@ impl Default for Tuning {
     }
 }
 
-/// A connection that is open; counted until dropped.
-#[derive(Debug)]
-pub struct Counted(Arc<AtomicU32>);
-
-impl Counted {
-    fn new(of: &Arc<AtomicU32>) -> Self {
-        of.fetch_add(1, Ordering::Relaxed);
-        Self(of.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 /// Why there is no connection. Several requests may have waited for it, so it can be copied.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ConnectError {
@@ -175,16 +155,17 @@ impl ConnectError {
 
 impl Upstream {
     pub fn new(endpoint: Endpoint) -> Rc<Self> {
+        let connections = Arc::<Connections>::default();
         Rc::new(Self {
             endpoint,
             in_flight: Cell::new(0),
             record: RefCell::default(),
             latency: Cell::default(),
             tuning: Cell::default(),
-            connections: Arc::default(),
             idle: RefCell::default(),
-            http2: Multiplex::default(),
-            mesh: Multiplex::default(),
+            http2: Multiplex::new(&connections),
+            mesh: Multiplex::new(&connections),
+            connections,
             tcp_only_since: Cell::default(),
         })
     }
@@ -204,22 +185,27 @@ impl Upstream {
         Pool {
             endpoint: self.endpoint.clone(),
             in_flight: self.in_flight.get(),
-            connections: self.connections(),
+            connections: self.connections.open(),
             idle: self.idle_len(),
             ejected_for_ms: self.record.borrow().out_until_ms().saturating_sub(now_ms),
         }
     }
 
-    /// Connections that are open.
-    pub fn connections(&self) -> u32 {
-        self.connections.load(Ordering::Relaxed)
+    pub fn connections(&self) -> &Connections {
+        &self.connections
+    }
+
+    /// How long a connection to it may take to come.
+    pub fn connect_timeout(&self) -> Duration {
+        self.tuning.get().connect
     }
 
     /// An idle connection that can take a request now.
     pub fn take_idle(&self, repeatable: bool, now: Instant) -> Option<http1::SendRequest<Outgoing>> {
         let mut idle = self.idle.borrow_mut();
+        let most = self.tuning.get().idle;
         while let Some(last) = idle.pop() {
-            if !last.sender.is_ready() {
+            if !last.sender.is_ready() || now - last.since >= most {
                 continue;
             }
             if !repeatable && now - last.since > FRESH_FOR {
@@ -232,34 +218,47 @@ impl Upstream {
         None
     }
 
+    /// Closes the idle connection that was used least recently, where there is one.
+    pub fn close_idle(&self) {
+        let mut idle = self.idle.borrow_mut();
+        if !idle.is_empty() {
+            idle.remove(0);
+        }
+    }
+
     /// Keeps a connection whose answer has ended.
     fn put_idle(self: &Rc<Self>, sender: http1::SendRequest<Outgoing>, now: Instant) {
         if sender.is_closed() {
             return;
         }
         if sender.is_ready() {
-            let mut idle = self.idle.borrow_mut();
-            if idle.len() < MAX_IDLE {
-                idle.push(Idle { sender, since: now });
-            }
-            return;
+            return self.keep_idle(sender, now);
         }
         // Its request's body is still being sent, or the connection's task has not run yet.
         let upstream = self.clone();
         tokio::task::spawn_local(async move {
             let mut sender = sender;
             let ready = tokio::time::timeout(SETTLE_TIMEOUT, sender.ready()).await;
-            if matches!(ready, Ok(Ok(()))) && upstream.idle.borrow().len() < MAX_IDLE {
-                upstream.idle.borrow_mut().push(Idle { sender, since: Instant::now() });
+            if matches!(ready, Ok(Ok(()))) {
+                upstream.keep_idle(sender, Instant::now());
             }
         });
     }
 
+    fn keep_idle(&self, sender: http1::SendRequest<Outgoing>, since: Instant) {
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() < MAX_IDLE {
+            idle.push(Idle { sender, since });
+            self.connections.made_room();
+        }
+    }
+
     /// Closes connections that were idle for too long or that the other side has closed.
     pub fn reap(&self, now: Instant) {
-        self.idle.borrow_mut().retain(|i| !i.sender.is_closed() && now - i.since < self.tuning.get().idle);
-        self.http2.reap(now);
-        self.mesh.reap(now);
+        let most = self.tuning.get().idle;
+        self.idle.borrow_mut().retain(|i| !i.sender.is_closed() && now - i.since < most);
+        self.http2.reap(now, most);
+        self.mesh.reap(now, most);
     }
 
     /// The certificate was replaced: the next request to a sidecar begins a connection with the new one. Requests
@@ -284,13 +283,13 @@ impl Upstream {
         let address = self.endpoint.address;
         add(&worker.counters.upstream_connects, 1);
         let tuning = self.tuning.get();
+        let open = Counted::new(&self.connections);
         let stream = connect_within(address, tuning.connect).await.map_err(|e| ConnectError::tcp(address, e))?;
         if let Some(every) = tuning.keepalive {
             let probes = socket2::TcpKeepalive::new().with_time(every).with_interval(every);
             // Without it the connection works as well.
             let _ = socket2::SockRef::from(&stream).set_tcp_keepalive(&probes);
         }
-        let open = Counted::new(&self.connections);
         let Some(identity) = &self.endpoint.identity else { return Ok(Wire::plain(stream, open)) };
         let Some(connector) = worker.tls_connector(identity, offer) else {
             return Err(ConnectError::NoCertificate { address });
@@ -333,6 +332,11 @@ impl Upstream {
     /// A place on an HTTP/2 connection that is open.
     pub fn http2_at_hand(&self) -> Option<Sender> {
         self.http2.take().map(Sender::Http2)
+    }
+
+    /// Whether a connection that a request of this kind may share is being opened.
+    pub fn opens(&self, shareable: bool, http2: bool) -> bool {
+        (shareable && self.mesh.is_connecting()) || (http2 && self.http2.is_connecting())
     }
 
     /// A place for an HTTP/2 request, and whether the connection was there before.

@@ -54,8 +54,10 @@ const UNANSWERED_FOR: Duration = Duration::from_secs(10);
 const MAX_UNANSWERED: usize = 4096;
 /// Pause before a gateway tries again to listen where it could not.
 const LISTEN_AGAIN: Duration = Duration::from_secs(5);
-/// How often idle connections are looked at and used destinations reported.
-const HOUSEKEEPING: Duration = Duration::from_secs(10);
+/// How often idle connections are looked at: policies ask for few seconds where the app ends them soon.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// How often used destinations are reported, in turns of that.
+const REPORT_EVERY: u32 = 10;
 
 /// What a worker is asked by the control thread.
 pub enum Ask {
@@ -307,11 +309,14 @@ async fn answer_scrapes(worker: Rc<Worker>, mut asked: mpsc::Receiver<Ask>) {
 
 async fn housekeeping(worker: Rc<Worker>) {
     let mut ticks = tokio::time::interval(HOUSEKEEPING);
-    loop {
+    for turn in (0..REPORT_EVERY).cycle() {
         ticks.tick().await;
         let now = Instant::now();
         worker.upstreams.borrow().values().for_each(|u| u.reap(now));
         worker.inbound.borrow().values().flat_map(|c| &c.endpoints).for_each(|u| u.reap(now));
+        if turn > 0 {
+            continue;
+        }
         let left = worker.connections();
         let most = worker.most.replace(left);
         if memory::ebbed(most.open, left.open) || memory::ebbed(most.busy, left.busy) {

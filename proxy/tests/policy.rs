@@ -139,16 +139,92 @@ fn more_than_the_circuit_allows_is_refused_at_once() {
     assert!(slow.iter_mut().all(|c| c.answer(false).is_some_and(|a| a.status == 200)));
     assert_eq!(Client::connect(running.outbound[0]).get("/").status, 200, "places are free again");
     running.stop();
+}
 
+fn with_circuit(circuit: Circuit, addresses: &[SocketAddr]) -> sluice_proxy::run::Running {
+    let connect_timeout_ms = 500;
+    sidecar(of(BackendPolicy { circuit, connect_timeout_ms, ..balance(Balance::RoundRobin) }, addresses))
+}
+
+/// So many at once; the answers in the order in which they were asked for.
+fn at_once(running: &sluice_proxy::run::Running, count: usize, path: &str) -> Vec<Answer> {
+    let mut clients: Vec<Client> = (0..count).map(|_| Client::connect(running.outbound[0])).collect();
+    clients.iter_mut().for_each(|c| c.send(format!("GET {path} HTTP/1.1\r\nhost: web\r\n\r\n")));
+    clients.iter_mut().map(|c| c.answer(false).expect("an answer")).collect()
+}
+
+fn refused(answers: &[Answer]) -> usize {
+    answers.iter().filter(|a| a.reason() == "circuit_open").count()
+}
+
+#[test]
+fn requests_wait_for_the_connections_that_there_may_be() {
+    let app = slow_app(Duration::from_millis(50));
+    let running = with_circuit(Circuit { max_connections: 2, ..Circuit::default() }, &[app]);
+    let begun = Instant::now();
+    let answers = at_once(&running, 8, "/");
+    assert!(answers.iter().all(|a| a.status == 200), "{answers:?}");
+    assert!(begun.elapsed() >= Duration::from_millis(200), "two at a time: {:?}", begun.elapsed());
+    assert_eq!(scrape(&running).upstream_connects, 2);
+    running.stop();
+
+    let running = with_circuit(Circuit { max_connections: 2, max_pending: 1, ..Circuit::default() }, &[app]);
+    let answers = at_once(&running, 8, "/");
+    // One may wait at a time, for the first connection too; whose turn it is when depends on when they come.
+    assert!(refused(&answers) >= 3 && refused(&answers) < 8, "{answers:?}");
+    assert!(answers.iter().all(|a| a.status == 200 || a.reason() == "circuit_open"), "{answers:?}");
+    running.stop();
+}
+
+#[test]
+fn nobody_waits_for_ever_for_a_connection() {
+    let app = slow_app(Duration::from_millis(1500));
+    let running = with_circuit(Circuit { max_connections: 1, ..Circuit::default() }, &[app]);
+    let begun = Instant::now();
+    let answers = at_once(&running, 3, "/");
+    assert_eq!(refused(&answers), 2, "{answers:?}");
+    assert!(begun.elapsed() < Duration::from_millis(2500), "{:?}", begun.elapsed());
+    running.stop();
+}
+
+#[test]
+fn idle_connections_keep_nobody_waiting() {
+    let apps = ["v1", "v2", "v3"].map(start);
     let circuit = Circuit { max_connections: 1, ..Circuit::default() };
-    let running = sidecar(of(BackendPolicy { circuit, ..BackendPolicy::default() }, &[app.address]));
-    let mut busy = Client::connect(running.outbound[0]);
-    let before = app.seen();
-    busy.send("GET /slow HTTP/1.1\r\nhost: web\r\n\r\n");
-    eventually("it is with the app", || app.seen() == before + 1);
-    assert_eq!(Client::connect(running.outbound[0]).get("/").reason(), "circuit_open");
-    assert_eq!(busy.answer(false).map(|a| a.status), Some(200));
-    assert_eq!(Client::connect(running.outbound[0]).get("/").status, 200, "the connection is used again");
+    let running = with_circuit(circuit, &apps.each_ref().map(|a| a.address));
+    let mut client = Client::connect(running.outbound[0]);
+    (0..9).for_each(|_| assert_eq!(client.get("/").status, 200));
+    assert_eq!(apps.each_ref().map(|a| a.seen()), [3, 3, 3], "each endpoint may have one");
+    running.stop();
+
+    let app = start("v1");
+    let running = with_circuit(circuit, &[app.address]);
+    let mut client = Client::connect(running.outbound[0]);
+    assert_eq!(client.get("/").status, 200);
+    // Old enough that what must not be sent twice does not take it.
+    std::thread::sleep(Duration::from_millis(2200));
+    assert_eq!(client.ask("POST", "/", "content-length: 0\r\n").status, 200);
+    assert_eq!(scrape(&running).upstream_connects, 2);
+    running.stop();
+}
+
+#[test]
+fn bytes_do_not_wait_for_a_connection() {
+    let app = start("v1");
+    let circuit = Circuit { max_connections: 1, ..Circuit::default() };
+    let opaque = with_policy(
+        service("web", "10.96.0.1", AppProtocol::Tcp, &[app.address]),
+        BackendPolicy { circuit, ..BackendPolicy::default() },
+    );
+    let running = sidecar(opaque);
+    let mut first = Client::connect(running.outbound[0]);
+    assert_eq!(first.get("/").status, 200);
+    let mut second = Client::connect(running.outbound[0]);
+    assert!(second.try_ask("GET / HTTP/1.1\r\nhost: web\r\n\r\n").is_none(), "reset");
+    drop(first);
+    eventually("there is room again", || {
+        Client::connect(running.outbound[0]).try_ask("GET / HTTP/1.1\r\nhost: web\r\n\r\n").is_some()
+    });
     running.stop();
 }
 

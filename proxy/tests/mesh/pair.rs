@@ -143,7 +143,11 @@ impl Mesh {
 
 /// A sidecar that sends what is dialled to `endpoints`, which must prove to be "server".
 pub fn client(authority: &Authority, endpoints: &[SocketAddr], workers: usize) -> Sidecar {
-    let mut web = service("web", "10.96.0.1", AppProtocol::Detect, endpoints);
+    client_of(authority, service("web", "10.96.0.1", AppProtocol::Detect, endpoints), workers)
+}
+
+/// The same for a service as it is given.
+pub fn client_of(authority: &Authority, mut web: Vec<Resource>, workers: usize) -> Sidecar {
     if let Resource::EndpointSet(set) = &mut web[1] {
         set.endpoints.iter_mut().for_each(|e| e.mesh = sluice_model::Mesh::Mtls(identity("server")));
     }

@@ -27,6 +27,24 @@ fn all_requests_of_a_worker_share_a_connection() {
     }
 }
 
+/// A bound on connections is none on the requests that share one, the first ones included, for which it is only being opened.
+#[test]
+fn one_connection_is_enough_and_ends_when_idle() {
+    let (app, authority) = (start("v1"), Authority::new());
+    let server = server(&authority, app.address, vec![]);
+    let circuit = sluice_model::Circuit { max_connections: 1, ..Default::default() };
+    let policy = sluice_model::BackendPolicy { circuit, idle_timeout_ms: 1000, ..Default::default() };
+    let web = service("web", "10.96.0.1", sluice_model::AppProtocol::Detect, &[server.running.inbound[0]]);
+    let client = client_of(&authority, with_policy(web, policy), 1);
+    let load = Load::start(client.running.outbound[0], 64, get_and_post);
+    eventually("many requests", || app.seen() > 1_000);
+    load.end();
+    assert_eq!((client.connected(), client.scrape().retries), (1, 0));
+    eventually("it is closed", || server.accepted() == 0);
+    client.running.stop();
+    server.running.stop();
+}
+
 #[test]
 fn a_full_connection_gets_another_beside_it() {
     let together = 600;
