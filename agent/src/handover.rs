@@ -33,6 +33,7 @@ use tokio::{
     io::Interest,
     net::{UnixListener, UnixStream},
     runtime::Handle,
+    sync::Notify,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -89,6 +90,8 @@ pub struct Handover {
     runtime: Handle,
     /// One per served pod; those that have ended are dropped at the next repair.
     served: Mutex<Vec<Weak<Served>>>,
+    /// Told when a registered sidecar's stream has ended.
+    pub ended: Arc<Notify>,
 }
 
 /// Opened for each piece of work: a map that was unpinned is made anew, and what is written to the old one is lost.
@@ -138,6 +141,7 @@ impl Handover {
             state_dir: sluice_cni::STATE_DIR.into(),
             runtime: Handle::current(),
             served: Mutex::default(),
+            ended: Arc::default(),
         }))
     }
 
@@ -263,6 +267,7 @@ impl Served {
         drop(stream);
         if let Some(generation) = registered {
             tracing::info!(uid = self.uid, keep_s = KEEP_S, "sidecar gone, its listeners are kept");
+            self.handover.ended.notify_one();
             // A task of its own: the stream's place is free for the next sidecar meanwhile.
             tokio::spawn(async move {
                 tokio::time::sleep(Duration::from_secs(KEEP_S)).await;

@@ -37,7 +37,7 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     net::UnixListener,
     runtime::Handle,
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     time::interval,
 };
 use tokio_stream::{StreamExt, wrappers::UnixListenerStream};
@@ -464,6 +464,10 @@ impl PodNetwork for Network {
 
     fn sidecars(&self, running: HashMap<String, String>) {
         self.gate.listed(running);
+    }
+
+    fn sidecar_ended(&self) -> Arc<Notify> {
+        self.handover.ended.clone()
     }
 
     fn gone(&self, uid: &str) {

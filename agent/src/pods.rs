@@ -32,11 +32,18 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use tokio::{sync::watch, task::JoinHandle, time::interval};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinHandle,
+    time::interval,
+};
 use worker::{Told, Worker};
 
 /// How often the runtime's list is compared with the last one: a killed container is noticed within this time.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often, and how many times, it is after a sidecar's stream has ended: the runtime takes a moment to notice that it does not
+/// run any more, and meanwhile the pod's connections wait.
+const LOOK_AGAIN: (Duration, u32) = (Duration::from_millis(50), 10);
 /// How often the sizes of logs are looked at (kubelet's containerLogMonitorInterval).
 const ROTATE_EVERY: Duration = Duration::from_secs(10);
 /// Name of the injected sidecar's container.
@@ -55,6 +62,8 @@ pub trait PodNetwork: Send + Sync {
     fn sidecar(&self, uid: &str, container: &str);
     /// All sidecars that the runtime has, ids of containers by pod UID: without any word of the API.
     fn sidecars(&self, running: HashMap<String, String>);
+    /// Told each time that a sidecar has ended.
+    fn sidecar_ended(&self) -> Arc<Notify>;
     /// The pod is gone from the node.
     fn gone(&self, uid: &str);
 }
@@ -95,7 +104,9 @@ impl Manager {
         let pods: Api<Pod> = Api::all(self.deps.client.clone());
         let config = watcher::Config::default().fields(&format!("spec.nodeName={}", self.deps.node.name));
         let mut events = watcher(pods, config).default_backoff().into_stream().boxed();
+        let sidecar_ended = self.deps.network.sidecar_ended();
         let mut look = interval(LOOK_EVERY);
+        let mut again = 0;
         let mut rotate = interval(ROTATE_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         rotate.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -107,6 +118,11 @@ impl Manager {
                     Err(error) => tracing::warn!(%error, "pods of this node: watch interrupted, trying again"),
                 },
                 _ = look.tick() => self.look().await,
+                () = sidecar_ended.notified() => again = LOOK_AGAIN.1,
+                () = tokio::time::sleep(LOOK_AGAIN.0), if again > 0 => {
+                    again -= 1;
+                    self.look().await;
+                }
                 _ = rotate.tick() => self.rotate_logs().await,
             }
         }

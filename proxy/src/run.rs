@@ -30,6 +30,9 @@ use tokio::sync::{mpsc, watch};
 
 /// How long the predecessor's listeners are asked for.
 const TAKE_PATIENCE: Duration = Duration::from_secs(2);
+/// Connections that the predecessor left in the backlog wait for this long for what is needed to serve them. Beyond, control is
+/// away, and those that need no certificate are served.
+const START_PATIENCE: Duration = Duration::from_secs(3);
 /// After SIGTERM, idle inbound connections stay for this long (half the drain time at most): peers may be sending on
 /// them and have not heard yet that this endpoint is withdrawn.
 const IDLE_GRACE: Duration = Duration::from_secs(5);
@@ -113,6 +116,8 @@ impl Running {
                 seed: rand::random(),
                 config: config_seen.clone(),
                 phase: phase_seen.clone(),
+                status: status_seen.clone(),
+                patience: matches!(settings.listen, Listen::Captured { .. }).then_some(START_PATIENCE),
                 scrapes: asked,
                 to_hub: to_hub.clone(),
                 inside: settings.inside.clone(),

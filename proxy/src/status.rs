@@ -20,6 +20,11 @@ pub struct Status {
 }
 
 impl Status {
+    /// All is there with which the pod's connections can be served.
+    pub fn can_serve(&self) -> bool {
+        self.in_force && self.certified
+    }
+
     /// What is not there yet; empty means ready.
     pub fn missing(&self) -> Vec<&'static str> {
         [

@@ -16,6 +16,7 @@ use crate::{
     metrics::{Scrape, Series, SeriesKey, WorkerCounters, add},
     observe::Observer,
     outbound,
+    status::Status,
     tls::{Offer, Tls},
     upstream::{Pool, Upstream},
 };
@@ -75,6 +76,9 @@ pub struct Start {
     pub seed: u64,
     pub config: watch::Receiver<Arc<Config>>,
     pub phase: watch::Receiver<Phase>,
+    pub status: watch::Receiver<Arc<Status>>,
+    /// For how long nothing is accepted while there is not all with which it could be served; `None`: not at all.
+    pub patience: Option<Duration>,
     pub scrapes: mpsc::Receiver<Ask>,
     pub to_hub: mpsc::Sender<FromWorker>,
     /// Addresses of the cluster.
@@ -135,6 +139,8 @@ async fn serve(start: Start) -> std::io::Result<()> {
         seed,
         config,
         mut phase,
+        status,
+        patience,
         scrapes,
         to_hub,
         inside,
@@ -169,7 +175,11 @@ async fn serve(start: Start) -> std::io::Result<()> {
     });
     for listener in listeners {
         let socket = TcpListener::from_std(listener.socket)?;
-        tokio::task::spawn_local(accept(worker.clone(), socket, listener.outbound, listener.original));
+        let (worker, status) = (worker.clone(), status.clone());
+        tokio::task::spawn_local(async move {
+            can_serve(status, patience).await;
+            accept(worker, socket, listener.outbound, listener.original).await;
+        });
     }
     tokio::task::spawn_local(follow_config(worker.clone(), index, config));
     tokio::task::spawn_local(answer_scrapes(worker.clone(), scrapes));
@@ -177,6 +187,14 @@ async fn serve(start: Start) -> std::io::Result<()> {
     // A closed channel means that the process ends, too.
     let _ = phase.wait_for(|p| *p == Phase::Stopped).await;
     Ok(())
+}
+
+/// Waits until connections can be served, or no longer than `patience`.
+async fn can_serve(mut status: watch::Receiver<Arc<Status>>, patience: Option<Duration>) {
+    let Some(patience) = patience else { return };
+    if tokio::time::timeout(patience, status.wait_for(|s| s.can_serve())).await.is_err() {
+        tracing::warn!(missing = status.borrow().missing().join(", "), "serving what can be served without");
+    }
 }
 
 async fn accept(worker: Rc<Worker>, listener: TcpListener, outbound: bool, original: Original) {

@@ -261,6 +261,17 @@ impl Cluster {
         self.inside(machine, &format!("kill -9 $(cat /run/sluice/{program}.pid)")).map(drop)
     }
 
+    /// Pid of a pod's sidecar in the pod's machine, and that machine.
+    pub fn sidecar(&self, namespace: &str, pod: &str) -> Result<Option<(String, String)>> {
+        let pod = self.json(&["-n", namespace, "get", "pod", pod])?;
+        let (Some(node), Some(uid)) = (pod["spec"]["nodeName"].as_str(), pod["metadata"]["uid"].as_str()) else {
+            return Ok(None);
+        };
+        let find =
+            format!("for p in $(pgrep -x sluice-proxy); do ! grep -q pods/{uid} /proc/$p/cgroup || echo $p; done");
+        Ok(self.inside(node, &find)?.lines().next().map(|pid| (node.to_owned(), pid.to_owned())))
+    }
+
     pub fn node_ready(&self, node: &str) -> Result<bool> {
         let node = self.json(&["get", "node", node])?;
         let conditions = node["status"]["conditions"].as_array().cloned().unwrap_or_default();

@@ -2,7 +2,7 @@
 
 use crate::{
     cluster::{Cluster, programs, ready},
-    load::{Load, echo, prove_exactly_once, service, split_service, version},
+    load::{Load, client, deliveries, echo, prove_exactly_once, service, split_service, version},
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -46,6 +46,49 @@ pub fn agent_and_control_killed_under_load(c: &Cluster) -> Result<()> {
     ensure!(uids()? == before, "the same pods, none twice");
     c.kubectl(&["wait", "--for=condition=Ready", "node", "--all", "--timeout=30s"])?;
     c.delete_namespace("kills")
+}
+
+/// Sidecars are killed, of apps and of a caller: what dials meanwhile waits for the next one, and nobody is refused.
+pub fn sidecars_killed_under_load(c: &Cluster) -> Result<()> {
+    const STRUCK: &str = "struck";
+    c.namespace(STRUCK, true)?;
+    c.apply(&[echo(STRUCK, "echo", "v1", 2), service(STRUCK, "echo", json!({"app": "echo"}))])?;
+    c.rollout(STRUCK, "echo")?;
+    let load = Load { rps: 50, seconds: 25, fresh: true, headers: vec![] };
+    let mut plain = client(STRUCK, "plain", &load.args("http://echo/", "plain"));
+    plain["metadata"]["labels"]["sluice.dev/inject"] = "disabled".into();
+    c.apply(&[plain, client(STRUCK, "meshed", &load.args("http://echo/", "meshed"))])?;
+    for name in ["plain", "meshed"] {
+        c.wait("requests arrive", 60, || Ok(!deliveries(c, STRUCK, name)?.is_empty()))?;
+    }
+    let mut struck: Vec<_> = c.pods(STRUCK, "app=echo")?.iter().map(|p| p["metadata"]["name"].to_string()).collect();
+    struck.push("meshed".into());
+    for pod in &struck {
+        let pod = pod.trim_matches('"');
+        let (node, pid) = c.sidecar(STRUCK, pod)?.with_context(|| format!("the sidecar of {pod}"))?;
+        c.inside(&node, &format!("kill -9 {pid}"))?;
+        c.wait(&format!("{pod} has another sidecar"), 20, || {
+            let restarts = c.json(&["-n", STRUCK, "get", "pod", pod])?;
+            let sidecar = restarts["status"]["initContainerStatuses"][0].clone();
+            Ok(sidecar["restartCount"] == 1 && sidecar["ready"] == true)
+        })?;
+    }
+    for name in ["plain", "meshed"] {
+        ensure!(
+            c.json(&["-n", STRUCK, "get", "pod", name])?["status"]["phase"] == "Running",
+            "the load was over before"
+        );
+        let report = load.finish(c, STRUCK, name)?;
+        eprintln!("sidecars killed, {name}: {report}");
+        // What was on its way through a sidecar at that moment may be lost, and how long the next one takes to start is the
+        // machine's affair; but nobody is refused.
+        let kinds = report["failures"].as_object().context("failures")?;
+        let late = kinds.get("timeout").map_or(0, |k| k["count"].as_u64().unwrap_or(0));
+        let lost = report["failed"].as_u64().context("failed")? - late;
+        let refused = kinds.keys().any(|k| k.contains("status") || k.contains("refused"));
+        ensure!(!refused && lost <= 3 && late <= 100, "{name}: {report}");
+    }
+    c.delete_namespace(STRUCK)
 }
 
 /// Asks for a service's name for twenty seconds; each question must be answered, the first time.
