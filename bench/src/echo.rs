@@ -253,10 +253,11 @@ async fn echo(app: &Rc<App>, mut request: Request<Incoming>, peer: SocketAddr, l
     if faults.delay_ms > 0 {
         tokio::time::sleep(Duration::from_millis(faults.delay_ms)).await;
     }
-    if header(&request, "upgrade") == "echo" {
+    let tunnel = request.method() == Method::CONNECT;
+    if tunnel || header(&request, "upgrade") == "echo" {
         tokio::task::spawn_local(echo_upgraded(hyper::upgrade::on(&mut request)));
-        app.note(number, &id, "upgrade");
-        return switching();
+        app.note(number, &id, if tunnel { "tunnel" } else { "upgrade" });
+        return if tunnel { Response::new(Full::default().boxed_unsync()) } else { switching() };
     }
     let (parts, body) = request.into_parts();
     let body_bytes = Limited::new(body, MAX_BODY).collect().await.map(|b| b.to_bytes().len());

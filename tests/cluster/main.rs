@@ -11,6 +11,7 @@ mod features;
 mod firewalls;
 mod flows;
 mod gateway;
+mod limits;
 mod load;
 mod losses;
 mod mesh;
@@ -49,6 +50,8 @@ const TESTS: &[(&str, Test)] = &[
     ("routes_do_what_they_ask", mesh::routes_do_what_they_ask),
     ("rules_hold_with_and_without_sidecars", features::rules_hold_with_and_without_sidecars),
     ("policies_hold_with_and_without_sidecars", policies::policies_hold_with_and_without_sidecars),
+    ("limits_hold_with_and_without_sidecars", limits::limits_hold_with_and_without_sidecars),
+    ("sidecars_killed_under_load", failures::sidecars_killed_under_load),
     ("requests_leave_spans_and_lines", policies::requests_leave_spans_and_lines),
     ("a_backend_is_cut_off_under_load", policies::a_backend_is_cut_off_under_load),
     ("protocols_pass_with_and_without_sidecars", protocols::protocols_pass_with_and_without_sidecars),

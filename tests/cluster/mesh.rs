@@ -195,7 +195,7 @@ pub fn access_is_by_identity(c: &Cluster) -> Result<()> {
             "AccessPolicy",
             "no-admin",
             json!({"selector": {"matchLabels": {"app": "echo"}}, "action": "Deny",
-            "rules": [{"to": [{"paths": [{"value": "/admin"}]}]}]}),
+            "rules": [{"to": [{"paths": [{"value": "/admin"}]}, {"methods": ["DELETE"]}, {"ports": [9000]}]}]}),
         ),
     ])?;
     let pod = c.pods("mesh", "app=echo")?[0]["metadata"]["name"].as_str().context("a name")?.to_owned();
@@ -212,6 +212,10 @@ pub fn access_is_by_identity(c: &Cluster) -> Result<()> {
         let said = ask(namespace, path)?;
         ensure!(said.contains("403 Forbidden"), "{namespace} {path}: {said}");
     }
+    let more = "curl -sS -m 5 -o /dev/null -w '%{http_code} %header{x-sluice-reason}' -X DELETE http://echo.mesh/; echo; \
+                echo who | nc -w 5 echo.mesh 9000; echo through";
+    let said = script(c, "mesh", "ask", more)?;
+    ensure!(said.lines().eq(["403 denied", "through"]), "by method and by port: {said}");
     c.apply(&[own("AccessPolicy", "callers", allow(json!([{"serviceAccount": "default"}, {"namespace": "guests"}])))])?;
     c.wait("guests are allowed", 20, || Ok(ask("guests", "/")?.contains("\"version\":\"v1\"")))?;
     for namespace in ["plain", "guests", "mesh"] {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 const MESHED: &str = "spoken-meshed";
 const PLAIN: &str = "spoken-plain";
 
-/// HTTP/1.1 and 2, gRPC with its trailers, an upgrade, bytes of either side first, and the app's own TLS by the names that it
+/// HTTP/1.1 and 2, gRPC with its trailers, an upgrade, a tunnel, bytes of either side first, and the app's own TLS by the names that it
 /// asks for: each between all four pairs of pods with and without a sidecar.
 pub fn protocols_pass_with_and_without_sidecars(c: &Cluster) -> Result<()> {
     let namespaces = [(MESHED, true), (PLAIN, false)];
@@ -57,6 +57,9 @@ fn speak(c: &Cluster, caller: &str, server: &str) -> Result<()> {
         format!(
             "printf 'GET /up HTTP/1.1\\r\\nhost: {host}\\r\\nconnection: upgrade\\r\\nupgrade: echo\\r\\n\\r\\nafter the switch' | nc -w 5 {host} 80"
         ),
+        format!(
+            "printf 'CONNECT {host}:80 HTTP/1.1\\r\\nhost: {host}:80\\r\\n\\r\\nthrough the tunnel' | nc -w 5 {host} 80"
+        ),
         format!("echo who | nc -w 5 {host} 9000"),
         format!("nc -w 5 greeter.{server} 7000 </dev/null"),
         format!("curl -sS -k -m 5 https://secure.{server}/"),
@@ -72,6 +75,7 @@ fn speak(c: &Cluster, caller: &str, server: &str) -> Result<()> {
         ensure!(report["ok"] == 20 && report["failed"] == 0, "{what}: {report}");
     }
     ensure!(has("101 Switching Protocols") && has("after the switch"), "upgrade: {seen}");
+    ensure!(has("HTTP/1.1 200 OK") && has("through the tunnel"), "CONNECT: {seen}");
     ensure!(lines.iter().any(|l| l.starts_with("v1 echo-")), "the caller's bytes first: {seen}");
     ensure!(has("greetings"), "the server's bytes first: {seen}");
     ensure!(has("secure-v"), "the app's own TLS: {seen}");
