@@ -86,12 +86,12 @@ pub fn prepare_request<B>(request: &mut Request<B>) -> Needs {
     }
 }
 
-/// Gives a request of a gateway's client the version that its backend speaks: `http2`, or what carries gRPC; else HTTP/1.1,
+/// Gives a request of a gateway's client the version that its backend speaks: `http2`, or as it came for gRPC; else HTTP/1.1,
 /// which every app knows. A client chooses its version by what the gateway speaks, not by what the app does. Upgrades and
 /// CONNECT stay as they are.
 pub fn convert_version<B>(request: &mut Request<B>, http2: bool) {
-    let grpc = |v: &HeaderValue| v.as_bytes().starts_with(b"application/grpc");
-    let http2 = http2 || request.headers().get(header::CONTENT_TYPE).is_some_and(grpc);
+    let came_so = request.version() == Version::HTTP_2;
+    let http2 = http2 || (came_so && request.headers().get(header::CONTENT_TYPE).is_some_and(is_grpc));
     if request.method() == Method::CONNECT {
         return;
     }
@@ -111,6 +111,13 @@ pub fn convert_version<B>(request: &mut Request<B>, http2: bool) {
         }
         _ => {}
     }
+}
+
+/// By gRPC's protocol over HTTP/2: `application/grpc`, with a format or parameters behind it. What browsers send
+/// (`application/grpc-web`) is another protocol, which does not need HTTP/2.
+fn is_grpc(content_type: &HeaderValue) -> bool {
+    let rest = content_type.as_bytes().strip_prefix(b"application/grpc");
+    rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';' | b' ')))
 }
 
 /// HTTP/2 may send cookies apart, HTTP/1.1 may not (RFC 9113 §8.2.3).
@@ -233,10 +240,14 @@ mod tests {
     #[test]
     fn a_gateways_request_gets_its_backends_version() {
         type Case = (Version, &'static [(&'static str, &'static str)], bool, Version);
-        let table: [Case; 7] = [
+        let table: [Case; 11] = [
             (Version::HTTP_2, &[], false, Version::HTTP_11),
             (Version::HTTP_2, &[], true, Version::HTTP_2),
+            (Version::HTTP_2, &[("content-type", "application/grpc")], false, Version::HTTP_2),
             (Version::HTTP_2, &[("content-type", "application/grpc+proto")], false, Version::HTTP_2),
+            (Version::HTTP_2, &[("content-type", "application/grpc-web+proto")], false, Version::HTTP_11),
+            (Version::HTTP_2, &[("content-type", "application/grpc-web-text")], false, Version::HTTP_11),
+            (Version::HTTP_11, &[("content-type", "application/grpc")], false, Version::HTTP_11),
             (Version::HTTP_11, &[], false, Version::HTTP_11),
             (Version::HTTP_11, &[("connection", "x-a"), ("x-a", "1")], true, Version::HTTP_2),
             (Version::HTTP_11, &[("connection", "upgrade"), ("upgrade", "websocket")], true, Version::HTTP_11),
