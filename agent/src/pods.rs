@@ -106,7 +106,8 @@ impl Manager {
         let mut events = watcher(pods, config).default_backoff().into_stream().boxed();
         let sidecar_ended = self.deps.network.sidecar_ended();
         let mut look = interval(LOOK_EVERY);
-        let mut again = 0;
+        let (mut again, mut hurried) = (0, interval(LOOK_AGAIN.0));
+        hurried.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut rotate = interval(ROTATE_EVERY);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         rotate.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -118,8 +119,11 @@ impl Manager {
                     Err(error) => tracing::warn!(%error, "pods of this node: watch interrupted, trying again"),
                 },
                 _ = look.tick() => self.look().await,
-                () = sidecar_ended.notified() => again = LOOK_AGAIN.1,
-                () = tokio::time::sleep(LOOK_AGAIN.0), if again > 0 => {
+                () = sidecar_ended.notified() => {
+                    again = LOOK_AGAIN.1;
+                    hurried.reset();
+                }
+                _ = hurried.tick(), if again > 0 => {
                     again -= 1;
                     self.look().await;
                 }

@@ -59,6 +59,9 @@ pub async fn send(
     }
 }
 
+/// A request that waits for a connection is woken by its endpoint; after this time it looks whether others have left it room.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// What does not change from try to try.
 struct Exchange<'a> {
     worker: &'a Rc<Worker>,
@@ -136,10 +139,13 @@ impl Exchange<'_> {
             let (mut sender, reused) = match tries.connection(cluster, upstream, worker).await {
                 Ok(got) => got,
                 Err(reason) => {
-                    if reason == Reason::CircuitOpen {
+                    let full = reason == Reason::CircuitOpen;
+                    if full && tries.queued_until.is_none() {
                         return Err(reason);
                     }
-                    cluster.observe(worker, at, false, us());
+                    if !full {
+                        cluster.observe(worker, at, false, us());
+                    }
                     tries.failure = if inbound { Reason::AppUnreachable } else { reason };
                     tries.next_endpoint(at, worker);
                     continue;
@@ -219,6 +225,8 @@ struct Tries<'a> {
     attempts: u32,
     /// No pooled connection any more.
     fresh: bool,
+    /// It has waited for a connection, or may until then.
+    queued_until: Option<tokio::time::Instant>,
     failure: Reason,
 }
 
@@ -236,6 +244,7 @@ impl<'a> Tries<'a> {
             tried: 0,
             attempts: 0,
             fresh: false,
+            queued_until: None,
             failure: Reason::NoEndpoints,
         }
     }
@@ -256,7 +265,7 @@ impl<'a> Tries<'a> {
     }
 
     async fn connection(
-        &self,
+        &mut self,
         cluster: &LiveCluster,
         upstream: &Rc<Upstream>,
         worker: &Rc<Worker>,
@@ -266,9 +275,10 @@ impl<'a> Tries<'a> {
             return Ok((sender, true));
         }
         let _waiting = cluster.wait()?;
-        let leave = cluster.may_open(upstream) || upstream.opens(self.shareable, self.http2);
         // Apart: rare.
-        if !leave && let Some(sender) = Box::pin(self.queue(cluster, upstream)).await? {
+        if !self.may_open(cluster, upstream)
+            && let Some(sender) = Box::pin(self.queue(cluster, upstream)).await?
+        {
             return Ok((sender, true));
         }
         self.connect(upstream, worker).await.map_err(|error| {
@@ -277,21 +287,35 @@ impl<'a> Tries<'a> {
         })
     }
 
-    /// Waits until the endpoint has a connection at hand, or may have one more (`None`), for as long as a new one might take.
-    async fn queue(&self, cluster: &LiveCluster, upstream: &Upstream) -> Result<Option<Sender>, Reason> {
-        let until = tokio::time::Instant::now() + upstream.connect_timeout();
+    fn may_open(&self, cluster: &LiveCluster, upstream: &Upstream) -> bool {
+        cluster.may_open(|| upstream.has_none_for(self.shareable, self.http2))
+    }
+
+    /// Waits until the endpoint has a connection at hand, or may have one more (`None`): for as long as connecting may take, all
+    /// endpoints that are tried together.
+    async fn queue(&mut self, cluster: &LiveCluster, upstream: &Upstream) -> Result<Option<Sender>, Reason> {
+        let patience = upstream.connect_timeout();
+        let until = *self.queued_until.get_or_insert_with(|| tokio::time::Instant::now() + patience);
         loop {
             let mut room = pin!(upstream.connections().room());
             room.as_mut().enable();
             if let Some(sender) = self.at_hand(upstream) {
                 return Ok(Some(sender));
             }
-            if cluster.may_open(upstream) {
+            if let Some(opening) = upstream.opening(self.shareable, self.http2) {
+                opening.await.map_err(|error| error.reason())?;
+                continue;
+            }
+            if self.may_open(cluster, upstream) {
                 return Ok(None);
             }
-            // An idle one that is not for this request must not keep it waiting.
-            upstream.close_idle();
-            tokio::time::timeout_at(until, room).await.map_err(|_| Reason::CircuitOpen)?;
+            let now = tokio::time::Instant::now();
+            if now >= until {
+                return Err(Reason::CircuitOpen);
+            }
+            // What is idle and not for this request must not keep it waiting.
+            let _ = upstream.close_idle() || cluster.endpoints.iter().any(|e| e.close_idle());
+            let _ = tokio::time::timeout_at(until.min(now + LOOK_AGAIN), room).await;
         }
     }
 

@@ -288,12 +288,12 @@ impl LiveCluster {
         Ok(Some(Held::new(&self.state, |s| &s.pending)))
     }
 
-    /// Whether the endpoint may have one more connection. One that has none always may: its requests would wait for other
-    /// endpoints' connections, which do nothing for them.
-    pub fn may_open(&self, upstream: &Upstream) -> bool {
+    /// Whether an endpoint may have one more connection, for requests of a kind for which it `has_none` or has some. For the
+    /// first it always may: they would wait for connections that do nothing for them.
+    pub fn may_open(&self, has_none: impl Fn() -> bool) -> bool {
         let most = self.policy.as_ref().map_or(0, |p| p.of.circuit.max_connections);
         let all = || self.endpoints.iter().map(|e| e.connections().open()).sum::<u32>();
-        most == 0 || upstream.connections().open() == 0 || all() < most
+        most == 0 || all() < most || has_none()
     }
 
     /// Lets a request be tried once more; `asked` is the route's own word, which is held to a budget in any case.

@@ -19,7 +19,7 @@ impl Connections {
         self.open.load(Ordering::Relaxed)
     }
 
-    /// Ends once there may be room; see [`Notify::notified`] for what has come before.
+    /// Ends once there may be room at this endpoint; see [`Notify::notified`] for what has come before.
     pub fn room(&self) -> Notified<'_> {
         self.room.notified()
     }

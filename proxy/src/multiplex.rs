@@ -126,9 +126,14 @@ pub async fn handshake(wire: Wire, mesh: bool) -> hyper::Result<Connected> {
     Ok(Connected { sender, limit })
 }
 
-/// Held once by a shared connection and once by each place on it, and so their count; who waits for room hears of it there.
+/// Held once by a shared connection and once by each place on it, and so their count.
 #[derive(Debug)]
-struct Places(Arc<Connections>);
+struct Places {
+    /// Where those who wait for room hear of it.
+    connections: Arc<Connections>,
+    /// While there is no place.
+    idle_since: Cell<Instant>,
+}
 
 /// A request's place on a shared connection, taken until it is dropped.
 #[derive(Debug)]
@@ -139,7 +144,11 @@ pub struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.places.0.made_room();
+        // The connection's, and this one.
+        if Rc::strong_count(&self.places) == 2 {
+            self.places.idle_since.set(Instant::now());
+        }
+        self.places.connections.made_room();
     }
 }
 
@@ -166,12 +175,10 @@ struct Open {
     sender: client::SendRequest<Outgoing>,
     limit: Rc<Cell<usize>>,
     places: Rc<Places>,
-    /// Took a request since it was last looked at.
-    used: Cell<bool>,
-    idle_since: Cell<Instant>,
 }
 
-type Connecting = Shared<LocalBoxFuture<'static, Result<(), ConnectError>>>;
+/// Several may wait for it.
+pub type Connecting = Shared<LocalBoxFuture<'static, Result<(), ConnectError>>>;
 
 impl Multiplex {
     pub fn new(connections: &Arc<Connections>) -> Self {
@@ -183,8 +190,12 @@ impl Multiplex {
     pub fn take(&self) -> Option<Place> {
         let open = self.open.borrow();
         let free = open.iter().find(|o| o.sender.is_ready() && o.has_room())?;
-        free.used.set(true);
         Some(Place { sender: free.sender.clone(), places: free.places.clone() })
+    }
+
+    /// Connections that take requests, full ones included.
+    pub fn ready(&self) -> usize {
+        self.open.borrow().iter().filter(|o| o.sender.is_ready()).count()
     }
 
     /// Whether there is a connection that takes requests, and has as many as it may.
@@ -202,8 +213,7 @@ impl Multiplex {
         if self.open.borrow().len() >= MAX_CONNECTIONS {
             return Err(ConnectError::Full { address });
         }
-        let under_way = self.under_way();
-        let connecting = under_way.unwrap_or_else(|| {
+        let connecting = self.opening().unwrap_or_else(|| {
             // On a task of its own: whoever began it may go, and the others still wait for it.
             let task = tokio::task::spawn_local(connect());
             let ended = task.map(move |r| r.unwrap_or_else(|e| Err(ConnectError::tcp(address, io::Error::other(e)))));
@@ -214,21 +224,17 @@ impl Multiplex {
         connecting.await
     }
 
-    pub fn is_connecting(&self) -> bool {
-        self.under_way().is_some()
-    }
-
-    fn under_way(&self) -> Option<Connecting> {
+    /// The attempt to connect that is under way; ends with it.
+    pub fn opening(&self) -> Option<Connecting> {
         self.connecting.borrow().as_ref().filter(|c| c.peek().is_none()).cloned()
     }
 
     /// Offers a new connection to requests, unless all were retired since `era`: then it is closed again.
     pub fn keep(&self, connected: Connected, era: u64, now: Instant) {
         if era == self.era.get() {
-            let (used, idle_since) = (Cell::new(false), Cell::new(now));
             let Connected { sender, limit } = connected;
-            let places = Rc::new(Places(self.connections.clone()));
-            self.open.borrow_mut().push(Open { sender, limit, places, used, idle_since });
+            let places = Places { connections: self.connections.clone(), idle_since: Cell::new(now) };
+            self.open.borrow_mut().push(Open { sender, limit, places: Rc::new(places) });
         }
     }
 
@@ -249,12 +255,8 @@ impl Multiplex {
 
     /// Closes connections that nobody has used for `most`, or that the other side has closed.
     pub fn reap(&self, now: Instant, most: Duration) {
-        self.open.borrow_mut().retain(|o| {
-            if o.used.replace(false) || o.requests() > 0 {
-                o.idle_since.set(now);
-            }
-            !o.sender.is_closed() && now.saturating_duration_since(o.idle_since.get()) < most
-        });
+        let fresh = |o: &Open| o.requests() > 0 || now.saturating_duration_since(o.places.idle_since.get()) < most;
+        self.open.borrow_mut().retain(|o| !o.sender.is_closed() && fresh(o));
     }
 }
 

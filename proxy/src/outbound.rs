@@ -155,8 +155,10 @@ async fn connect_any(worker: &Worker, choice: &Choice, source: u64) -> Result<(R
     while tried.len() < MAX_ATTEMPTS {
         let Some(at) = choice.cluster.pick(worker, key, |i| !tried.contains(&i)) else { break };
         let waiting = choice.cluster.wait()?;
-        if !choice.cluster.may_open(&endpoints[at]) {
-            return Err(Reason::CircuitOpen);
+        if !choice.cluster.may_open(|| endpoints[at].has_none_for(false, false)) {
+            failure = Reason::CircuitOpen;
+            tried.push(at);
+            continue;
         }
         let connected = endpoints[at].connect(worker).await;
         drop(waiting);

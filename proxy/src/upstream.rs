@@ -10,7 +10,7 @@ use crate::{
     io::Wire,
     limits::MAX_HEAD,
     metrics::{Series, add},
-    multiplex::{self, Multiplex, Place},
+    multiplex::{self, Connecting, Multiplex, Place},
     observe::{Exchange, Observer},
     reason::Reason,
     tls::Offer,
@@ -170,6 +170,11 @@ impl Upstream {
         })
     }
 
+    /// No policy asks anything of connections.
+    pub fn untune(&self) {
+        self.tuning.take();
+    }
+
     /// Takes over what the policy asks of connections.
     pub fn tune(&self, of: &BackendPolicy) {
         let or = |ms: u32, default| if ms == 0 { default } else { Duration::from_millis(ms.into()) };
@@ -218,12 +223,12 @@ impl Upstream {
         None
     }
 
-    /// Closes the idle connection that was used least recently, where there is one.
-    pub fn close_idle(&self) {
+    /// Closes the idle connection that was used least recently; false: there is none.
+    pub fn close_idle(&self) -> bool {
         let mut idle = self.idle.borrow_mut();
-        if !idle.is_empty() {
-            idle.remove(0);
-        }
+        let found = !idle.is_empty();
+        idle.drain(..usize::from(found));
+        found
     }
 
     /// Keeps a connection whose answer has ended.
@@ -334,9 +339,23 @@ impl Upstream {
         self.http2.take().map(Sender::Http2)
     }
 
-    /// Whether a connection that a request of this kind may share is being opened.
-    pub fn opens(&self, shareable: bool, http2: bool) -> bool {
-        (shareable && self.mesh.is_connecting()) || (http2 && self.http2.is_connecting())
+    /// The shared connections by which requests go that may be `shareable`, and are in HTTP/2 or not; `None`: each has its own.
+    fn shared_by(&self, shareable: bool, http2: bool) -> Option<&Multiplex> {
+        let mesh = shareable && self.endpoint.identity.is_some() && !self.tcp_only();
+        if mesh { Some(&self.mesh) } else { http2.then_some(&self.http2) }
+    }
+
+    /// Whether there is no connection for such requests, a busy one included.
+    pub fn has_none_for(&self, shareable: bool, http2: bool) -> bool {
+        match self.shared_by(shareable, http2) {
+            Some(shared) => shared.ready() == 0 && shared.opening().is_none(),
+            None => self.connections.open() as usize <= self.mesh.ready() + self.http2.ready(),
+        }
+    }
+
+    /// The attempt to open a connection that such requests share, while it is under way.
+    pub fn opening(&self, shareable: bool, http2: bool) -> Option<Connecting> {
+        self.shared_by(shareable, http2)?.opening()
     }
 
     /// A place for an HTTP/2 request, and whether the connection was there before.

@@ -177,7 +177,7 @@ async fn serve(start: Start) -> std::io::Result<()> {
         let socket = TcpListener::from_std(listener.socket)?;
         let (worker, status) = (worker.clone(), status.clone());
         tokio::task::spawn_local(async move {
-            can_serve(status, patience).await;
+            can_serve(&worker, status, patience).await;
             accept(worker, socket, listener.outbound, listener.original).await;
         });
     }
@@ -189,12 +189,16 @@ async fn serve(start: Start) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Waits until connections can be served, or no longer than `patience`.
-async fn can_serve(mut status: watch::Receiver<Arc<Status>>, patience: Option<Duration>) {
+/// Waits until connections can be served, or must be since the end is near, or no longer than `patience`.
+async fn can_serve(worker: &Worker, mut status: watch::Receiver<Arc<Status>>, patience: Option<Duration>) {
     let Some(patience) = patience else { return };
-    if tokio::time::timeout(patience, status.wait_for(|s| s.can_serve())).await.is_err() {
-        tracing::warn!(missing = status.borrow().missing().join(", "), "serving what can be served without");
+    let mut phase = worker.phase.clone();
+    tokio::select! {
+        _ = status.wait_for(|s| s.can_serve()) => return,
+        _ = phase.wait_for(|p| *p != Phase::Serving) => {}
+        () = tokio::time::sleep(patience) => {}
     }
+    tracing::warn!(missing = status.borrow().missing().join(", "), "serving what can be served without");
 }
 
 async fn accept(worker: Rc<Worker>, listener: TcpListener, outbound: bool, original: Original) {
@@ -397,6 +401,8 @@ impl Worker {
             self.connectors.take();
             self.upstreams.borrow().values().for_each(|u| u.renew());
         }
+        // Policies that there still are ask anew.
+        self.upstreams.borrow().values().for_each(|u| u.untune());
         let live = Live::build(config, self, &previous);
         let known: HashSet<&Endpoint> = live.config.clusters.iter().flat_map(|c| &c.endpoints).collect();
         self.upstreams.borrow_mut().retain(|endpoint, _| known.contains(endpoint));

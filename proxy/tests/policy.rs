@@ -168,6 +168,7 @@ fn requests_wait_for_the_connections_that_there_may_be() {
     assert_eq!(scrape(&running).upstream_connects, 2);
     running.stop();
 
+    let app = slow_app(Duration::from_millis(300));
     let running = with_circuit(Circuit { max_connections: 2, max_pending: 1, ..Circuit::default() }, &[app]);
     let answers = at_once(&running, 8, "/");
     // One may wait at a time, for the first connection too; whose turn it is when depends on when they come.
@@ -205,6 +206,30 @@ fn idle_connections_keep_nobody_waiting() {
     std::thread::sleep(Duration::from_millis(2200));
     assert_eq!(client.ask("POST", "/", "content-length: 0\r\n").status, 200);
     assert_eq!(scrape(&running).upstream_connects, 2);
+    running.stop();
+}
+
+/// What one endpoint has of them, idle or on the way to nowhere, is given to the other.
+#[test]
+fn endpoints_share_the_connections_that_there_may_be() {
+    let (first, second) = (slow_app(Duration::from_millis(100)), slow_app(Duration::from_millis(100)));
+    let circuit = Circuit { max_connections: 4, ..Circuit::default() };
+    let running = with_circuit(circuit, &[first, second]);
+    for count in [8, 8, 4] {
+        let answers = at_once(&running, count, "/");
+        assert!(answers.iter().all(|a| a.status == 200), "{answers:?}");
+    }
+    running.stop();
+
+    // Its backlog is full, so that it answers nobody.
+    let full = std::net::TcpListener::bind(LOCAL).expect("bind");
+    rustix::net::listen(&full, 0).expect("listen");
+    let silent = full.local_addr().expect("an address");
+    let dial = |_| std::net::TcpStream::connect_timeout(&silent, Duration::from_millis(50));
+    let _filling: Vec<_> = (0..4).map(dial).collect();
+    let running = with_circuit(circuit, &[silent, first]);
+    let answers = at_once(&running, 8, "/");
+    assert!(answers.iter().all(|a| a.status == 200), "{answers:?}");
     running.stop();
 }
 
