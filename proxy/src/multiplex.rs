@@ -224,9 +224,10 @@ impl Multiplex {
         connecting.await
     }
 
-    /// The attempt to connect that is under way; ends with it.
+    /// The attempt to connect that is under way; ends with it. One whose every waiter has gone is looked at here: its outcome is
+    /// not for those who come later.
     pub fn opening(&self) -> Option<Connecting> {
-        self.connecting.borrow().as_ref().filter(|c| c.peek().is_none()).cloned()
+        self.connecting.borrow().as_ref().filter(|c| (*c).clone().now_or_never().is_none()).cloned()
     }
 
     /// Offers a new connection to requests, unless all were retired since `era`: then it is closed again.

@@ -9,13 +9,18 @@ use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, client::conn::http2 as client, server::conn::http2 as server, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use sluice_model::*;
-use std::{collections::BTreeMap, convert::Infallible, net::SocketAddr};
+use std::{collections::BTreeMap, convert::Infallible, net::SocketAddr, time::Duration};
 use tokio::net::{TcpListener, TcpStream};
 
 /// A server whose answers carry its name, the request's body and a trailer.
 async fn serve(name: &'static str) -> SocketAddr {
     let listener = TcpListener::bind(LOCAL).await.expect("bind");
     let address = listener.local_addr().expect("an address");
+    serve_on(listener, name);
+    address
+}
+
+fn serve_on(listener: TcpListener, name: &'static str) {
     tokio::spawn(async move {
         loop {
             let (stream, _) = listener.accept().await.expect("accept");
@@ -31,7 +36,6 @@ async fn serve(name: &'static str) -> SocketAddr {
             tokio::spawn(server::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service));
         }
     });
-    address
 }
 
 async fn connect(to: SocketAddr) -> client::SendRequest<Full<Bytes>> {
@@ -83,5 +87,25 @@ async fn answers_of_our_own_are_http2_as_well() {
         (answer.status().as_u16(), &answer.headers()["x-sluice-reason"]),
         (503, &"connect_failed".parse().expect("a value"))
     );
+    tokio::task::spawn_blocking(|| running.stop()).await.expect("stopped");
+}
+
+/// Who dials an endpoint that is silent, and gives up, leaves nothing to those who come when it speaks again.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_nobody_waits_for_is_forgotten() {
+    let (silent, _filling) = silent();
+    let address = silent.local_addr().expect("an address");
+    let running = sidecar(service("web", "10.96.0.1", AppProtocol::Http2, &[address]));
+    let mut sender = connect(running.outbound[0]).await;
+    let unanswered = tokio::time::timeout(Duration::from_millis(200), sender.send_request(request("first"))).await;
+    assert!(unanswered.is_err(), "nobody answers: {unanswered:?}");
+    let connections =
+        |n: u32| Client::connect(running.admin).get("/pools").body.contains(&format!("\"connections\":{n}"));
+    assert!(connections(1), "it is being dialled");
+    eventually("the attempt is over", || connections(0));
+    silent.set_nonblocking(true).expect("non-blocking");
+    serve_on(TcpListener::from_std(silent).expect("a listener"), "v1");
+    let answer = sender.send_request(request("second")).await.expect("an answer");
+    assert_eq!(answer.status(), 200);
     tokio::task::spawn_blocking(|| running.stop()).await.expect("stopped");
 }

@@ -221,13 +221,8 @@ fn endpoints_share_the_connections_that_there_may_be() {
     }
     running.stop();
 
-    // Its backlog is full, so that it answers nobody.
-    let full = std::net::TcpListener::bind(LOCAL).expect("bind");
-    rustix::net::listen(&full, 0).expect("listen");
-    let silent = full.local_addr().expect("an address");
-    let dial = |_| std::net::TcpStream::connect_timeout(&silent, Duration::from_millis(50));
-    let _filling: Vec<_> = (0..4).map(dial).collect();
-    let running = with_circuit(circuit, &[silent, first]);
+    let (silent, _filling) = silent();
+    let running = with_circuit(circuit, &[silent.local_addr().expect("an address"), first]);
     let answers = at_once(&running, 8, "/");
     assert!(answers.iter().all(|a| a.status == 200), "{answers:?}");
     running.stop();

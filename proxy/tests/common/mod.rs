@@ -295,6 +295,15 @@ pub fn half_answering() -> SocketAddr {
     address
 }
 
+/// A listener that answers nobody, since its backlog is full.
+pub fn silent() -> (TcpListener, Vec<TcpStream>) {
+    let listener = TcpListener::bind(LOCAL).expect("bind");
+    rustix::net::listen(&listener, 0).expect("listen");
+    let address = listener.local_addr().expect("an address");
+    let filling = (0..4).filter_map(|_| TcpStream::connect_timeout(&address, Duration::from_millis(50)).ok()).collect();
+    (listener, filling)
+}
+
 pub fn start(version: &str) -> Backend {
     Backend::start(version).expect("the backend starts")
 }
