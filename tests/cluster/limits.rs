@@ -2,10 +2,10 @@
 //! backends without. Endpoints are slow or fail as `/faults` asks.
 
 use crate::{
-    cluster::{Cluster, NODES},
+    cluster::Cluster,
     features::{answers, meshed_or_not, report, route, to, with_and_without_sidecars},
-    load::{deliveries, echo, service},
-    mesh::{in_force, own_in},
+    load::{self, deliveries, echo, service},
+    mesh::{backend_policy, in_force},
     network::script,
 };
 use anyhow::{Context, Result, ensure};
@@ -47,17 +47,13 @@ fn all_of_them(c: &Cluster, inject: &str) -> Result<()> {
     connections_live_as_asked(c)
 }
 
-/// In place of what the service's policy was.
-fn policy(c: &Cluster, service: &str, mut spec: Value) -> Result<()> {
-    spec["targetRefs"] = json!([{"kind": "Service", "name": service}]);
-    c.apply(&[own_in(NAMESPACE, "BackendPolicy", service, spec)]).map(drop)
+fn policy(c: &Cluster, service: &str, spec: Value) -> Result<()> {
+    backend_policy(c, NAMESPACE, service, spec)
 }
 
 /// How v2 answers from now on.
 fn v2(c: &Cluster, faults: &str) -> Result<()> {
-    let pods = c.pods(NAMESPACE, "version=v2")?;
-    let ip = pods[0]["status"]["podIP"].as_str().context("an address")?;
-    c.inside(NODES[0], &format!("curl -sS -f -m 5 -d '{faults}' http://{ip}:8080/faults")).map(drop)
+    load::faults(c, NAMESPACE, "v2", faults)
 }
 
 fn load(c: &Cluster, host: &str, more: &str) -> Result<Value> {

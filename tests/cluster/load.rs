@@ -37,6 +37,13 @@ pub fn echo(namespace: &str, name: &str, version: &str, replicas: u32) -> Value 
     })
 }
 
+/// How a version's one pod answers from now on.
+pub fn faults(c: &Cluster, namespace: &str, version: &str, faults: &str) -> Result<()> {
+    let pods = c.pods(namespace, &format!("version={version}"))?;
+    let ip = pods[0]["status"]["podIP"].as_str().context("an address")?;
+    c.inside(NODES[0], &format!("curl -sS -f -m 5 -d '{faults}' http://{ip}:8080/faults")).map(drop)
+}
+
 pub fn service(namespace: &str, name: &str, selector: Value) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": namespace},

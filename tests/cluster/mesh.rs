@@ -18,6 +18,12 @@ pub fn own_in(namespace: &str, kind: &str, name: &str, spec: Value) -> Value {
     json!({"apiVersion": OWN, "kind": kind, "metadata": {"name": name, "namespace": namespace}, "spec": spec})
 }
 
+/// In place of what the service's policy was.
+pub fn backend_policy(c: &Cluster, namespace: &str, service: &str, mut spec: Value) -> Result<()> {
+    spec["targetRefs"] = json!([{"kind": "Service", "name": service}]);
+    c.apply(&[own_in(namespace, "BackendPolicy", service, spec)]).map(drop)
+}
+
 /// A rule of a path, with filters.
 fn rule(path: &str, filters: Value) -> Value {
     json!({

@@ -3,8 +3,8 @@
 use crate::{
     cluster::{Cluster, NODES},
     features::{answers, ask, meshed_or_not, report, report_on, route, to, version, with_and_without_sidecars},
-    load::{Load, client, deliveries, echo, request_log, service},
-    mesh::{in_force, own_in},
+    load::{self, Load, client, deliveries, echo, request_log, service},
+    mesh::{backend_policy, in_force, own_in},
     network::script,
 };
 use anyhow::{Context, Result, ensure};
@@ -54,16 +54,12 @@ fn all_of_them(c: &Cluster, inject: &str) -> Result<()> {
     Ok(())
 }
 
-/// In place of what the service's policy was.
-fn policy(c: &Cluster, service: &str, mut spec: Value) -> Result<()> {
-    spec["targetRefs"] = json!([{"kind": "Service", "name": service}]);
-    c.apply(&[own_in(NAMESPACE, "BackendPolicy", service, spec)]).map(drop)
+fn policy(c: &Cluster, service: &str, spec: Value) -> Result<()> {
+    backend_policy(c, NAMESPACE, service, spec)
 }
 
 fn faults(c: &Cluster, version: &str, faults: &str) -> Result<()> {
-    let pods = c.pods(NAMESPACE, &format!("version={version}"))?;
-    let ip = pods[0]["status"]["podIP"].as_str().context("an address")?;
-    c.inside(NODES[0], &format!("curl -sS -f -m 5 -d '{faults}' http://{ip}:8080/faults")).map(drop)
+    load::faults(c, NAMESPACE, version, faults)
 }
 
 fn load(c: &Cluster, host: &str, rps: u32, seconds: u32) -> Result<Value> {
@@ -319,8 +315,10 @@ pub fn requests_leave_spans_and_lines(c: &Cluster) -> Result<()> {
         Ok(c.json(&["-n", "seen", "get", "pod", "caller"])?["status"]["phase"] == "Succeeded")
     })?;
     let answers = c.kubectl(&["-n", "seen", "logs", "caller", "-c", "sh"])?;
-    // Each in the header that it came in and in `traceparent`, or in that alone.
-    ensure!([w3c, b3, b3_multi].iter().all(|id| answers.contains(id)), "the app is in the trace: {answers}");
+    ensure!(
+        [w3c, b3, b3_multi].iter().all(|id| answers.matches(id).count() == 1),
+        "the app is in the trace: {answers}"
+    );
     let spans = |seen: &str, trace: &str| -> Vec<Value> {
         let bodies = seen.lines().filter_map(|l| l.find("{\"resourceSpans\"").map(|at| &l[at..]));
         let all =
