@@ -132,10 +132,14 @@ impl Relay {
                     }
                 }
                 changed = interval.changed() => if changed.is_err() { return },
-                changed = views.changed() => match changed {
-                    Ok(()) => self.forget_gone(&views.borrow_and_update().clone()),
-                    Err(_) => return,
-                },
+                changed = views.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    // Not held for longer: who borrows once more while somebody waits to publish waits for himself.
+                    let view = views.borrow_and_update().clone();
+                    self.forget_gone(&view);
+                }
             }
         }
     }

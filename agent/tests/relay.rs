@@ -314,6 +314,30 @@ fn a_restarted_agent_waits_for_the_sidecars_of_the_one_before() {
     assert!(agent(3, (0, 100), &[]).holder("client").is_none(), "left with its pod");
 }
 
+/// The relay looks at a view for longer than it takes to publish the next: neither may wait for the other.
+#[test]
+fn views_may_change_while_the_relay_looks_at_one() {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    let (views, seen) = watch::channel(view(0, vec![pod("web")]));
+    let (_interval, interval) = watch::channel(1);
+    let relay = Relay::new(seen, interval, watch::channel(Holders::default()).0, Arc::new(NoSigner), None);
+    let (metrics, _reports) = tokio::sync::mpsc::channel(1000);
+    let report = runtime.spawn(relay.report(metrics));
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        (1..20_000).for_each(|n| drop(views.send_replace(view(n, vec![pod("web")]))));
+        done.send(()).expect("the test waits");
+    });
+    let published = is_done.recv_timeout(Duration::from_secs(60));
+    if published.is_ok() {
+        // Nobody publishes any more.
+        runtime.block_on(report).expect("the relay ends");
+    }
+    runtime.shutdown_background();
+    published.expect("all views are published");
+}
+
 #[test]
 fn another_pods_socket_is_refused() {
     let socket = socket();

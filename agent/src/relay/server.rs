@@ -91,7 +91,8 @@ impl PodService {
         let mut fresh = true;
         loop {
             if fresh && !feed.queued() {
-                feed.refresh(&views.borrow_and_update().clone());
+                let view = views.borrow_and_update().clone();
+                feed.refresh(&view);
                 fresh = false;
                 self.note(&feed);
             }
