@@ -87,9 +87,10 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let connections = Rc::new(Semaphore::new(MAX_CONNECTIONS));
     let (stop, stopping) = watch::channel(false);
     let http = app.listen(app.args.http).await?;
-    let http = tokio::task::spawn_local(accept(app.clone(), http, connections.clone(), stopping));
+    let mut accepting = vec![tokio::task::spawn_local(accept(app.clone(), http, connections.clone(), stopping))];
     if let Some(port) = app.args.tcp {
-        tokio::task::spawn_local(accept_tcp(app.clone(), app.listen(port).await?, connections.clone()));
+        let tcp = app.listen(port).await?;
+        accepting.push(tokio::task::spawn_local(accept_tcp(app.clone(), tcp, connections.clone())));
     }
     if let Some(port) = app.args.udp {
         let socket = UdpSocket::bind(SocketAddr::new(app.args.address, port)).await.context("bind UDP")?;
@@ -100,7 +101,8 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<()> {
         _ = interrupt.recv() => {}
     }
     tokio::time::sleep(Duration::from_millis(app.args.linger_ms)).await;
-    http.abort();
+    // Each holds the permit of the next connection.
+    accepting.iter().for_each(|task| task.abort());
     stop.send_replace(true);
     let drained = connections.acquire_many(MAX_CONNECTIONS as u32);
     let _ = tokio::time::timeout(DRAIN, drained).await;
