@@ -16,7 +16,8 @@ use std::{
 use tokio::sync::{mpsc, watch};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Without an answer; only the node's agent is asked, which knows at once whether control is there.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// What became of a request.
 #[derive(Debug)]
