@@ -75,6 +75,7 @@ pub fn compile(o: &Objects, trust_domain: &str, pool: &Pool) -> Compiled {
     for object in o.services.values() {
         if let Some(mut s) = service(object) {
             let set = endpoints::endpoint_set(&s, o, trust_domain);
+            leave_unread(&mut s, &set, o);
             s.announcements = announcers.announcements(object, &s, &set);
             s.backend_policy = policies.remove(&s.name);
             resources.push(m::Resource::Service(s));
@@ -266,20 +267,39 @@ fn serves_gateway(p: &Pod) -> Option<String> {
     (!named.is_empty() && !inject::injected(p)).then(|| named.clone())
 }
 
+fn annotation<'a>(p: &'a Pod, key: &str) -> Option<&'a str> {
+    p.metadata.annotations.as_ref()?.get(key).map(String::as_str)
+}
+
+fn annotated_ports(p: &Pod, key: &str) -> Vec<u16> {
+    let all = annotation(p, key).into_iter().flat_map(|v| v.split(',')).take(inject::MAX_PORTS);
+    all.filter_map(|s| s.trim().parse().ok()).collect()
+}
+
+/// What a pod of the service says is opaque, its callers' sidecars must not read as HTTP either, where the service's port leaves
+/// that to the first bytes.
+fn leave_unread(service: &mut m::Service, set: &m::EndpointSet, o: &Objects) {
+    for endpoint in &set.endpoints {
+        let pod = endpoint.workload.as_ref().and_then(|name| o.pods.get(name));
+        let opaque = pod.map(|p| annotated_ports(p, inject::ANNOTATION_OPAQUE_PORTS)).unwrap_or_default();
+        for to in endpoint.ports.iter().filter(|p| p.protocol == m::Protocol::Tcp && opaque.contains(&p.port)) {
+            let of = |p: &&mut m::ServicePort| p.protocol == m::Protocol::Tcp && p.name == to.name;
+            for port in service.ports.iter_mut().filter(of).filter(|p| p.app_protocol == m::AppProtocol::Detect) {
+                port.app_protocol = m::AppProtocol::Tcp;
+            }
+        }
+    }
+}
+
 fn policy(p: &Pod, name: &m::Name) -> m::Policy {
-    let annotation = |key: &str| p.metadata.annotations.as_ref().and_then(|a| a.get(key)).map(String::as_str);
-    let ports = |key: &str| -> Vec<u16> {
-        let all = annotation(key).into_iter().flat_map(|v| v.split(',')).take(inject::MAX_PORTS);
-        all.filter_map(|s| s.trim().parse().ok()).collect()
-    };
     m::Policy {
         name: name.clone(),
-        mode: match annotation(inject::ANNOTATION_MTLS) {
+        mode: match annotation(p, inject::ANNOTATION_MTLS) {
             Some("strict") => m::InboundMode::Strict,
             _ => m::InboundMode::Permissive,
         },
-        excluded_ports: ports(inject::ANNOTATION_EXCLUDED_PORTS),
-        opaque_ports: ports(inject::ANNOTATION_OPAQUE_PORTS),
+        excluded_ports: annotated_ports(p, inject::ANNOTATION_EXCLUDED_PORTS),
+        opaque_ports: annotated_ports(p, inject::ANNOTATION_OPAQUE_PORTS),
         ..m::Policy::default()
     }
 }

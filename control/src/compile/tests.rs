@@ -57,6 +57,31 @@ fn services_endpoints_and_workloads_carry_their_identity() {
 }
 
 #[test]
+fn a_port_that_one_of_its_pods_calls_opaque_is_not_read_by_callers() {
+    for (name, annotated, read) in [
+        ("", "9000", m::AppProtocol::Detect),
+        ("", "9000, 8080", m::AppProtocol::Tcp),
+        ("web", "8080", m::AppProtocol::Tcp),
+        ("http", "8080", m::AppProtocol::Http),
+        ("grpc", "8080", m::AppProtocol::Http2),
+    ] {
+        let mut o = objects();
+        let ports = json!([{"name": name, "port": 80}, {"name": "other", "port": 81}]);
+        put(&mut o.services, "web", json!({"spec": {"clusterIP": "10.96.0.5", "ports": ports}}));
+        let mut slice = slice(&[json!({"ready": true}), json!({"ready": true})]);
+        slice["ports"] = json!([{"name": name, "port": 8080}, {"name": "other", "port": 8081}]);
+        put(&mut o.slices, "web-abc", slice);
+        let mut pod = json!({"spec": {"containers": []}});
+        pod["metadata"]["annotations"][inject::ANNOTATION_OPAQUE_PORTS] = annotated.into();
+        put(&mut o.pods, "p2", pod);
+        let (s, _) = snapshot(&o);
+        let seen: Vec<_> =
+            s.service(&m::Name::new("shop", "web")).expect("it").ports.iter().map(|p| p.app_protocol).collect();
+        assert_eq!(seen, [read, m::AppProtocol::Detect], "{name:?} {annotated:?}");
+    }
+}
+
+#[test]
 fn with_no_ready_endpoint_those_still_serving_take_the_traffic() {
     let stopping = json!({"ready": false, "serving": true, "terminating": true});
     for (conditions, ready) in [
