@@ -3,16 +3,13 @@
 
 use crate::{
     socket::channel,
-    tls::{Tls, TlsError},
+    tls::{Tls, TlsError, now_s},
 };
 use rcgen::{CertificateParams, KeyPair, SanType};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use sluice_model::Identity;
 use sluice_wire::v1::{SignRequest, WorkloadRef, identity_client::IdentityClient};
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{sync::Arc, time::Duration};
 use tokio::sync::{mpsc, watch};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -110,7 +107,6 @@ fn request(key: &KeyPair, identity: &Identity) -> Result<String, rcgen::Error> {
 
 /// With up to a tenth of jitter earlier, so that a cluster's sidecars do not renew all at once.
 fn until_renewal(tls: &Tls) -> Duration {
-    let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
-    let left = Duration::from_secs(u64::try_from(tls.renew_at_s() - now_s).unwrap_or(0));
+    let left = Duration::from_secs(tls.renew_in_s(now_s()));
     left.mul_f64(rand::random_range(0.9..1.0)).max(Duration::from_secs(1))
 }

@@ -87,6 +87,10 @@ async fn mesh(worker: &Rc<Worker>, stream: TcpStream, bytes: Bytes, address: Soc
             return worker.counters.refuse(Reason::IdentityNotProven);
         }
     };
+    if tls.is_outlived_by(stream.get_ref().1, tls::now_s()) {
+        tracing::debug!(%address, "the certificate of the session that goes on has ended");
+        return worker.counters.refuse(Reason::IdentityNotProven);
+    }
     let caller = stream.get_ref().1.peer_certificates().and_then(|chain| tls::peer_identity(chain)).map(Arc::new);
     if opaque {
         join(worker, &mut stream, address, caller.as_deref()).await;

@@ -127,10 +127,23 @@ impl Tls {
         Arc::new(config)
     }
 
-    /// When to ask for the next one: at two thirds of this one's life.
-    pub fn renew_at_s(&self) -> i64 {
-        self.not_before_s + (self.not_after_s - self.not_before_s) * 2 / 3
+    /// In how many seconds to ask for the next one, from when this one came: it began to be valid before that.
+    pub fn renew_in_s(&self, now_s: i64) -> u64 {
+        u64::try_from((self.not_after_s - now_s) * 2 / 3).unwrap_or(0)
     }
+
+    /// Whether a connection goes on from an earlier one although a certificate of that has ended since: a handshake that resumes
+    /// looks at none again (RFC 8446 §2.2).
+    pub fn is_outlived_by(&self, connection: &rustls::CommonState, now_s: i64) -> bool {
+        let peer_ends_s = || connection.peer_certificates()?.first().and_then(|leaf| Some(validity(leaf).ok()?.1));
+        connection.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
+            && (self.not_after_s < now_s || peer_ends_s().is_none_or(|end| end < now_s))
+    }
+}
+
+/// Seconds since 1970.
+pub fn now_s() -> i64 {
+    UnixTime::now().as_secs().cast_signed()
 }
 
 fn server_config(

@@ -13,7 +13,7 @@ use crate::{
     multiplex::{self, Connecting, Multiplex, Place},
     observe::{Exchange, Observer},
     reason::Reason,
-    tls::Offer,
+    tls::{Offer, now_s},
     worker::Worker,
 };
 use http::{Request, Response};
@@ -296,12 +296,16 @@ impl Upstream {
             let _ = socket2::SockRef::from(&stream).set_tcp_keepalive(&probes);
         }
         let Some(identity) = &self.endpoint.identity else { return Ok(Wire::plain(stream, open)) };
-        let Some(connector) = worker.tls_connector(identity, offer) else {
+        let (Some(tls), Some(connector)) = (worker.tls(), worker.tls_connector(identity, offer)) else {
             return Err(ConnectError::NoCertificate { address });
         };
         let name = rustls::pki_types::ServerName::from(address.ip());
         let handshake = tokio::time::timeout(tuning.connect, connector.connect(name, stream)).await;
         let stream = handshake.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let stream = stream.and_then(|s| match tls.is_outlived_by(s.get_ref().1, now_s()) {
+            true => Err(io::Error::other("a certificate of the session that goes on has ended")),
+            false => Ok(s),
+        });
         stream.map(|s| Wire::tls(s, open)).map_err(|e| ConnectError::Tls { address, source: e.into() })
     }
 

@@ -1,7 +1,10 @@
 //! Nothing is lost when certificates are renewed, sidecars end or connections die under load.
 
 use crate::{common::*, pair::*};
-use sluice_proxy::reason::Reason;
+use sluice_proxy::{
+    reason::Reason,
+    tls::{Offer, now_s},
+};
 use std::{
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -58,6 +61,43 @@ fn an_expired_certificate_is_refused_until_it_is_renewed() {
         eventually("it is served again", || ask().0 == 200);
         (0..50).for_each(|_| assert_eq!(ask().0, 200));
         mesh.stop();
+    }
+}
+
+/// A handshake that resumes looks at no certificate again, so both sides look at when those of the first one ended.
+#[test]
+fn a_session_does_not_outlive_its_certificates() {
+    let authority = Authority::new();
+    let (client, server) = (authority.tls("client"), authority.tls("server"));
+    let config = client.client_config(&Arc::new(identity("server")), Offer::H2OrTcp);
+    let acceptor = server.acceptor(Offer::H2OrTcp);
+    let shake = || {
+        let mut c = rustls::ClientConnection::new(config.clone(), SERVER.into()).expect("a client");
+        let mut s = rustls::ServerConnection::new(acceptor.config().clone()).expect("a server");
+        // Hello, answer, proof, and the tickets.
+        for _ in 0..4 {
+            let mut bytes = vec![];
+            while c.wants_write() {
+                c.write_tls(&mut bytes).expect("written");
+            }
+            s.read_tls(&mut bytes.as_slice()).expect("read");
+            s.process_new_packets().expect("understood");
+            let mut bytes = vec![];
+            while s.wants_write() {
+                s.write_tls(&mut bytes).expect("written");
+            }
+            c.read_tls(&mut bytes.as_slice()).expect("read");
+            c.process_new_packets().expect("understood");
+        }
+        (c, s)
+    };
+    const SERVER: std::net::IpAddr = std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+    for (resumes, ended, outlived) in [(false, false, false), (true, false, false), (true, true, true)] {
+        let (c, s) = shake();
+        let now = if ended { server.not_after_s.max(client.not_after_s) + 1 } else { now_s() };
+        let kind = if resumes { rustls::HandshakeKind::Resumed } else { rustls::HandshakeKind::Full };
+        assert_eq!((c.handshake_kind(), s.handshake_kind()), (Some(kind), Some(kind)));
+        assert_eq!((client.is_outlived_by(&c, now), server.is_outlived_by(&s, now)), (outlived, outlived));
     }
 }
 
