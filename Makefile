@@ -23,7 +23,8 @@ down:
 test: setup
 	cargo build $(CARGO_FLAGS) --all-targets
 	@target/release/xtask images
-	cargo test $(CARGO_FLAGS) --no-fail-fast
+	@rm -f target/failed-*.log
+	cargo test $(CARGO_FLAGS) --no-fail-fast || { cat target/failed-*.log 2>/dev/null; exit 1; }
 
 # The plugin called at random 10,000 times, some of the calls killed, against a model (docs/cni.md).
 test-cni:

@@ -13,8 +13,7 @@ const LAST: &str = "6s";
 
 /// A pod of the mesh whose sidecar does nothing: closed.
 fn closed() -> Value {
-    let sleeper =
-        |name: &str| json!({"name": name, "image": "sluice.local/echo:1", "command": ["/bin/sh", "-c", "sleep 1000"]});
+    let sleeper = |name: &str| json!({"name": name, "image": "sluice.local/echo:1", "command": ["/bin/sh", "-c", "trap 'exit 0' TERM; sleep 1000 & wait"]});
     let mut sidecar = sleeper("sluice-proxy");
     sidecar["restartPolicy"] = "Always".into();
     json!({
@@ -27,7 +26,7 @@ fn closed() -> Value {
 /// Dials all of these again and again, whatever comes of it.
 fn caller(urls: &[String]) -> Value {
     let calls: Vec<String> = urls.iter().map(|u| format!("timeout 1 wget -q -O /dev/null {u}")).collect();
-    let script = format!("while true; do {}; sleep 0.1; done", calls.join("; "));
+    let script = format!("trap 'exit 0' TERM; while true; do {}; sleep 0.1; done", calls.join("; "));
     json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "caller", "namespace": "flows"},
         "spec": {"nodeName": NODE, "containers": [{

@@ -1,5 +1,5 @@
-//! The cluster rung: one local cluster of three nodes, started with the real programs, images and kubectl; tests run one
-//! after the other in it and clean up behind themselves. The cluster goes when they are through, whatever happened.
+//! The cluster rung: one local cluster of three nodes, started with the real programs, images and kubectl; tests run in it, most of
+//! them one after the other, and clean up behind themselves. The cluster goes when they are through, whatever happened.
 
 mod canary;
 mod check;
@@ -11,9 +11,11 @@ mod features;
 mod firewalls;
 mod flows;
 mod gateway;
+mod hazards;
 mod limits;
 mod load;
 mod losses;
+mod machine;
 mod mesh;
 mod network;
 mod policies;
@@ -25,6 +27,21 @@ use std::sync::Arc;
 
 type Test = fn(&Cluster) -> anyhow::Result<()>;
 
+/// Two at a time, before the others: each in namespaces of its own, with few requests a second, and waiting for most of its time.
+const BESIDE: &[(&str, Test)] = &[
+    ("policies_hold_with_and_without_sidecars", policies::policies_hold_with_and_without_sidecars),
+    ("limits_hold_with_and_without_sidecars", limits::limits_hold_with_and_without_sidecars),
+    ("rules_hold_with_and_without_sidecars", features::rules_hold_with_and_without_sidecars),
+    ("protocols_pass_with_and_without_sidecars", protocols::protocols_pass_with_and_without_sidecars),
+    ("certificates_renew_and_end", hazards::certificates_renew_and_end),
+    ("broken_backends_are_told_and_left", hazards::broken_backends_are_told_and_left),
+    ("routes_do_what_they_ask", mesh::routes_do_what_they_ask),
+    ("requests_leave_spans_and_lines", policies::requests_leave_spans_and_lines),
+    ("access_is_by_identity", mesh::access_is_by_identity),
+    ("strict_pods_refuse_plain_callers", canary::strict_pods_refuse_plain_callers),
+];
+
+/// One after the other: they share two CPUs, and some of them break the cluster.
 const TESTS: &[(&str, Test)] = &[
     ("deploy_a_container", deploy::deploy_a_container),
     ("pods_spread_and_the_thirteenth_waits", deploy::pods_spread_and_the_thirteenth_waits),
@@ -46,17 +63,9 @@ const TESTS: &[(&str, Test)] = &[
     ("rolling_update_loses_nothing", canary::rolling_update_loses_nothing),
     ("canary_split_is_exact", canary::canary_split_is_exact),
     ("canary_shifts_under_load", canary::canary_shifts_under_load),
-    ("strict_pods_refuse_plain_callers", canary::strict_pods_refuse_plain_callers),
-    ("routes_do_what_they_ask", mesh::routes_do_what_they_ask),
-    ("rules_hold_with_and_without_sidecars", features::rules_hold_with_and_without_sidecars),
-    ("policies_hold_with_and_without_sidecars", policies::policies_hold_with_and_without_sidecars),
-    ("limits_hold_with_and_without_sidecars", limits::limits_hold_with_and_without_sidecars),
     ("sidecars_killed_under_load", failures::sidecars_killed_under_load),
-    ("requests_leave_spans_and_lines", policies::requests_leave_spans_and_lines),
     ("a_backend_is_cut_off_under_load", policies::a_backend_is_cut_off_under_load),
-    ("protocols_pass_with_and_without_sidecars", protocols::protocols_pass_with_and_without_sidecars),
     ("gateway_serves_clients_outside", gateway::gateway_serves_clients_outside),
-    ("access_is_by_identity", mesh::access_is_by_identity),
     ("agent_and_control_killed_under_load", failures::agent_and_control_killed_under_load),
     ("a_lost_node_loses_its_pods", failures::a_lost_node_loses_its_pods),
     ("backends_go_under_load", losses::backends_go_under_load),
@@ -69,14 +78,13 @@ const TESTS: &[(&str, Test)] = &[
 
 fn main() {
     let mut arguments = Arguments::from_args();
-    // They share a cluster and two CPUs.
-    arguments.test_threads = Some(1);
+    let all = || BESIDE.iter().chain(TESTS);
     if arguments.list {
-        let trials = TESTS.iter().map(|(name, _)| Trial::test(*name, || Ok(()))).collect();
+        let trials = all().map(|(name, _)| Trial::test(*name, || Ok(()))).collect();
         libtest_mimic::run(&arguments, trials).exit();
     }
     let wanted = |name: &str| arguments.filter.as_ref().is_none_or(|f| name.contains(f.as_str()));
-    if !TESTS.iter().any(|(name, _)| wanted(name)) {
+    if !all().any(|(name, _)| wanted(name)) {
         libtest_mimic::run(&arguments, vec![]).exit();
     }
     let cluster = match Cluster::start() {
@@ -86,14 +94,19 @@ fn main() {
             std::process::exit(101);
         }
     };
-    let trials = TESTS.iter().map(|(name, test)| {
-        let cluster = cluster.clone();
-        Trial::test(*name, move || cluster.run(name, *test).map_err(|e| format!("{e:#}").into()))
-    });
-    let conclusion = libtest_mimic::run(&arguments, trials.collect());
-    let left = cluster.stop();
+    let mut run = |tests: &'static [(&str, Test)], at_a_time| {
+        let trials = tests.iter().map(|(name, test)| {
+            let cluster = cluster.clone();
+            Trial::test(*name, move || cluster.run(name, *test).map_err(|e| format!("{e:#}").into()))
+        });
+        arguments.test_threads = Some(at_a_time);
+        libtest_mimic::run(&arguments, trials.collect())
+    };
+    let conclusions = [run(BESIDE, 2), run(TESTS, 1)];
+    let left = cluster.stop().and(cluster.note_failures());
     if let Err(e) = &left {
         eprintln!("the cluster was not taken down: {e:#}");
     }
-    if left.is_err() { std::process::exit(101) } else { conclusion.exit() }
+    let failed = left.is_err() || conclusions.iter().any(libtest_mimic::Conclusion::has_failed);
+    std::process::exit(if failed { 101 } else { 0 })
 }

@@ -189,42 +189,52 @@ fn consumers_have_routes_of_their_own(c: &Cluster) -> Result<()> {
 
 /// Callers are told apart by the identity that mTLS proves; who is not allowed gets an answer that says so.
 pub fn access_is_by_identity(c: &Cluster) -> Result<()> {
-    c.namespace("mesh", true)?;
+    const GUARDED: &str = "guarded";
+    c.namespace(GUARDED, true)?;
     c.namespace("guests", true)?;
     c.namespace("plain", false)?;
-    c.apply(&[echo("mesh", "echo-v1", "v1", 1), service("mesh", "echo", json!({"app": "echo"}))])?;
-    c.rollout("mesh", "echo-v1")?;
+    c.apply(&[echo(GUARDED, "echo-v1", "v1", 1), service(GUARDED, "echo", json!({"app": "echo"}))])?;
+    c.rollout(GUARDED, "echo-v1")?;
     let allow = |from: Value| json!({"selector": {"matchLabels": {"app": "echo"}}, "action": "Allow", "rules": [{"from": from}]});
     c.apply(&[
-        own("AccessPolicy", "callers", allow(json!([{"serviceAccount": "default"}]))),
-        own(
+        own_in(GUARDED, "AccessPolicy", "callers", allow(json!([{"serviceAccount": "default"}]))),
+        own_in(
+            GUARDED,
             "AccessPolicy",
             "no-admin",
             json!({"selector": {"matchLabels": {"app": "echo"}}, "action": "Deny",
             "rules": [{"to": [{"paths": [{"value": "/admin"}]}, {"methods": ["DELETE"]}, {"ports": [9000]}]}]}),
         ),
     ])?;
-    let pod = c.pods("mesh", "app=echo")?[0]["metadata"]["name"].as_str().context("a name")?.to_owned();
+    let pod = c.pods(GUARDED, "app=echo")?[0]["metadata"]["name"].as_str().context("a name")?.to_owned();
     c.wait("the app's sidecar has the policies", 20, || {
-        let all: Value = serde_json::from_str(&c.sluice_out(&["tap", &format!("mesh/{pod}"), "--show=compiled"])?)?;
+        let all: Value =
+            serde_json::from_str(&c.sluice_out(&["tap", &format!("{GUARDED}/{pod}"), "--show=compiled"])?)?;
         Ok(all["inbound"]["access"].as_array().is_some_and(|rules| rules.len() == 2))
     })?;
     let ask = |namespace: &str, path: &str| {
-        script(c, namespace, "ask", &format!("wget -S -q -O - http://echo.mesh{path} 2>&1; true"))
+        script(c, namespace, "ask", &format!("wget -S -q -O - http://echo.{GUARDED}{path} 2>&1; true"))
     };
-    let own_namespace = ask("mesh", "/")?;
+    let own_namespace = ask(GUARDED, "/")?;
     ensure!(own_namespace.contains("\"version\":\"v1\""), "{own_namespace}");
-    for (namespace, path) in [("mesh", "/admin"), ("guests", "/"), ("plain", "/")] {
+    for (namespace, path) in [(GUARDED, "/admin"), ("guests", "/"), ("plain", "/")] {
         let said = ask(namespace, path)?;
         ensure!(said.contains("403 Forbidden"), "{namespace} {path}: {said}");
     }
-    let more = "curl -sS -m 5 -o /dev/null -w '%{http_code} %header{x-sluice-reason}' -X DELETE http://echo.mesh/; echo; \
-                echo who | nc -w 5 echo.mesh 9000; echo through";
-    let said = script(c, "mesh", "ask", more)?;
+    let more = format!(
+        "curl -sS -m 5 -o /dev/null -w '%{{http_code}} %header{{x-sluice-reason}}' -X DELETE http://echo.{GUARDED}/; echo; \
+         echo who | nc -w 5 echo.{GUARDED} 9000; echo through"
+    );
+    let said = script(c, GUARDED, "ask", &more)?;
     ensure!(said.lines().eq(["403 denied", "through"]), "by method and by port: {said}");
-    c.apply(&[own("AccessPolicy", "callers", allow(json!([{"serviceAccount": "default"}, {"namespace": "guests"}])))])?;
+    c.apply(&[own_in(
+        GUARDED,
+        "AccessPolicy",
+        "callers",
+        allow(json!([{"serviceAccount": "default"}, {"namespace": "guests"}])),
+    )])?;
     c.wait("guests are allowed", 20, || Ok(ask("guests", "/")?.contains("\"version\":\"v1\"")))?;
-    for namespace in ["plain", "guests", "mesh"] {
+    for namespace in ["plain", "guests", GUARDED] {
         c.delete_namespace(namespace)?;
     }
     Ok(())
