@@ -72,10 +72,11 @@ pub fn compile(o: &Objects, trust_domain: &str, pool: &Pool) -> Compiled {
     let mut resources = vec![];
     let mut announcers = announce::Announcers::new(o, pool);
     let (mut policies, mut policy_statuses) = policies::backend_policies(o);
+    let opaque = opaque_ports(o);
     for object in o.services.values() {
         if let Some(mut s) = service(object) {
             let set = endpoints::endpoint_set(&s, o, trust_domain);
-            leave_unread(&mut s, &set, o);
+            leave_unread(&mut s, &set, &opaque);
             s.announcements = announcers.announcements(object, &s, &set);
             s.backend_policy = policies.remove(&s.name);
             resources.push(m::Resource::Service(s));
@@ -276,13 +277,21 @@ fn annotated_ports(p: &Pod, key: &str) -> Vec<u16> {
     all.filter_map(|s| s.trim().parse().ok()).collect()
 }
 
+/// Of the pods that have any: few, where endpoints are many.
+fn opaque_ports(o: &Objects) -> BTreeMap<&m::Name, Vec<u16>> {
+    let all = o.pods.iter().map(|(name, p)| (name, annotated_ports(p, inject::ANNOTATION_OPAQUE_PORTS)));
+    all.filter(|(_, ports)| !ports.is_empty()).collect()
+}
+
 /// What a pod of the service says is opaque, its callers' sidecars must not read as HTTP either, where the service's port leaves
 /// that to the first bytes.
-fn leave_unread(service: &mut m::Service, set: &m::EndpointSet, o: &Objects) {
+fn leave_unread(service: &mut m::Service, set: &m::EndpointSet, opaque: &BTreeMap<&m::Name, Vec<u16>>) {
+    if opaque.is_empty() {
+        return;
+    }
     for endpoint in &set.endpoints {
-        let pod = endpoint.workload.as_ref().and_then(|name| o.pods.get(name));
-        let opaque = pod.map(|p| annotated_ports(p, inject::ANNOTATION_OPAQUE_PORTS)).unwrap_or_default();
-        for to in endpoint.ports.iter().filter(|p| p.protocol == m::Protocol::Tcp && opaque.contains(&p.port)) {
+        let Some(ports) = endpoint.workload.as_ref().and_then(|name| opaque.get(name)) else { continue };
+        for to in endpoint.ports.iter().filter(|p| p.protocol == m::Protocol::Tcp && ports.contains(&p.port)) {
             let of = |p: &&mut m::ServicePort| p.protocol == m::Protocol::Tcp && p.name == to.name;
             for port in service.ports.iter_mut().filter(of).filter(|p| p.app_protocol == m::AppProtocol::Detect) {
                 port.app_protocol = m::AppProtocol::Tcp;
