@@ -1,6 +1,9 @@
 //! The cluster under test, and words for talking to it.
 
-use crate::machine::{STOOD_STILL, Seen, Watch};
+use crate::{
+    load,
+    machine::{STOOD_STILL, Seen, Watch},
+};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::{
@@ -124,6 +127,7 @@ impl Cluster {
             let mut delete = vec!["delete", "namespace", "--ignore-not-found", "--timeout=90s"];
             delete.extend(namespaces.iter().map(String::as_str));
             let _ = self.try_kubectl(&delete);
+            namespaces.iter().for_each(|namespace| load::forget(self, namespace));
         }
         (result, seen)
     }
