@@ -61,8 +61,7 @@ impl Offer {
 #[derive(Debug)]
 pub struct Tls {
     pub identity: Identity,
-    /// Seconds since 1970 between which it is valid.
-    pub not_before_s: i64,
+    /// Seconds since 1970 until which it is valid.
     pub not_after_s: i64,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
@@ -92,7 +91,7 @@ impl Tls {
         let chain = certificates(chain_pem)?;
         let leaf = chain.first().ok_or_else(|| TlsError::Malformed("the chain is empty".into()))?;
         let identity = identity_of(leaf)?;
-        let (not_before_s, not_after_s) = validity(leaf)?;
+        let not_after_s = not_after_s(leaf)?;
         let mut roots = RootCertStore::empty();
         for root in certificates(bundle_pem)? {
             roots.add(root)?;
@@ -102,7 +101,7 @@ impl Tls {
         let mut server_tcp = server_any.clone();
         server_tcp.alpn_protocols = Offer::Tcp.protocols();
         let (server_tcp, server_any) = (server_tcp.into(), server_any.into());
-        Ok(Self { identity, not_before_s, not_after_s, chain, key, trust, server_tcp, server_any })
+        Ok(Self { identity, not_after_s, chain, key, trust, server_tcp, server_any })
     }
 
     pub fn acceptor(&self, offer: Offer) -> TlsAcceptor {
@@ -135,7 +134,7 @@ impl Tls {
     /// Whether a connection goes on from an earlier one although a certificate of that has ended since: a handshake that resumes
     /// looks at none again (RFC 8446 §2.2).
     pub fn is_outlived_by(&self, connection: &rustls::CommonState, now_s: i64) -> bool {
-        let peer_ends_s = || connection.peer_certificates()?.first().and_then(|leaf| Some(validity(leaf).ok()?.1));
+        let peer_ends_s = || connection.peer_certificates()?.first().and_then(|leaf| not_after_s(leaf).ok());
         connection.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
             && (self.not_after_s < now_s || peer_ends_s().is_none_or(|end| end < now_s))
     }
@@ -165,9 +164,9 @@ fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, TlsError> {
         .map_err(|e| TlsError::Malformed(e.to_string()))
 }
 
-fn validity(der: &CertificateDer<'_>) -> Result<(i64, i64), TlsError> {
+fn not_after_s(der: &CertificateDer<'_>) -> Result<i64, TlsError> {
     let (_, x509) = X509Certificate::from_der(der).map_err(|e| TlsError::Malformed(e.to_string()))?;
-    Ok((x509.validity().not_before.timestamp(), x509.validity().not_after.timestamp()))
+    Ok(x509.validity().not_after.timestamp())
 }
 
 /// The certificate's SPIFFE identity: its only URI name (X.509-SVID §2).
