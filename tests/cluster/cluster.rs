@@ -1,9 +1,6 @@
 //! The cluster under test, and words for talking to it.
 
-use crate::{
-    load,
-    machine::{STOOD_STILL, Seen, Watch},
-};
+use crate::machine::{Seen, Watch};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::{
@@ -93,31 +90,12 @@ impl Cluster {
         Ok(())
     }
 
-    /// One test. Where it failed while the machine stood still, which is for requests to be late, it is asked once more.
+    /// One test. If it fails, the logs are shown, and its namespaces are taken away: their pods would be in the next ones' way.
     pub fn run(&self, name: &str, test: fn(&Cluster) -> Result<()>) -> Result<()> {
-        let (mut result, seen) = self.run_once(name, test);
-        if seen.late > STOOD_STILL
-            && let Err(e) = &result
-        {
-            eprintln!("{name}: {e:#}; once more, since the machine stood still for {:?}", seen.late);
-            result = self.run_once(name, test).0;
-        }
-        // Last, so that it is what the end of a log shows.
-        result.inspect_err(|e| {
-            let failed = format!("{name}: {e:#}\n");
-            eprint!("{failed}");
-            self.failed.lock().expect("no test panics with it").push_str(&failed);
-        })
-    }
-
-    /// If it fails, the logs are shown, and its namespaces are taken away: their pods would be in the next ones' way.
-    fn run_once(&self, name: &str, test: fn(&Cluster) -> Result<()>) -> (Result<()>, Seen) {
         let (began, watch) = (Instant::now(), Watch::start());
         let c = Self { namespaces: Arc::default(), ..self.clone() };
         let result = test(&c);
-        let seen = watch.end();
-        let seconds = began.elapsed().as_secs_f64();
-        let Seen { late, busy, stolen } = &seen;
+        let (seconds, Seen { late, busy, stolen }) = (began.elapsed().as_secs_f64(), watch.end());
         eprintln!("{name}: {seconds:.1} s; of the CPUs {busy} % busy, {stolen} % stolen; late by at most {late:.1?}");
         if result.is_err() {
             eprintln!("{}", self.try_kubectl(&["get", "pods,services,nodes", "-A", "-o", "wide"]).unwrap_or_default());
@@ -127,9 +105,13 @@ impl Cluster {
             let mut delete = vec!["delete", "namespace", "--ignore-not-found", "--timeout=90s"];
             delete.extend(namespaces.iter().map(String::as_str));
             let _ = self.try_kubectl(&delete);
-            namespaces.iter().for_each(|namespace| load::forget(self, namespace));
         }
-        (result, seen)
+        // Last, so that it is what the end of a log shows.
+        result.inspect_err(|e| {
+            let failed = format!("{name}: {e:#}\n");
+            eprint!("{failed}");
+            self.failed.lock().expect("no test panics with it").push_str(&failed);
+        })
     }
 
     /// Leaves behind what failed, and why, for the end of the run (`make test`).

@@ -2,7 +2,7 @@
 
 use crate::{
     cluster::Cluster,
-    features::{meshed_or_not, report, route},
+    features::{meshed_or_not, report, route, with_and_without_sidecars},
     load::{Load, client, echo, service},
     mesh::{backend_policy, in_force},
     network::script,
@@ -17,10 +17,7 @@ const LIFE_S: u32 = 15;
 /// Endpoints that answer what is no HTTP, and endpoints that end every connection: each request is told so. Beside one that is well,
 /// requests that may be tried again find it, and the others soon.
 pub fn broken_backends_are_told_and_left(c: &Cluster) -> Result<()> {
-    for inject in ["enabled", "disabled"] {
-        broken_backends(c, inject).with_context(|| format!("backends' sidecars {inject}"))?;
-    }
-    Ok(())
+    with_and_without_sidecars(c, BROKEN, broken_backends)
 }
 
 fn broken_backends(c: &Cluster, inject: &str) -> Result<()> {
@@ -62,7 +59,7 @@ fn broken_backends(c: &Cluster, inject: &str) -> Result<()> {
     // Three each, until they are left out.
     let seen = load("all/once")?;
     ensure!(seen["failed"] == 6 && seen["versions"] == json!({"v1": 94}), "not tried again: {seen}");
-    c.delete_namespace(BROKEN)
+    Ok(())
 }
 
 /// On each connection to the app's port this has the request's bytes and makes the answer.
@@ -94,6 +91,12 @@ pub fn certificates_renew_and_end(_: &Cluster) -> Result<()> {
 }
 
 fn renewed(c: &Cluster) -> Result<()> {
+    let app = c.pods("proof", "app=echo")?[0]["metadata"]["name"].as_str().context("a name")?.to_owned();
+    let ends_s = || -> Result<i64> {
+        let said = c.sluice_out(&["tap", &format!("proof/{app}"), "--show=certificates"])?;
+        serde_json::from_str::<Value>(&said)?["expiresSeconds"].as_i64().with_context(|| said)
+    };
+    let first_s = ends_s()?;
     let load = Load { rps: 50, seconds: 2 * LIFE_S, fresh: false, headers: vec![] };
     load.start(c, "proof", "renewed", "http://echo/")?;
     let lines = 2 * LIFE_S;
@@ -101,16 +104,18 @@ fn renewed(c: &Cluster) -> Result<()> {
     let seen = script(c, "proof", "stream", &stream)?;
     let wanted: String = (1..=lines).map(|n| format!("line {n}\n")).collect();
     ensure!(seen == wanted, "a stream of {lines} s: {seen}");
+    let later_s = ends_s()? - first_s;
+    ensure!(later_s >= i64::from(LIFE_S), "the app's certificate ends {later_s} s later: it was not renewed twice");
     let report = load.finish(c, "proof", "renewed")?;
     eprintln!("while certificates were renewed: {report}");
     ensure!(report["failed"] == 0, "{report}");
     Ok(())
 }
 
-/// Each request dials: two a second apart find the connection closed for being idle.
+/// Each request dials: they come two seconds apart, and by then the connection is closed for being idle.
 fn ended(c: &Cluster) -> Result<()> {
     let asks = "trap 'exit 0' TERM; while :; do \
-        curl -sS -m 5 -o /dev/null -w '%{http_code} %header{x-sluice-reason}\n' http://echo/; sleep 1 & wait $!; done";
+        curl -sS -m 5 -o /dev/null -w '%{http_code} %header{x-sluice-reason}\n' http://echo/; sleep 2 & wait $!; done";
     let mut caller = client("proof", "caller", &[]);
     caller["spec"]["containers"][0]["command"] = json!(["/bin/sh", "-c", asks]);
     c.apply(&[caller])?;

@@ -149,16 +149,6 @@ pub fn deliveries(c: &Cluster, namespace: &str, prefix: &str) -> Result<HashMap<
     Ok(seen)
 }
 
-/// Takes away the logs of a namespace's pods, which outlive them: the same requests may be sent once more.
-pub fn forget(c: &Cluster, namespace: &str) {
-    for node in NODES {
-        let files = fs::read_dir(c.dir().join(node).join("disk/echo-logs")).into_iter().flatten().flatten();
-        for file in files.filter(|f| f.file_name().to_string_lossy().starts_with(&format!("{namespace}_"))) {
-            let _ = fs::remove_file(file.path());
-        }
-    }
-}
-
 /// Time in milliseconds and request id of each line of a pod's log; failed probes have the id `-`.
 pub fn request_log(c: &Cluster, node: &str, namespace: &str, pod: &str) -> Result<Vec<(u64, String)>> {
     let text = fs::read_to_string(c.dir().join(node).join(format!("disk/echo-logs/{namespace}_{pod}.log")))?;

@@ -10,8 +10,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A thread that does nothing else is never this late where there is a CPU to run on: the machine stood still.
-pub const STOOD_STILL: Duration = Duration::from_millis(500);
 const STEP: Duration = Duration::from_millis(20);
 
 /// Watches until asked.
@@ -24,7 +22,7 @@ pub struct Watch {
 
 /// What was seen.
 pub struct Seen {
-    /// The longest for which nothing ran that was due.
+    /// How late the latest start was of a thread that does nothing but sleep.
     pub late: Duration,
     /// Of all CPUs' time, percent: spent, and taken by the host for others.
     pub busy: u64,

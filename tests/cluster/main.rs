@@ -21,6 +21,7 @@ mod network;
 mod policies;
 mod protocols;
 
+use anyhow::Context;
 use cluster::Cluster;
 use libtest_mimic::{Arguments, Trial};
 use std::sync::Arc;
@@ -103,10 +104,11 @@ fn main() {
         libtest_mimic::run(&arguments, trials.collect())
     };
     let conclusions = [run(BESIDE, 2), run(TESTS, 1)];
-    let left = cluster.stop().and(cluster.note_failures());
-    if let Err(e) = &left {
-        eprintln!("the cluster was not taken down: {e:#}");
+    let left = cluster.stop().context("take the cluster down");
+    let ended = left.and(cluster.note_failures());
+    if let Err(e) = &ended {
+        eprintln!("{e:#}");
     }
-    let failed = left.is_err() || conclusions.iter().any(libtest_mimic::Conclusion::has_failed);
+    let failed = ended.is_err() || conclusions.iter().any(libtest_mimic::Conclusion::has_failed);
     std::process::exit(if failed { 101 } else { 0 })
 }
